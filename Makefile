@@ -1,0 +1,44 @@
+# make demo   a 4-bit model beats its own snapshot (goes on with runs/demo; FRESH=1 begins anew)
+# make test   everything that CI checks
+# make lab    JupyterLab at index.ipynb
+# make learning   the experiment behind the learning curve: three seeds, each with a control (about an hour)
+PYTHON ?= python3
+BIN = .venv/bin
+DIR ?= runs/demo
+
+.PHONY: demo test lab learning readme clean
+
+demo: .venv/run
+	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lab: .venv/dev
+	$(BIN)/jupyter lab index.ipynb
+
+learning: .venv/run
+	$(BIN)/python -m selfplay_nb learning --out nbs/learning.jsonl
+
+# After editing a notebook: export, clean, and make README.md from index.ipynb
+readme: .venv/dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_clean --fname index.ipynb
+	$(BIN)/python tests/readme.py
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'selfplay_nb needs Python 3.11 or newer; this is ' + sys.version.split()[0] + '. Try: make $(MAKECMDGOALS) PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	touch $@ .venv/run
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,35 @@
+import pytest
+
+from selfplay_nb.model import tiny_model_folder
+from selfplay_nb.policy import Base, Policy
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return tiny_model_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    "A random character-level model in NF4, float32 compute."
+    import torch
+    return Base.load(tiny_folder, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real():
+    "The real small model in NF4, float32 compute, so that tolerances mean the same on every machine."
+    import torch
+    return Base.load(dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def student(real):
+    "A student on the real model with non-zero weights; removed after the test."
+    import torch
+    policy = Policy(real, "student", seed=0)
+    g = torch.Generator().manual_seed(1)
+    policy.load_state({k: v + 0.02*torch.randn(v.shape, generator=g) for k, v in policy.state().items()})
+    yield policy
+    for name in list(real.adapters):
+        Policy.resident(real, name).delete()

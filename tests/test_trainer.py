@@ -1,0 +1,165 @@
+"The loop on the tiny model: it resumes bit for bit, refuses what it should, and leaves a readable run."
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from selfplay_nb.pairs import Ledger
+from selfplay_nb.policy import Base, Policy
+from selfplay_nb.reward import as_reward, exact_number
+from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer, default_callbacks, summary
+
+SMALL = dict(n_rounds=3, prompts_per_round=6, n_samples=6, max_new_tokens=30, exam_size=8, exam_every=1, temperature=1.)
+
+
+class Letters(ArithmeticTask):
+    "A task that a random character model can be compared on: more of the letter e."
+    reward = property(lambda self: as_reward(lambda p, r: sum(map(ord, r)) % 97))
+    verifier = property(lambda self: exact_number)
+
+
+def make(run_dir, folder, callbacks=(), **changes):
+    base = Base.load(folder, dtype=torch.float32, device="cpu")
+    return SelfPlayTrainer(SelfPlayConfig(str(run_dir), **SMALL | changes), base=base, task=Letters(), callbacks=list(callbacks))
+
+
+class Stop:
+    "Raise in the middle of a run."
+    def __init__(self, round, stage, error=KeyboardInterrupt): self.round, self.stage, self.error = round, stage, error
+    def on_stage(self, trainer, stage):
+        if trainer.round == self.round and stage == self.stage: raise self.error
+
+
+def outcome(trainer):
+    ledger = Ledger(trainer.dir/"pairs.jsonl").rows()
+    plain = [{k: v for k, v in m.items() if "second" not in k} for m in trainer.history]
+    return trainer.student.state(), trainer.reference.state(), trainer.optimizer, ledger, plain
+
+
+def equal(a, b):
+    if isinstance(a, dict) and a and isinstance(next(iter(a.values())), torch.Tensor):
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_folder):
+    trainer = make(tmp_path_factory.mktemp("whole")/"run", tiny_folder)
+    trainer.train()
+    return outcome(trainer)
+
+
+def test_a_run_does_something(whole):
+    student, reference, optimizer, ledger, history = whole
+    assert equal(student, reference) and ledger and optimizer
+    assert [m["round"] for m in history] == [0, 1, 2, 3] and all(m["pairs"] for m in history[1:])
+
+
+@pytest.mark.parametrize("stage", ["sampling", "training", "exam"])
+@pytest.mark.parametrize("round", [0, 2])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, tiny_folder, stage, round):
+    stopped = make(tmp_path/"run", tiny_folder, [Stop(round, stage)])
+    stopped.train()
+    assert stopped.round < 3
+    resumed = make(tmp_path/"run", tiny_folder)
+    resumed.train()
+    assert all(equal(a, b) for a, b in zip(whole, outcome(resumed), strict=True))
+
+
+def test_a_crash_loses_the_round_and_no_more(whole, tmp_path, tiny_folder):
+    with pytest.raises(OSError, match="disk"):
+        make(tmp_path/"run", tiny_folder, [Stop(1, "training", OSError("disk"))]).train()
+    resumed = make(tmp_path/"run", tiny_folder)
+    resumed.train()
+    assert all(equal(a, b) for a, b in zip(whole, outcome(resumed), strict=True))
+
+
+def test_what_a_run_leaves(tmp_path, tiny_folder, capsys):
+    trainer = make(tmp_path/"run", tiny_folder, default_callbacks())
+    trainer.train()
+    files = {f.name for f in (tmp_path/"run").iterdir()}
+    assert {"config.json", "metrics.jsonl", "pairs.jsonl", "state.json", "curve.png", "report.html", "adapters", "exams", "against_base.json"} <= files
+    assert sorted(f.name for f in (tmp_path/"run"/"adapters").iterdir()) == ["reference_round_003", "student_round_003"]
+    assert "before" in summary(tmp_path/"run") and "win rate against the base" in summary(tmp_path/"run")
+    assert "<table>" in (tmp_path/"run"/"report.html").read_text()
+    out = capsys.readouterr()
+    assert "round  3" in out.out + out.err and "tok/s" in out.err
+    again = make(tmp_path/"run", tiny_folder)
+    assert len(again.train()) == 4
+    loaded = Policy.load(again.base, tmp_path/"run"/"adapters"/"student_round_003", "loaded")
+    assert equal(loaded.state(), again.student.state())
+
+
+def test_an_interrupted_run_is_readable(tmp_path, tiny_folder, capsys):
+    make(tmp_path/"run", tiny_folder, [*default_callbacks(), Stop(1, "training")]).train()
+    assert "Rounds up to 1 are saved" in "".join(capsys.readouterr())
+    assert "1 rounds" in summary(tmp_path/"run") and (tmp_path/"run"/"report.html").exists()
+
+
+def test_another_configuration_is_refused_and_more_rounds_are_not(tmp_path, tiny_folder):
+    make(tmp_path/"run", tiny_folder, n_rounds=1).train()
+    with pytest.raises(ValueError, match="beta: 0.1 there, 0.5 now"):
+        make(tmp_path/"run", tiny_folder, beta=.5).train()
+    assert len(make(tmp_path/"run", tiny_folder, n_rounds=2).train()) == 3
+
+
+def test_two_writers(tmp_path, tiny_folder):
+    class Second:
+        def on_round_begin(self, trainer):
+            with pytest.raises(RuntimeError, match="another process"):
+                make(tmp_path/"run", tiny_folder).train()
+            self.seen = True
+    callback = Second()
+    make(tmp_path/"run", tiny_folder, [callback], n_rounds=1).train()
+    assert callback.seen
+
+
+def test_start_anew_spares_a_strangers_folder(tmp_path, tiny_folder):
+    (tmp_path/"thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="left alone"):
+        make(tmp_path, tiny_folder).start_anew()
+    trainer = make(tmp_path/"run", tiny_folder, n_rounds=1)
+    trainer.train(); trainer.start_anew()
+    assert not (tmp_path/"run").exists() and (tmp_path/"thesis.txt").exists()
+
+
+def test_a_reference_that_stays_for_two_rounds(tmp_path, tiny_folder):
+    trainer = make(tmp_path/"run", tiny_folder, renew_every=2)
+    trainer.train()
+    assert trainer.history[-1]["pairs"]
+    assert not equal(trainer.student.state(), trainer.reference.state())
+    assert trainer.base.adapters == ["student", "reference"] or set(trainer.base.adapters) == {"student", "reference"}
+
+
+def test_own_prompts(tmp_path, tiny_folder):
+    trainer = make(tmp_path/"run", tiny_folder, n_rounds=1)
+    with pytest.raises(ValueError, match="no prompts"):
+        trainer.train([])
+    mine = [dict(prompt=f"say {i}", answer=i) for i in range(9)]
+    make(tmp_path/"other", tiny_folder, n_rounds=1).train(mine)
+    assert {p["prompt"] for p in Ledger(tmp_path/"other"/"pairs.jsonl").rows()} <= {p["prompt"] for p in mine}
+
+
+def test_bad_configuration_names_all_fields():
+    with pytest.raises(ValueError, match="n_samples=0.*beta=nan.*judge='vibes'|judge"):
+        SelfPlayConfig(n_samples=0, beta=float("nan"), judge="vibes").check()
+    for bad in dict(n_rounds=-1), dict(r=1.5), dict(exam_size=True), dict(temperature=-1.), dict(level=77):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SelfPlayConfig(**bad).check()
+
+
+def test_command_line(tmp_path, tiny_folder):
+    small = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    command = [sys.executable, "-m", "selfplay_nb", "train", "--model-name", str(tiny_folder), "--run-dir", str(tmp_path/"run"), *small, "--n-rounds", "1"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0 and "before" in first.stdout, first.stderr
+    assert "Going on after round 1" in subprocess.run(command, capture_output=True, text=True).stdout
+    assert "Going on" not in subprocess.run([*command, "--fresh"], capture_output=True, text=True).stdout
+    other = subprocess.run([*command, "--beta", "2"], capture_output=True, text=True)
+    assert other.returncode == 1 and "beta: 0.1 there, 2.0 now" in other.stderr and "Traceback" not in other.stderr
+    assert json.loads((tmp_path/"run"/"config.json").read_text()) == dataclasses.asdict(
+        SelfPlayConfig(str(tmp_path/"run"), str(tiny_folder), **SMALL | {"n_rounds": 1}))
