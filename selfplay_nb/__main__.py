@@ -37,7 +37,7 @@ def learning(
     out: str | Path,      # a JSONL file: one line a round and run
     **config,             # fields of `SelfPlayConfig`
 ):
-    "Run the experiment and write all metrics to `out`."
+    "Run the experiment; the metrics of all finished runs are in `out`."
     base, rows = None, []
     for judge in "rule", "coin":
         for seed in seeds:
@@ -48,8 +48,8 @@ def learning(
             if trainer.round < c.n_rounds: raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("".join(json.dumps(r) + "\n" for r in rows))
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/50_cli.ipynb #9f4ff02a
 def main(argv=None):
