@@ -45,7 +45,7 @@ def learning(
             print(f"\n{judge}, seed {seed}")
             trainer = SelfPlayTrainer(c, base=base)
             history = trainer.train(); base = trainer.base
-            if trainer.round < c.n_rounds: raise SystemExit("Interrupted; the same command goes on from here.")
+            if trainer.interrupted: raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
             Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def main(argv=None):
     p.set_defaults(do=lambda a: learning(a.seeds, a.folder, a.out))
     args = parser.parse_args(argv)
     try: args.do(args)
-    except (ValueError, RuntimeError) as e: sys.exit(f"selfplay_nb: {e}")
+    except (ValueError, RuntimeError, FloatingPointError) as e: sys.exit(f"selfplay_nb: {e}")
 
 # %% ../nbs/50_cli.ipynb #0287247a
 #| eval: false

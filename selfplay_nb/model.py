@@ -198,8 +198,9 @@ def load_model(
     except SafetensorError as e:
         raise ValueError(f"The weights in {path} are damaged ({e}). Delete them and fetch the model again.") from e
     except OSError as e:
+        if Path(path).is_dir(): raise ValueError(f"{path} cannot be loaded, a file is missing or damaged: {e}") from e
         raise RuntimeError(f"The model {str(source)!r} is neither a folder here, nor one of {sorted(WHEEL_MODELS)}, nor could it "
-                           f"be had from the hub (no network, a wrong name, or a login is needed): {str(e).splitlines()[0]}") from e
+                           f"be had from the hub (no network, a wrong name, or a login is needed): {str(e)[:200]}") from e
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return _freeze_for_training_after_generation(model), tokenizer
 

@@ -73,7 +73,7 @@ def rows(self: Ledger,
 ) -> list[dict]:
     "All pairs in order; raises `ValueError` naming the line that is not a pair."
     out = []
-    for i, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try: row = json.loads(line); assert all(k in row for k in FIELDS)
         except (ValueError, AssertionError, TypeError):
             raise ValueError(f"{self.path}, line {i} is damaged: {line[:60]!r} is not a pair with {list(FIELDS)}.") from None

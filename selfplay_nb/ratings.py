@@ -53,5 +53,5 @@ def win_rate(
     if not games: return Rate(0, 0)
     means = np.array([s.mean() for s in scores]); p = float(means.mean())
     var = float(means.var(ddof=1))/len(means) if len(means) > 1 else p*(1-p)
-    effective = games if var == 0 else min(games, max(len(means), p*(1-p)/var))
+    effective = len(means) if var == 0 else min(games, max(len(means), p*(1-p)/var))
     return Rate(p*games, games, effective)

@@ -8,11 +8,14 @@ __all__ = ['SelfPlayConfig', 'SelfPlayTrainer', 'Progress', 'round_line', 'plot_
 
 # %% ../nbs/40_trainer.ipynb #48c8d954
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -39,7 +42,7 @@ class SelfPlayConfig:
     model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
     level: int = 2                 # of the arithmetic task
     judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
-    n_rounds: int = 9              # rounds of self-play
+    n_rounds: int = 8              # rounds of self-play
     prompts_per_round: int = 32    # fresh prompts each round
     n_samples: int = 8             # answers a side and prompt
     pairs_per_prompt: int = 2      # at most
@@ -75,15 +78,17 @@ class SelfPlayTrainer:
     "Competitive self-play on a task, round after round. Everything it makes is in `config.run_dir`."
     def __init__(self,
         config: SelfPlayConfig,   # what to do
-        base: Base | None = None, # a loaded base; by default `config.model_name` is loaded
+        base: Base | None = None, # a loaded base, whose adapters `student` and `reference` are replaced; by default `config.model_name` is loaded
         task=None,                # with `problems`, `reward`, `verifier`; by default arithmetic at `config.level`
         callbacks=None,           # by default `default_callbacks()`
     ):
         self.config, self.dir = config.check(), Path(config.run_dir)
         self.task = task or ArithmeticTask(config.level)
+        self.exam_problems = self.task.problems("held-out", config.exam_size)
+        self.task.problems("train", config.prompts_per_round)  # too few for a round? Better known now
         self.reward = self.task.reward if config.judge == "rule" else coin_flip(config.seed)
         self.callbacks = default_callbacks() if callbacks is None else callbacks
-        self.base, self.round, self.history, self.optimizer = base, 0, [], None
+        self.base, self.round, self.history, self.optimizer, self.interrupted = base, 0, [], None, False
 
     def call(self, event: str, **kwargs):
         "Call `event` on every callback that has it."
@@ -92,10 +97,10 @@ class SelfPlayTrainer:
 
 # %% ../nbs/40_trainer.ipynb #30116754
 @patch
-def play_round(self: SelfPlayTrainer, prompts=None) -> dict:
+def play_round(self: SelfPlayTrainer) -> dict:
     "One round of self-play; returns its metrics."
     c, start = self.config, time.perf_counter()
-    problems = self.draw(prompts)
+    problems = self.draw()
     preferences = self.compete(problems)
     self.ledger.append(preferences)
     result = self.update(preferences)
@@ -105,16 +110,17 @@ def play_round(self: SelfPlayTrainer, prompts=None) -> dict:
 # %% ../nbs/40_trainer.ipynb #7deb6b39
 @patch
 def train(self: SelfPlayTrainer,
-    prompts: list[dict] | None = None, # problems to draw from; by default the task's train split, fresh each round
+    prompts: list | None = None,       # prompts, or dicts with `prompt` and columns, to draw from; by default the task's train split
     n_iterations: int | None = None,   # rounds in all; by default `config.n_rounds`
 ) -> list[dict]:                       # metrics, a dict a round
     "Play until `n_iterations` rounds are done, going on from what `run_dir` holds. Ctrl-C leaves a readable run."
+    self.prompts = self.check_prompts(prompts)
     total = self.config.n_rounds if n_iterations is None else n_iterations
     with self.running(total):
         if self.round == 0 and not self.history: self.finish_round({"round": 0, "seconds": 0.}, total)
         while self.round < total:
             self.call("on_round_begin"); (self.dir/"against_base.json").unlink(missing_ok=True)
-            self.finish_round(self.play_round(prompts), total)
+            self.finish_round(self.play_round(), total)
         if self.round and not (self.dir/"against_base.json").exists():
             self.call("on_stage", stage="final")
             _write(self.dir/"against_base.json", json.dumps(self.play_base().win_rate.to_dict()))
@@ -122,13 +128,24 @@ def train(self: SelfPlayTrainer,
 
 # %% ../nbs/40_trainer.ipynb #5dd0079a
 @patch
-def draw(self: SelfPlayTrainer, prompts=None) -> list[dict]:
+def draw(self: SelfPlayTrainer) -> list[dict]:
     "This round's problems."
     n, seed = self.config.prompts_per_round, 1000*self.config.seed + self.round
-    if prompts is None: return self.task.problems("train", n, seed)
-    if not prompts: raise ValueError("no prompts: expected a non-empty list of dicts with a 'prompt'.")
-    import random
-    return random.Random(seed).sample(list(prompts), min(n, len(prompts)))
+    if self.prompts is None: return self.task.problems("train", n, seed)
+    return random.Random(seed).sample(self.prompts, min(n, len(self.prompts)))
+
+# %% ../nbs/40_trainer.ipynb #a43555ff
+@patch
+def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
+    "`prompts` as a list of dicts; raises `ValueError` for none, unequal columns, or held-out ones."
+    if prompts is None: return None
+    rows = [p if isinstance(p, dict) else {"prompt": p} for p in prompts]
+    if not rows: raise ValueError("no prompts: expected a non-empty list of prompts, or of dicts with a 'prompt'.")
+    exam = [p["prompt"] for p in self.exam_problems]
+    for i, row in enumerate(rows):
+        if "prompt" not in row or set(row) != set(rows[0]): raise ValueError(f"prompt {i} has {sorted(row)}: expected 'prompt' and {sorted(rows[0])}.")
+        if row["prompt"] in exam: raise ValueError(f"prompt {i} is a held-out problem of the exam: {row['prompt']!r:.80}. Leave it out.")
+    return rows
 
 # %% ../nbs/40_trainer.ipynb #b52ceef0
 @patch
@@ -175,18 +192,19 @@ def describe(self: SelfPlayTrainer, preferences: Preferences, result) -> dict:
 def exam(self: SelfPlayTrainer, policy=None) -> Exam:
     "Examine `policy` (by default the student) on the held-out problems."
     self.call("on_stage", stage="exam")
-    return examine(policy or self.student, self.task.problems("held-out", self.config.exam_size), self.task.verifier,
-                   self.config.max_new_tokens, progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens))
+    return examine(policy or self.student, self.exam_problems, self.task.verifier, self.config.max_new_tokens,
+                   progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens))
 
 # %% ../nbs/40_trainer.ipynb #8198314c
 @patch
 def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     "Examine if it is time to, then save."
-    self.round = metrics["round"]
-    if self.round % self.config.exam_every == 0 or self.round == total:
+    round = metrics["round"]
+    if round % self.config.exam_every == 0 or round == total:
         start = time.perf_counter(); exam = self.exam()
         metrics |= {"accuracy": exam.accuracy.to_dict(), "exam_seconds": time.perf_counter() - start}
-        _write(self.dir/"exams"/f"round_{self.round:03d}.json", json.dumps(exam.rows, indent=1))
+        _write(self.dir/"exams"/f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
+    self.round = round
     self.history.append(metrics)
     self.save()
     self.call("on_round_end", metrics=metrics)
@@ -194,10 +212,10 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
 # %% ../nbs/40_trainer.ipynb #27dc9390
 @patch
 def play_base(self: SelfPlayTrainer,
-    n: int = 100, # held-out problems
+    n: int = 100, # held-out problems, the first of the exam's
 ) -> Preferences:
     "The student against the bare base on held-out problems, one answer a side, judged by the verifier; nothing is trained on it."
-    problems = self.task.problems("held-out", n)
+    problems = self.exam_problems[:n]
     columns = {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
     play = CompetitiveSelfPlay(self.student, Policy(self.base, "base"), self.task.verifier, n_samples=1,
                                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
@@ -220,14 +238,16 @@ def save(self: SelfPlayTrainer):
     save_optimizer(self.optimizer, self.dir/"adapters"/kept["student"]/"optimizer.safetensors")
     _write(self.dir/"metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history))
     _write(self.dir/"state.json", json.dumps({"round": self.round, "ledger": self.ledger.position, **kept}))
-    for old in (self.dir/"adapters").iterdir():
+    for old in (self.dir/"adapters").glob("*_round_*"):
         if old.name not in kept.values(): shutil.rmtree(old)
 
 # %% ../nbs/40_trainer.ipynb #3341a28d
 @patch
 def resume(self: SelfPlayTrainer):
     "Go on from `run_dir`, or start anew there. Raises `ValueError` if it holds a run with another configuration."
-    mine, file = dataclasses.asdict(self.config), self.dir/"config.json"
+    self.refuse_strangers()
+    prompts = self.prompts and hashlib.sha256(json.dumps(self.prompts, sort_keys=True).encode()).hexdigest()
+    mine, file = dataclasses.asdict(self.config) | {"task": self.task.name, "prompts": prompts}, self.dir/"config.json"
     if file.exists():
         theirs = json.loads(file.read_text())
         differ = [f"{k}: {theirs.get(k)!r} there, {v!r} now" for k, v in mine.items() if theirs.get(k) != v and k not in ("run_dir", "n_rounds")]
@@ -260,30 +280,45 @@ def _go_on(self: SelfPlayTrainer, state: dict):
 
 # %% ../nbs/40_trainer.ipynb #fd839ca6
 @patch
-def start_anew(self: SelfPlayTrainer):
-    "Forget the run in `run_dir`. Refuses a folder that holds something else."
-    if self.dir.exists() and not (self.dir/"config.json").exists() and any(self.dir.iterdir()):
+def refuse_strangers(self: SelfPlayTrainer):
+    "Raise `ValueError` if `run_dir` holds something that is no run."
+    if not (self.dir/"config.json").exists() and any(f.name != ".lock" for f in self.dir.glob("*")):
         raise ValueError(f"{self.dir} is not empty and holds no run of this library; it is left alone. Choose another run_dir.")
-    shutil.rmtree(self.dir, ignore_errors=True)
-
-# %% ../nbs/40_trainer.ipynb #42cdd391
-from contextlib import contextmanager
 
 @patch
+def start_anew(self: SelfPlayTrainer):
+    "Forget the run in `run_dir`. Refuses a folder that holds something else, or that another process writes."
+    if not self.dir.exists(): return
+    with self.locked():
+        self.refuse_strangers()
+        (self.dir/"state.json").unlink(missing_ok=True)  # first, so that what is left of a half-deleted run begins anew
+        for f in sorted(self.dir.iterdir(), key=lambda f: f.name == "config.json"):
+            if f.name != ".lock": shutil.rmtree(f) if f.is_dir() else f.unlink()
+
+# %% ../nbs/40_trainer.ipynb #42cdd391
+@patch
 @contextmanager
-def running(self: SelfPlayTrainer, total: int):
-    "Lock the run, resume it, and let the callbacks finish however it ends."
+def locked(self: SelfPlayTrainer):
+    "Hold the run's lock; raises `RuntimeError` if another process does."
     self.dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(self.dir/".lock")
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"{self.dir} is being written by another process. Wait for it, or choose another run_dir.") from None
-    try:
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/40_trainer.ipynb #77fbfb21
+@patch
+@contextmanager
+def running(self: SelfPlayTrainer, total: int):
+    "Lock the run, resume it, and let the callbacks finish however it ends."
+    with self.locked():
         self.resume()
+        self.interrupted = False
         self.call("on_train_begin", total=total)
         try: yield
-        except KeyboardInterrupt: self.call("on_interrupt")
+        except KeyboardInterrupt: self.interrupted = True; self.call("on_interrupt")
         finally: self.call("on_train_end")
-    finally: lock.release()
 
 # %% ../nbs/40_trainer.ipynb #cd25fb94
 class Progress:

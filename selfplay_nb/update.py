@@ -12,8 +12,9 @@ import random
 import tempfile
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/11_update.ipynb #35170c74
@@ -25,6 +26,7 @@ from transformers.utils import logging as hf_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
+from .pairs import validate_pairs
 from .policy import Base, Policy
 from .reward import text_of
 
@@ -94,12 +96,13 @@ class UpdateResult:
     n_rows: int
     seconds: float
     optimizer: dict # AdamW's moments, for the next update
+    dropped: Counter = field(default_factory=Counter) # rows that were not trained on, by reason
 
     @property
     def losses(self) -> list[float]: return [h["loss"] for h in self.history if "loss" in h]
     def __repr__(self):
-        l = self.losses
-        return f"UpdateResult({self.n_rows} rows, {len(l)} steps, loss {l[0]:.3f} → {l[-1]:.3f}, {self.seconds:.1f} s)"
+        l, dropped = self.losses, f"; dropped {dict(self.dropped)}" if self.dropped else ""
+        return f"UpdateResult({self.n_rows} rows, {len(l)} steps, loss {l[0]:.3f} → {l[-1]:.3f}, {self.seconds:.1f} s{dropped})"
 
 # %% ../nbs/11_update.ipynb #5d9ad44a
 MOMENTS = "step", "exp_avg", "exp_avg_sq"
@@ -128,14 +131,15 @@ def load_optimizer(path: str | Path) -> dict | None:
     return load_file(path) if Path(path).exists() else None
 
 # %% ../nbs/11_update.ipynb #40371a2b
-def _train(policy: Policy, trainer_class, config_class, rows: list[dict], settings: dict, optimizer=None, after_init=lambda t: None) -> UpdateResult:
+def _train(policy: Policy, trainer_class, config_class, rows, settings, optimizer, dropped, after_init=lambda t: None) -> UpdateResult:
     if policy.frozen: raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
-    if not rows: raise ValueError("nothing to train on: expected at least one row.")
+    if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
     base, start = policy.base, time.perf_counter()
     with _quietly(), _logits_of_completions_only(), _same_random_state(), tempfile.TemporaryDirectory() as out:
         args = config_class(output_dir=out, **_machine(base), **(COMMON | settings))
+        if args.n_gpu > 1: args._n_gpu = 1  # one base on one device, however many there are
         with _nothing_left_behind(base):
-            base.add_adapter("default", base.peft.peft_config[policy.name])
+            base.add_adapter("default", base.peft.peft_config[policy.name], scratch=True)
             base.peft.set_adapter("default")
             trainer = trainer_class(base.peft, args=args, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
             for callback in "PrinterCallback", "ProgressCallback", "NotebookProgressCallback":
@@ -144,16 +148,16 @@ def _train(policy: Policy, trainer_class, config_class, rows: list[dict], settin
             _load_scratch(policy)
             if optimizer: trainer.create_optimizer(); _set_moments(trainer.optimizer, optimizer)
             trainer.train()
-            _check_finite(trainer)
             trained = Policy.resident(base, "default").state()
+            _check_finite(trainer.state.log_history, trained)
     policy.load_state(trained)
-    return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer))
+    return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
 
 # %% ../nbs/11_update.ipynb #efff5a65
-def _check_finite(trainer):
-    bad = [h for h in trainer.state.log_history if not math.isfinite(h.get("loss", 0.)) or not math.isfinite(h.get("grad_norm", 0.))]
-    if bad: raise FloatingPointError(f"the update diverged at step {bad[0].get('step')} (loss {bad[0].get('loss')}, gradient norm "
-                                     f"{bad[0].get('grad_norm')}); the policy is unchanged. Lower the learning rate.")
+def _check_finite(history, weights):
+    losses = [h["loss"] for h in history if "loss" in h]
+    if not all(map(math.isfinite, losses)) or not all(w.isfinite().all() for w in weights.values()):
+        raise FloatingPointError(f"the update diverged (losses {[round(x, 3) for x in losses][-5:]}); the policy is unchanged. Lower the learning rate.")
 
 # %% ../nbs/11_update.ipynb #7b44d674
 COMMON = dict(report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, log_level="error", gradient_checkpointing=False,
@@ -167,6 +171,9 @@ def _machine(base: Base) -> dict:
 def _pair_tokens(base: Base, pair: dict) -> dict:
     ids = lambda which: base.completion_ids(text_of(pair[which]), finished=not pair.get(f"{which}_truncated", False))
     return {"prompt_ids": base.encode(pair["prompt"]), "chosen_ids": ids("chosen"), "rejected_ids": ids("rejected")}
+
+# %% ../nbs/11_update.ipynb #c2c4dbd2
+def _length_on(base: Base): return lambda prompt, completion: len(base.encode(prompt)) + len(base.completion_ids(completion))
 
 # %% ../nbs/11_update.ipynb #435d166a
 def reference_logprobs(
@@ -195,13 +202,15 @@ def dpo(
 ) -> UpdateResult:
     """Train `policy` on preference `pairs` against `reference`. Only the policy's adapter changes, and only if all went well.
 
-    Raises `ValueError` for a frozen policy, no pairs, or a reference on another base, `FloatingPointError` if training diverged."""
+    Empty, identical, non-finite, truncated and over-long pairs are dropped and counted in the result.
+    Raises `ValueError` for a frozen policy, no good pairs, or a reference on another base, `FloatingPointError` if training diverged."""
     if reference.base is not policy.base: raise ValueError("policy and reference are on different bases: expected adapters of one Base.")
     if reference.name != "base" and reference.name not in policy.base.adapters:
         raise ValueError(f"unknown adapter {reference.name!r}; resident: {policy.base.adapters}.")
+    pairs, dropped = validate_pairs(pairs, _length_on(policy.base), policy.base.context_length)
     rows = reference_logprobs(reference, [_pair_tokens(policy.base, p) for p in pairs]) if pairs else []
     def use_columns(trainer): trainer.precompute_ref_logps = True
-    return _train(policy, _Tokenized, DPOConfig, rows, DPO | settings, optimizer, use_columns)
+    return _train(policy, _Tokenized, DPOConfig, rows, DPO | settings, optimizer, dropped, use_columns)
 
 # %% ../nbs/11_update.ipynb #eebd03ab
 SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16)
@@ -212,8 +221,12 @@ def sft(
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
     **settings,        # any field of TRL's `SFTConfig`, over the defaults in `SFT`
 ) -> UpdateResult:
-    "Train `policy` to give the completions. Raises as `dpo` does."
-    def tokens(row):
+    "Train `policy` to give the completions; empty and over-long ones are dropped and counted. Raises as `dpo` does."
+    tokens, dropped = [], Counter()
+    for i, row in enumerate(rows):
+        if not {"prompt", "completion"} <= set(row): raise ValueError(f"row {i} has {sorted(row)}: expected 'prompt' and 'completion'.")
         prompt, answer = policy.base.encode(row["prompt"]), policy.base.completion_ids(text_of(row["completion"]))
-        return {"input_ids": prompt + answer, "completion_mask": [0]*len(prompt) + [1]*len(answer)}
-    return _train(policy, SFTTrainer, SFTConfig, [tokens(r) for r in rows], SFT | settings, optimizer)
+        fault = "empty" if not text_of(row["completion"]).strip() else "over-long" if len(prompt + answer) > policy.base.context_length else None
+        if fault: dropped[fault] += 1
+        else: tokens.append({"input_ids": prompt + answer, "completion_mask": [0]*len(prompt) + [1]*len(answer)})
+    return _train(policy, SFTTrainer, SFTConfig, tokens, SFT | settings, optimizer, dropped)

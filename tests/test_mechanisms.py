@@ -68,7 +68,7 @@ def test_every_fault_is_dropped_and_counted():
 
 def test_ledger_survives_a_torn_line_at_every_byte(tmp_path):
     ledger = Ledger(tmp_path/"a.jsonl")
-    ledger.append([PAIR, PAIR | {"chosen": "vier – 四"}])
+    ledger.append([PAIR, PAIR | {"chosen": "vier – 四\u2028\u0085\n"}])
     whole = ledger.path.read_bytes()
     first = whole.index(b"\n") + 1
     for cut in range(len(whole)):
@@ -108,6 +108,7 @@ def test_win_rate_interval_counts_prompts_not_games():
     eight_equal_games = win_rate([[1.]*8]*20 + [[0.]*8]*12)
     assert eight_equal_games.value == one_game.value == 20/32
     assert eight_equal_games.interval == pytest.approx(one_game.interval, abs=.01)
+    assert win_rate([[1.]*64]*32).interval == wilson(32, 32) and win_rate([[1.]*64]).interval[0] < .3
     assert win_rate([[.5]*4]*3).value == .5 and win_rate([]).interval == (0, 1)
     assert repr(Rate(1, 2)).startswith("50.0 % [")
 

@@ -115,6 +115,22 @@ def test_a_diverged_update_leaves_the_policy_as_it_was(policy):
     assert policy.base.adapters == ["student", "reference"] and policy.generate("a", max_new_tokens=2) is not None
 
 
+def test_bad_rows_never_reach_the_optimizer(policy):
+    bad = [PAIRS[0] | {"rejected": "yes"}, PAIRS[0] | {"chosen": ""}, PAIRS[0] | {"rejected": "n"*300}, PAIRS[0] | {"margin": float("nan")}]
+    result = dpo(policy, PAIRS + bad, policy.snapshot("ref0"))
+    assert result.n_rows == len(PAIRS) and result.dropped == {"identical": 1, "empty": 1, "over-long": 1, "non-finite": 1}
+    result = sft(policy, [dict(prompt="a", completion=c) for c in ("yes", " ", "y"*300)])
+    assert result.n_rows == 1 and result.dropped == {"empty": 1, "over-long": 1}
+
+
+def test_the_end_token_is_the_chat_templates(tiny):
+    assert tiny.end_id == tiny.tokenizer.eos_token_id
+    tiny.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}~{% endfor %}"
+    tiny.model.generation_config.eos_token_id = [2, tiny.tokenizer.convert_tokens_to_ids("~")]
+    assert tiny.tokenizer.decode(tiny.completion_ids("a")) == "a~"
+    tiny.tokenizer.chat_template = None
+
+
 def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     from selfplay_nb.update import _pair_tokens
     eos = policy.base.tokenizer.eos_token_id
@@ -134,6 +150,8 @@ def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     (lambda p: p.logprobs(["a", "b"], ["c"]), ValueError, "2 prompts but 1 completions"),
     (lambda p: p.snapshot("student"), ValueError, "'student' is taken"),
     (lambda p: p.snapshot("base"), ValueError, "'base' is taken"),
+    (lambda p: p.snapshot("ref"), ValueError, "'ref' is taken.*TRL"),
+    (lambda p: Policy(p.base, "default"), ValueError, "'default' is taken.*TRL"),
     (lambda p: p.snapshot("a.b"), ValueError, "letters, digits"),
     (lambda p: p.snapshot("mlp"), ValueError, "part of the model"),
     (lambda p: Policy.resident(p.base, "nobody"), ValueError, "unknown adapter 'nobody'; resident.*student"),
@@ -141,7 +159,10 @@ def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     (lambda p: dpo(p, [], p.snapshot("ref0")), ValueError, "nothing to train on"),
     (lambda p: dpo(p.snapshot("ref0"), PAIRS, p), ValueError, "frozen"),
     (lambda p: dpo(Policy(p.base, "base"), PAIRS, p), ValueError, "frozen"),
+    (lambda p: dpo(p, [PAIRS[0] | {"chosen": " "}], p.snapshot("ref0")), ValueError, "nothing to train on.*'empty': 1"),
+    (lambda p: dpo(p, [dict(prompt="a", chosen="b")], p.snapshot("ref0")), ValueError, "pair 0 lacks"),
     (lambda p: sft(p, []), ValueError, "nothing to train on"),
+    (lambda p: sft(p, [dict(prompt="a")]), ValueError, "row 0 has .*expected 'prompt' and 'completion'"),
 ])
 def test_bad_input_is_named(policy, call, error, says):
     with pytest.raises(error, match=says):

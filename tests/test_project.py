@@ -55,13 +55,14 @@ FLOORS = [{"model", "reward", "ratings"}, {"policy", "pairs"}, {"update", "tasks
 
 def imports(module):
     for node in ast.walk(ast.parse((ROOT/"selfplay_nb"/f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfplay_nb."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield node.module
 
 
 def test_floors():
     modules = {f.stem for f in (ROOT/"selfplay_nb").glob("*.py")} - {"__init__", "_modidx"}
     assert modules == set().union(*FLOORS)
+    assert set(imports("trainer")) >= {"policy", "update"}
     for i, floor in enumerate(FLOORS):
         for module in floor:
             assert set(imports(module)) <= set().union(*FLOORS[:i]), module
