@@ -76,7 +76,7 @@ def answers_of(
 
 # %% ../nbs/20_competitive.ipynb #5cb99330
 class CompetitiveSelfPlay:
-    "The current policy against a reference on the same prompts (after SPIN, [Chen et al., 2024](https://arxiv.org/abs/2401.01335))."
+    "The current policy against a reference on the same prompts, as SPIN's players (Chen et al., 2024, arXiv 2401.01335) but with a reward as judge."
     def __init__(self,
         policy,               # the current policy: anything with `generate`
         reference_policy,     # its opponent, usually a snapshot

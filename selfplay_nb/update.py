@@ -102,7 +102,8 @@ class UpdateResult:
     def losses(self) -> list[float]: return [h["loss"] for h in self.history if "loss" in h]
     def __repr__(self):
         l, dropped = self.losses, f"; dropped {dict(self.dropped)}" if self.dropped else ""
-        return f"UpdateResult({self.n_rows} rows, {len(l)} steps, loss {l[0]:.3f} → {l[-1]:.3f}, {self.seconds:.1f} s{dropped})"
+        change = f" → {l[-1]:.3f}" if len(l) > 1 else ""
+        return f"UpdateResult({self.n_rows} rows, {len(l)} steps, loss {l[0]:.3f}{change}, {self.seconds:.1f} s{dropped})"
 
 # %% ../nbs/11_update.ipynb #5d9ad44a
 MOMENTS = "step", "exp_avg", "exp_avg_sq"

@@ -1,4 +1,4 @@
-"The machinery of bases, policies and updates, on a random model of some ten thousand parameters."
+"The machinery of bases, policies and updates, on a random model of some sixty thousand parameters."
 import gc
 import json
 

@@ -76,6 +76,7 @@ def test_mechanisms_need_no_torch(module):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(notebook):
-    code = f"from nbdev.test import test_nb as run; import sys; sys.exit(not run({str(notebook)!r}, skip_flags=['notest', 'gpu', 'slow'])[0])"
+    code = ("import sys; from pathlib import Path; from nbdev.test import test_nb as run; "
+            f"sys.exit(not run(Path({str(notebook)!r}), skip_flags=['notest', 'gpu', 'slow'])[0])")
     r = subprocess.run([sys.executable, "-c", code], cwd=notebook.parent, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-4000:]
