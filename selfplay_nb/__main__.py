@@ -7,6 +7,7 @@ __all__ = ['train', 'learning', 'main']
 
 # %% ../nbs/50_cli.ipynb #a8bacdf4
 import argparse
+import ctypes
 import dataclasses
 import json
 import sys
@@ -52,6 +53,13 @@ def learning(
             Path(out).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/50_cli.ipynb #9f4ff02a
+def _keep_freed_memory():
+    "Where the C library is glibc: no mapping of its own for large blocks, and no trimming."
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"): return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0); ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31-1)
+
+# %% ../nbs/50_cli.ipynb #7d13fa11
 def main(argv=None):
     "The entry point of `python -m selfplay_nb`."
     parser = argparse.ArgumentParser("selfplay_nb", description="Self-play for language models")
@@ -63,6 +71,7 @@ def main(argv=None):
     p.add_argument("--out", default="runs/learning/learning.jsonl")
     p.set_defaults(do=lambda a: learning(a.seeds, a.folder, a.out))
     args = parser.parse_args(argv)
+    _keep_freed_memory()
     try: args.do(args)
     except (ValueError, RuntimeError, FloatingPointError) as e: sys.exit(f"selfplay_nb: {e}")
 

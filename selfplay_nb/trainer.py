@@ -166,17 +166,17 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
     c = self.config
     self.call("on_stage", stage="training")
     if not preferences: return None
-    result = dpo(self.student, preferences, self.reference, optimizer=self.optimizer, learning_rate=c.learning_rate, beta=c.beta,
-                 loss_weights=[1., c.sft_weight], seed=c.seed + self.round)
+    equal = self.round % c.renew_every == 0  # at the start of this round the student was the reference
+    result = dpo(self.student, preferences, self.reference, optimizer=self.optimizer, sampled_by_reference=equal, learning_rate=c.learning_rate,
+                 beta=c.beta, loss_weights=[1., c.sft_weight], seed=c.seed + self.round)
     self.optimizer = result.optimizer
     return result
 
 # %% ../nbs/40_trainer.ipynb #f7f5cd96
 @patch
 def renew_reference(self: SelfPlayTrainer):
-    "The reference becomes a snapshot of the student as it is now."
-    self.reference.delete()
-    self.reference = self.student.snapshot("reference")
+    "The reference becomes what the student is now."
+    self.reference.load_state(self.student.state())
 
 # %% ../nbs/40_trainer.ipynb #4682480a
 @patch
@@ -357,8 +357,8 @@ def round_line(m: dict) -> str:
     "A round's metrics on a line."
     exam = f"held-out {_rate(m['accuracy'])}" if "accuracy" in m else ""
     if "win_rate" not in m: return f"start    {exam}"
-    return (f"round {m['round']:2}  {m['pairs']:3} pairs  reward {m['reward']:.2f}  win rate {_rate(m['win_rate'])}  "
-            f"{m['tokens_per_second']:4.0f} tok/s  {m['seconds']:3.0f} s  {exam}")
+    return (f"round {m['round']:2} {m['pairs']:4} pairs  reward {m['reward']:.2f}  win rate{_rate(m['win_rate'])} "
+            f"{m['tokens_per_second']:4.0f} tok/s {m['seconds']:3.0f} s  {exam}".rstrip())
 
 # %% ../nbs/40_trainer.ipynb #4ab1d4e7
 def plot_metrics(

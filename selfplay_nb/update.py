@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
-from .policy import Base, Policy
+from .policy import Base, Policy, _can_share, lay_out, pack, sources
 from .reward import text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
@@ -170,11 +171,16 @@ def _machine(base: Base) -> dict:
 
 # %% ../nbs/11_update.ipynb #bc6ba3fe
 def _pair_tokens(base: Base, pair: dict) -> dict:
-    ids = lambda which: base.completion_ids(text_of(pair[which]), finished=not pair.get(f"{which}_truncated", False))
+    def ids(which): return pair.get(f"{which}_ids") or base.completion_ids(text_of(pair[which]), finished=not pair.get(f"{which}_truncated", False))
     return {"prompt_ids": base.encode(pair["prompt"]), "chosen_ids": ids("chosen"), "rejected_ids": ids("rejected")}
 
 # %% ../nbs/11_update.ipynb #c2c4dbd2
 def _length_on(base: Base): return lambda prompt, completion: len(base.encode(prompt)) + len(base.completion_ids(completion))
+
+# %% ../nbs/11_update.ipynb #4b5c3a47
+def _known(pair, k):
+    if k not in pair: raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; it has {sorted(pair)}.")
+    return pair[k]
 
 # %% ../nbs/11_update.ipynb #435d166a
 def reference_logprobs(
@@ -187,9 +193,47 @@ def reference_logprobs(
     return [r | {"ref_chosen_logps": c, "ref_rejected_logps": j} for r, c, j in zip(rows, lp, lp[len(rows):])]
 
 # %% ../nbs/11_update.ipynb #6b1a9c12
+@contextmanager
+def _prompts_once(model, completion_mask):
+    backbone = model.base_model; original, mine = backbone.forward, "forward" in vars(backbone)
+    def forward(input_ids, attention_mask, **kwargs):
+        begin, end = completion_mask.argmax(1).tolist(), attention_mask.sum(1).tolist()
+        ids = input_ids.tolist()
+        answers = [row[b:e] for row, b, e in zip(ids, begin, end)]
+        rows, place = lay_out([row[:b] for row, b in zip(ids, begin)], answers)
+        hidden = original(**pack(rows, 0, input_ids.device), **kwargs).last_hidden_state
+        at = [(i, b-1+k, row, c) for i, (b, (row, columns)) in enumerate(zip(begin, sources(rows, place, list(map(len, answers)))))
+              for k, c in enumerate(columns)]
+        i, k, row, c = torch.tensor(at, device=hidden.device).T
+        width = hidden.shape[1]; flat = row*width + c % width
+        states = hidden.flatten(0, 1).index_select(0, flat)  # not hidden[row, c], whose gradient adds up in any order on several threads
+        out = hidden.new_zeros(*input_ids.shape, hidden.shape[-1]).index_put((i, k), states)
+        return BaseModelOutputWithPast(last_hidden_state=out)
+    backbone.forward = forward
+    try: yield
+    finally:
+        if mine: backbone.forward = original
+        else: del backbone.forward
+
+# %% ../nbs/11_update.ipynb #7bdcfa9c
+class _ByPrompt(torch.utils.data.Sampler):
+    def __init__(self, prompts, seed):
+        self.groups, self.rng = {}, random.Random(seed)
+        for i, p in enumerate(prompts): self.groups.setdefault(tuple(p), []).append(i)
+    def __len__(self): return sum(map(len, self.groups.values()))
+    def __iter__(self):
+        groups = list(self.groups.values()); self.rng.shuffle(groups)
+        return (i for g in groups for i in g)
+
+# %% ../nbs/11_update.ipynb #c5121a9d
 class _Tokenized(DPOTrainer):
     "TRL's trainer on rows that are tokenized and have reference columns."
     def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
+    def _compute_loss(self, model, inputs, return_outputs):
+        core = self.model.get_base_model()
+        with _prompts_once(core, inputs["completion_mask"]) if _can_share(core.config) else nullcontext():
+            return super()._compute_loss(model, inputs, return_outputs)
+    def _get_train_sampler(self, train_dataset=None): return _ByPrompt(self.train_dataset["prompt_ids"], self.args.seed)
 
 # %% ../nbs/11_update.ipynb #e7829ca6
 DPO = dict(learning_rate=4e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2])
@@ -199,6 +243,7 @@ def dpo(
     pairs: list[dict],  # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
     reference: Policy,  # a snapshot on the same base, or the base itself
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
+    sampled_by_reference: bool = False, # are the pairs' `chosen_logps` and `rejected_logps` those of `reference`? Then they are not computed again
     **settings,         # any field of TRL's `DPOConfig`, over the defaults in `DPO`
 ) -> UpdateResult:
     """Train `policy` on preference `pairs` against `reference`. Only the policy's adapter changes, and only if all went well.
@@ -209,7 +254,9 @@ def dpo(
     if reference.name != "base" and reference.name not in policy.base.adapters:
         raise ValueError(f"unknown adapter {reference.name!r}; resident: {policy.base.adapters}.")
     pairs, dropped = validate_pairs(pairs, _length_on(policy.base), policy.base.context_length)
-    rows = reference_logprobs(reference, [_pair_tokens(policy.base, p) for p in pairs]) if pairs else []
+    rows = [_pair_tokens(policy.base, p) for p in pairs]
+    if sampled_by_reference: rows = [r | {f"ref_{k}": _known(p, k) for k in ("chosen_logps", "rejected_logps")} for r, p in zip(rows, pairs)]
+    elif rows: rows = reference_logprobs(reference, rows)
     def use_columns(trainer): trainer.precompute_ref_logps = True
     return _train(policy, _Tokenized, DPOConfig, rows, DPO | settings, optimizer, dropped, use_columns)
 

@@ -9,7 +9,7 @@ import pytest
 
 from selfplay_nb.competitive import CompetitiveSelfPlay
 from selfplay_nb.pairs import Ledger, validate_pairs
-from selfplay_nb.ratings import Rate, wilson, win_rate
+from selfplay_nb.rates import Rate, wilson, win_rate
 from selfplay_nb.reward import WeightedReward, as_reward, coin_flip, exact_number, finished, format_reward, last_number, near_number, score
 from selfplay_nb.tasks import LEVELS, ArithmeticTask
 
@@ -125,6 +125,19 @@ def test_splits_are_disjoint_seeded_and_right(level):
     assert train == task.problems("train", n, 1) and (n < 50 or train != task.problems("train", n, 2))
     for p in train:
         assert eval(p["prompt"][-1]["content"].rstrip("=")) == p["answer"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_solved_examples_are_shown_and_never_asked(level):
+    task, bare = ArithmeticTask(level, shots=2), ArithmeticTask(level)
+    asked = [p for seed in range(30) for split in ("train", "held-out") for p in task.problems(split, 6, seed)]
+    system, *shown, question = asked[0]["prompt"]
+    assert [m["role"] for m in shown] == ["user", "assistant"]*2
+    for q, a in zip(shown[::2], shown[1::2]): assert eval(q["content"].rstrip("=")) == int(a["content"])
+    numbers = lambda text: sorted(text.split()[0:3:2])
+    assert not {tuple(numbers(q["content"])) for q in shown[::2]} & {tuple(numbers(p["prompt"][-1]["content"])) for p in asked}
+    assert len(bare.problems("train", 1)[0]["prompt"]) == 2
+    with pytest.raises(ValueError, match="shots is 3"): ArithmeticTask(level, shots=3)
 
 
 def test_task_errors():

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+import selfplay_nb.policy as policy_module
+import selfplay_nb.update as update_module
 from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.policy import Base, Policy
+from selfplay_nb.policy import Base, Policy, lay_out, sources
 from selfplay_nb.update import dpo, sft
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
@@ -136,6 +138,75 @@ def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     eos = policy.base.tokenizer.eos_token_id
     row = _pair_tokens(policy.base, PAIRS[0] | {"rejected_truncated": True})
     assert row["chosen_ids"][-1] == eos and eos not in row["rejected_ids"]
+
+
+# a prompt is computed once
+
+ANSWERS = ("yes", "no"), ("yes", "never"), ("indeed so", "no")
+SHARED = [dict(prompt=p, chosen=c, rejected=r) for p in ("short", "a somewhat longer prompt") for c, r in ANSWERS]
+
+
+def test_layout_covers_every_answer_and_respects_the_limit():
+    prompts, answers = [[1]*20, [2]*5, [1]*20]*40, [[7 + i % 50]*(1 + i % 9) for i in range(120)]
+    for share in True, False:
+        rows, place = lay_out(prompts, answers, share, limit=64)
+        assert len(rows) < 60 if share else len(rows) == 120
+        for prompt, answer, (row, start), (_, columns) in zip(prompts, answers, place, sources(rows, place, list(map(len, answers)))):
+            assert rows[row][0] == prompt and sum(map(len, rows[row][1])) <= 64
+            tokens = list(prompt) + [t for a in rows[row][1] for t in a]
+            assert tokens[len(prompt)+start:][:len(answer)] == answer
+            assert len(columns) == len(answer) and tokens[columns[0]] == prompt[-1] and [tokens[c] for c in columns[1:]] == answer[:-1]
+
+
+def test_sharing_changes_no_logprob(policy, monkeypatch):
+    prompts, answers = [p["prompt"] for p in SHARED]*2, [p["chosen"] for p in SHARED] + [p["rejected"] for p in SHARED]
+    shared = policy.logprobs(prompts, answers)
+    monkeypatch.setattr(policy_module, "_can_share", lambda config: False)
+    assert torch.allclose(shared, policy.logprobs(prompts, answers), atol=1e-5)
+    alone = torch.stack([policy.logprobs([p], [a])[0] for p, a in zip(prompts, answers)])
+    assert torch.allclose(shared, alone, atol=1e-5)
+
+
+def test_sharing_changes_no_update(policy, monkeypatch):
+    reference, start = policy.snapshot("ref0"), policy.state()
+    def run():
+        policy.load_state(start)
+        return dpo(policy, SHARED, reference, per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3), policy.state()
+    shared, weights = run()
+    monkeypatch.setattr(update_module, "_can_share", lambda config: False)
+    plain, plain_weights = run()
+    assert shared.losses == pytest.approx(plain.losses, abs=1e-5) and len(set(shared.losses)) > 2
+    norms = [[h["grad_norm"] for h in r.history if "grad_norm" in h] for r in (shared, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert all(torch.allclose(weights[k], plain_weights[k], atol=1e-5) for k in weights)
+
+
+def test_logprobs_from_sampling_stand_for_a_forward_pass(policy):
+    reference, start = policy.snapshot("ref0"), policy.state()
+    known = lambda k: reference.logprobs([p["prompt"] for p in SHARED], [p[k] for p in SHARED]).tolist()
+    pairs = [p | dict(chosen_logps=c, rejected_logps=r) for p, c, r in zip(SHARED, known("chosen"), known("rejected"))]
+    computed = dpo(policy, pairs, reference).losses
+    policy.load_state(start)
+    assert dpo(policy, pairs, reference, sampled_by_reference=True).losses == pytest.approx(computed, abs=1e-6)
+    policy.load_state(start)
+    shifted = [p | dict(chosen_logps=p["chosen_logps"] + 5) for p in pairs]
+    assert dpo(policy, shifted, reference, sampled_by_reference=True).losses[0] > computed[0] + .1  # they are what is used
+    with pytest.raises(ValueError, match="no 'chosen_logps'"): dpo(policy, SHARED, reference, sampled_by_reference=True)
+
+
+def test_sampled_tokens_are_trained_as_they_were(policy):
+    ids = policy.base.tokenizer("y")["input_ids"]*3
+    row = update_module._pair_tokens(policy.base, dict(prompt="a", chosen="yyy", rejected="n", chosen_ids=ids))
+    assert row["chosen_ids"] == ids and row["rejected_ids"][-1] == policy.base.end_id
+
+
+def test_pairs_of_a_prompt_meet_in_a_batch():
+    sampler = update_module._ByPrompt([[1], [2], [1], [3], [2], [1]], seed=0)
+    epochs = [list(sampler) for _ in range(20)]
+    for order in epochs:
+        assert sorted(order) == list(range(6))
+        for group in (0, 2, 5), (1, 4): assert max(map(order.index, group)) - min(map(order.index, group)) == len(group) - 1
+    assert len({tuple(e) for e in epochs}) > 1
 
 
 @pytest.mark.parametrize("call, error, says", [
