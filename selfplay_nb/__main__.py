@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from .trainer import SelfPlayConfig, SelfPlayTrainer, summary
+from .evaluation import compare
+from .trainer import SelfPlayConfig, SelfPlayTrainer, load_exam, summary
 
 # %% ../nbs/50_cli.ipynb #784a8157
 def _add_config(parser):
@@ -48,7 +49,9 @@ def learning(
             history = trainer.train(); base = trainer.base
             if trainer.interrupted: raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
+            change = compare(load_exam(c.run_dir, 0), load_exam(c.run_dir, history[-1]["round"]))
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
+            rows[-1] |= {"gained": change.gained, "lost": change.lost}
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             Path(out).write_text("".join(json.dumps(r) + "\n" for r in rows))
 

@@ -20,7 +20,8 @@ from .pairs import Ledger
 from .rates import Agreement, Rate
 from .rates import agreement as agree
 from .rates import win_rate as pooled
-from .reward import last_number, text_of
+from .players import prompt_text, text_of
+from .reward import last_number
 
 # %% ../nbs/24_human.ipynb #24ca5785
 def _sides(n: int, seed: int, rater: str) -> str:
@@ -32,27 +33,15 @@ def _sides(n: int, seed: int, rater: str) -> str:
 # %% ../nbs/24_human.ipynb #e38a74e2
 VERDICTS = "left", "right", "tie", "skip"
 
-def _prompt(prompt) -> str: return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
 def _texts(items: list[dict]) -> list[dict]:
     "What of each item may be seen; raises `ValueError` naming the item that is none."
     if not items: raise ValueError("no items: expected a non-empty list of dicts with 'prompt', 'a' and 'b'.")
     for i, item in enumerate(items):
         if not isinstance(item, dict) or not all(isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b")):
             raise ValueError(f"item {i} is {str(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or a list of messages.")
-    return [dict(prompt=_prompt(x["prompt"]), a=text_of(x["a"]), b=text_of(x["b"])) for x in items]
+    return [dict(prompt=prompt_text(x["prompt"]), a=text_of(x["a"]), b=text_of(x["b"])) for x in items]
 
 # %% ../nbs/24_human.ipynb #279eac48
-class _Lines(Ledger):
-    def rows(self) -> list[dict]:
-        out = []
-        for i, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-            try: row = json.loads(line.decode()); assert isinstance(row, dict)
-            except (ValueError, AssertionError): raise ValueError(f"{self.path}, line {i} is damaged: {line[:60]!r} is not a JSON object.") from None
-            out.append(row)
-        return out
-
-# %% ../nbs/24_human.ipynb #a15881e6
 class HumanRatings:
     "A blind A/B session of one rater. The sides are hidden and shuffled, every click is on disk before the next item is shown."
     def __init__(self,
@@ -67,7 +56,7 @@ class HumanRatings:
         self.head = dict(items=hashlib.sha256(json.dumps(self._shown).encode()).hexdigest()[:16], n=len(self.items), seed=seed, rater=rater)
         start = Path(path).read_bytes()[:10] if Path(path).exists() else b""  # a ledger cuts off a torn line: not in anybody else's file
         if not b'{"items": '.startswith(start): raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
-        self.log = _Lines(path)
+        self.log = Ledger(path, fields=())
         if not self.log.rows(): self.log.append([self.head])
         self.given()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'RUBRIC', 'TEMPLATE', 'CANARIES', 'Verdicts', 'Judge', 'RewardJudge', 'RuleJudge', 'fence_mark',
-           'escape_special', 'clip', 'fields_of', 'prompt_text', 'ModelJudge', 'ModelVerdicts', 'correlation',
-           'without_length', 'Check', 'Panel', 'as_labels', 'PanelVerdicts']
+           'escape_special', 'clip', 'fields_of', 'ModelJudge', 'ModelVerdicts', 'correlation', 'without_length',
+           'Check', 'Panel', 'as_labels', 'PanelVerdicts']
 
 # %% ../nbs/12_judge.ipynb #2f0fafb2
 import hashlib
@@ -18,7 +18,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .rates import Rate, agreement
-from .reward import score, text_of
+from .players import prompt_text, text_of
+from .reward import score
 
 # %% ../nbs/12_judge.ipynb #b1bae768
 class Verdicts(list):
@@ -123,11 +124,6 @@ Which answer is better by the rubric? Reply with one letter, A or B."""
 def fields_of(template: str) -> set[str]:
     "Names of a template's fields."
     return {f for _, f, _, _ in Formatter().parse(template) if f}
-
-# %% ../nbs/12_judge.ipynb #a4fc6d8e
-def prompt_text(prompt) -> str:
-    "A prompt as one text: a string, or messages with their roles."
-    return prompt if isinstance(prompt, str) else prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 # %% ../nbs/12_judge.ipynb #6e698bdb
 class ModelJudge(Judge):

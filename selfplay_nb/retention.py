@@ -316,23 +316,6 @@ def _need_lm_eval():
     try: import lm_eval  # noqa: F401
     except ImportError as e: raise ImportError("lm-eval is not installed; it is an extra: pip install 'selfplay_nb[eval]'.") from e
 
-def _continuations(policy, contexts, answers, batch_size=16):
-    "Log-probability of each of the token lists `answers` after the token lists `contexts`, and whether it is what greedy decoding gives."
-    import torch
-    from selfplay_nb.policy import pack
-    base, out = policy.base, [None]*len(answers)
-    order = sorted(range(len(answers)), key=lambda i: -len(contexts[i]) - len(answers[i]))
-    while order:
-        size = max(1, min(batch_size, base.max_batch_tokens//4 // (len(contexts[order[0]]) + len(answers[order[0]]))))
-        batch, order = order[:size], order[size:]
-        with base.running(policy.name) as model:
-            inputs = pack([(contexts[i], {tuple(answers[i]): 0}) for i in batch], base.tokenizer.pad_token_id, base.device, share=False)
-            logits = model(**inputs, logits_to_keep=1 + max(len(answers[i]) for i in batch), use_cache=False).logits
-        for row, i in zip(logits, batch):
-            lp, tokens = row[-len(answers[i])-1:-1].float().log_softmax(-1), torch.tensor(answers[i], device=row.device)
-            out[i] = float(lp.gather(-1, tokens[:, None]).sum()), bool((lp.argmax(-1) == tokens).all())
-    return out
-
 # %% ../nbs/23_retention.ipynb #d7e7b305
 def lm_eval_model(
     policy,                  # a `Policy`
@@ -345,15 +328,17 @@ def lm_eval_model(
     base = policy.base; tok, limit = base.tokenizer, min(max_length, base.context_length)
     prefix = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
+    def score(contexts, answers): return [(float(lp.sum()), bool(greedy.all())) for lp, greedy in base._score(policy.name, contexts, answers)]
+
     class PolicyLM(TemplateLM):
         tokenizer, eot_token_id, prefix_token_id = tok, tok.eos_token_id, prefix
         def tok_encode(self, string, add_special_tokens=None, **kwargs): return tok(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return _continuations(policy, [(c or [prefix])[-max(1, limit - len(a)):] for _, c, a in requests], [a for *_, a in requests])
+            return score([(c or [prefix])[-max(1, limit - len(a)):] for _, c, a in requests], [a for *_, a in requests])
         def loglikelihood_rolling(self, requests, **kwargs):
             def total(text):
                 windows = [make_disjoint_window(w) for w in get_rolling_token_windows(self.tok_encode(text), prefix, limit - 1, 1)]
-                return sum(lp for lp, _ in _continuations(policy, *zip(*windows))) if windows else 0.
+                return sum(lp for lp, _ in score(*zip(*windows))) if windows else 0.
             return [total(r.args[0]) for r in requests]
         def generate_until(self, requests, **kwargs):
             groups, out = {}, [None]*len(requests)

@@ -25,9 +25,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
 from .pairs import validate_pairs
-from .policy import Base, Policy, _batches
+from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
-from .reward import text_of
+from .players import text_of
 from .update import COMMON, UpdateResult, _length_on, _machine, _pair_tokens, _quietly, _same_random_state
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
@@ -41,9 +41,11 @@ class _Scorer(PreTrainedModel):
         self.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=core.device)
         torch.nn.init.zeros_(self.score.weight)
     def forward(self, input_ids, attention_mask, use_cache=False, **kwargs):
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = attention_mask.sum(1) - 1
-        return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(last), device=last.device), last].float()))
+        share = can_share(self.model.config)
+        rows, places = lay_out([ids[:n] for ids, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist())], share)
+        hidden = self.model(**pack(rows, 0, input_ids.device, share), use_cache=False).last_hidden_state
+        last = torch.tensor([row*hidden.shape[1] + columns[-1] for row, columns in places], device=hidden.device)
+        return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1).index_select(0, last).float()))
 
 # %% ../nbs/25_reward_model.ipynb #5db8ecca
 class RewardModel:

@@ -38,7 +38,7 @@ class ArithmeticTask:
     "Sums, differences and products, by level (see `LEVELS`); level 2 is two-digit addition."
     level: int = 2
     system: str = "You add numbers." # the system message of each prompt
-    shots: int = 0                   # solved examples in front of each problem, at most two
+    shots: int = 2                   # solved examples in front of each problem, at most two
 
     def __post_init__(self):
         if self.level not in LEVELS: raise ValueError(f"level {self.level!r}: expected one of {sorted(LEVELS)}.")

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from .competitive import CompetitiveSelfPlay, Preferences
 from .evaluation import Exam, compare, examine, transcripts_html
 from .model import DEFAULT_MODEL
-from .pairs import Ledger
+from .pairs import Ledger, write_whole
 from .policy import Base, Policy
 from .reward import coin_flip
 from .tasks import ArithmeticTask
@@ -42,13 +41,13 @@ class SelfPlayConfig:
     model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
     level: int = 2                 # of the arithmetic task
     judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
-    n_rounds: int = 8              # rounds of self-play
+    n_rounds: int = 12             # rounds of self-play
     prompts_per_round: int = 32    # fresh prompts each round
     n_samples: int = 8             # answers a side and prompt
-    pairs_per_prompt: int = 2      # at most
-    max_new_tokens: int = 16       # answers are cut off here
-    temperature: float = 0.8       # of the players' sampling
-    learning_rate: float = 4e-4    # of AdamW
+    pairs_per_prompt: int = 4      # at most
+    max_new_tokens: int = 8        # answers are cut off here
+    temperature: float = 1.0       # of the players' sampling
+    learning_rate: float = 3e-4    # of AdamW
     beta: float = 0.1              # of DPO
     sft_weight: float = 0.2        # of the likelihood term on chosen answers
     r: int = 16                    # LoRA rank
@@ -123,7 +122,7 @@ def train(self: SelfPlayTrainer,
             self.finish_round(self.play_round(), total)
         if self.round and not (self.dir/"against_base.json").exists():
             self.call("on_stage", stage="final")
-            _write(self.dir/"against_base.json", json.dumps(self.play_base().win_rate.to_dict()))
+            write_whole(self.dir/"against_base.json", json.dumps(self.play_base().win_rate.to_dict()))
     return self.history
 
 # %% ../nbs/40_trainer.ipynb #5dd0079a
@@ -203,7 +202,7 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     if round % self.config.exam_every == 0 or round == total:
         start = time.perf_counter(); exam = self.exam()
         metrics |= {"accuracy": exam.accuracy.to_dict(), "exam_seconds": time.perf_counter() - start}
-        _write(self.dir/"exams"/f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
+        write_whole(self.dir/"exams"/f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
     self.round = round
     self.history.append(metrics)
     self.save()
@@ -222,26 +221,18 @@ def play_base(self: SelfPlayTrainer,
     return play.train_step([p["prompt"] for p in problems], seed=self.config.seed, **columns)
 
 # %% ../nbs/40_trainer.ipynb #1620438c
-def _write(path: Path, text: str):
-    "Write a file so that a crash leaves either the old one or the new one."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
-    beside.replace(path)
-
-# %% ../nbs/40_trainer.ipynb #e88ce78b
 @patch
 def save(self: SelfPlayTrainer):
     "Write adapters, optimizer and metrics of this round, then `state.json`; remove what no longer counts."
     kept = {"student": f"student_round_{self.round:03d}", "reference": f"reference_round_{self.round:03d}"}
     self.student.save(self.dir/"adapters"/kept["student"]); self.reference.save(self.dir/"adapters"/kept["reference"])
     save_optimizer(self.optimizer, self.dir/"adapters"/kept["student"]/"optimizer.safetensors")
-    _write(self.dir/"metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history))
-    _write(self.dir/"state.json", json.dumps({"round": self.round, "ledger": self.ledger.position, **kept}))
+    write_whole(self.dir/"metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history))
+    write_whole(self.dir/"state.json", json.dumps({"round": self.round, "ledger": self.ledger.position, **kept}))
     for old in (self.dir/"adapters").glob("*_round_*"):
         if old.name not in kept.values(): shutil.rmtree(old)
 
-# %% ../nbs/40_trainer.ipynb #3341a28d
+# %% ../nbs/40_trainer.ipynb #e88ce78b
 @patch
 def resume(self: SelfPlayTrainer):
     "Go on from `run_dir`, or start anew there. Raises `ValueError` if it holds a run with another configuration."
@@ -253,7 +244,7 @@ def resume(self: SelfPlayTrainer):
         differ = [f"{k}: {theirs.get(k)!r} there, {v!r} now" for k, v in mine.items() if theirs.get(k) != v and k not in ("run_dir", "n_rounds")]
         if differ: raise ValueError(f"{self.dir} holds a run with another configuration ({'; '.join(differ)}). Choose another run_dir, "
                                     "or start anew (--fresh on the command line, start_anew() on the trainer).")
-    _write(file, json.dumps(mine, indent=1))
+    write_whole(file, json.dumps(mine, indent=1))
     self.ledger = Ledger(self.dir/"pairs.jsonl")
     state = json.loads((self.dir/"state.json").read_text()) if (self.dir/"state.json").exists() else None
     self.base = self.base or Base.load(self.config.model_name)
@@ -418,7 +409,7 @@ class Report:
         if not exams: return
         first, last = load_exam(trainer.dir, exams[0]), load_exam(trainer.dir, exams[-1])
         settings = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in dataclasses.asdict(trainer.config).items())
-        _write(trainer.dir/"report.html", _PAGE.format(title=escape(f"Self-play: {trainer.task.name}"), table=escape(summary(trainer.dir)),
+        write_whole(trainer.dir/"report.html", _PAGE.format(title=escape(f"Self-play: {trainer.task.name}"), table=escape(summary(trainer.dir)),
                                                      transcripts=transcripts_html(first, last), settings=settings))
 
 # %% ../nbs/40_trainer.ipynb #75f7585e

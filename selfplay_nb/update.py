@@ -28,8 +28,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
-from .policy import Base, Policy, _can_share, lay_out, pack, sources
-from .reward import text_of
+from .policy import Base, Policy, can_share, lay_out, pack
+from .players import text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
 @contextmanager
@@ -188,25 +188,22 @@ def reference_logprobs(
     rows: list[dict],   # with `prompt_ids`, `chosen_ids` and `rejected_ids`
 ) -> list[dict]:        # the rows with TRL's columns `ref_chosen_logps` and `ref_rejected_logps`
     "Add the reference's summed log-probabilities of both answers."
-    lp = reference.base._logprobs(reference.name, [r["prompt_ids"] for r in rows]*2,
-                                  [r["chosen_ids"] for r in rows] + [r["rejected_ids"] for r in rows]).tolist()
+    scored = reference.base._score(reference.name, [r["prompt_ids"] for r in rows]*2, [r[k] for k in ("chosen_ids", "rejected_ids") for r in rows])
+    lp = [float(x.sum()) for x, _ in scored]
     return [r | {"ref_chosen_logps": c, "ref_rejected_logps": j} for r, c, j in zip(rows, lp, lp[len(rows):])]
 
 # %% ../nbs/11_update.ipynb #6b1a9c12
 @contextmanager
-def _prompts_once(model, completion_mask):
+def _beginnings_once(model, completion_mask):
     backbone = model.base_model; original, mine = backbone.forward, "forward" in vars(backbone)
     def forward(input_ids, attention_mask, **kwargs):
         begin, end = completion_mask.argmax(1).tolist(), attention_mask.sum(1).tolist()
-        ids = input_ids.tolist()
-        answers = [row[b:e] for row, b, e in zip(ids, begin, end)]
-        rows, place = lay_out([row[:b] for row, b in zip(ids, begin)], answers)
+        rows, places = lay_out([ids[:e] for ids, e in zip(input_ids.tolist(), end)])
         hidden = original(**pack(rows, 0, input_ids.device), **kwargs).last_hidden_state
-        at = [(i, b-1+k, row, c) for i, (b, (row, columns)) in enumerate(zip(begin, sources(rows, place, list(map(len, answers)))))
-              for k, c in enumerate(columns)]
+        at = [(i, k, row, columns[k]) for i, (b, (row, columns)) in enumerate(zip(begin, places)) for k in range(b-1, len(columns)-1)]
         i, k, row, c = torch.tensor(at, device=hidden.device).T
-        width = hidden.shape[1]; flat = row*width + c % width
-        states = hidden.flatten(0, 1).index_select(0, flat)  # not hidden[row, c], whose gradient adds up in any order on several threads
+        # not hidden[row, c], whose gradient adds up in any order on several threads
+        states = hidden.flatten(0, 1).index_select(0, row*hidden.shape[1] + c)
         out = hidden.new_zeros(*input_ids.shape, hidden.shape[-1]).index_put((i, k), states)
         return BaseModelOutputWithPast(last_hidden_state=out)
     backbone.forward = forward
@@ -231,12 +228,12 @@ class _Tokenized(DPOTrainer):
     def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
     def _compute_loss(self, model, inputs, return_outputs):
         core = self.model.get_base_model()
-        with _prompts_once(core, inputs["completion_mask"]) if _can_share(core.config) else nullcontext():
+        with _beginnings_once(core, inputs["completion_mask"]) if can_share(core.config) else nullcontext():
             return super()._compute_loss(model, inputs, return_outputs)
     def _get_train_sampler(self, train_dataset=None): return _ByPrompt(self.train_dataset["prompt_ids"], self.args.seed)
 
 # %% ../nbs/11_update.ipynb #e7829ca6
-DPO = dict(learning_rate=4e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2])
+DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2])
 
 def dpo(
     policy: Policy,     # the adapter to train

@@ -93,6 +93,23 @@ def test_ledger_refuses_damage_elsewhere_and_rewinds(tmp_path):
         Ledger(ledger.path)
 
 
+@pytest.mark.parametrize("content", ["my notes, no end of line", json.dumps(PAIR) + "\nmy notes", "a\nb", "{}\n{", "[1]\n{"])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    file = tmp_path/"notes.txt"; file.write_text(content)
+    with pytest.raises(ValueError, match="notes.txt"): Ledger(file)
+    assert file.read_text() == content
+
+
+def test_a_full_disk_leaves_no_half_of_it(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path/"a.jsonl"); ledger.append([PAIR])
+    def full(fd): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"): ledger.append([PAIR]*2)
+    assert len(Ledger(ledger.path)) == 1
+    ledger.append([PAIR]); assert len(Ledger(ledger.path)) == 2
+
+
 # rates
 
 def test_wilson_against_known_values():

@@ -2,13 +2,14 @@
 import gc
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import selfplay_nb.policy as policy_module
 import selfplay_nb.update as update_module
 from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.policy import Base, Policy, lay_out, sources
+from selfplay_nb.policy import Base, Policy, lay_out, pack
 from selfplay_nb.update import dpo, sft
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
@@ -140,28 +141,45 @@ def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     assert row["chosen_ids"][-1] == eos and eos not in row["rejected_ids"]
 
 
-# a prompt is computed once
+# a common beginning is computed once
 
 ANSWERS = ("yes", "no"), ("yes", "never"), ("indeed so", "no")
 SHARED = [dict(prompt=p, chosen=c, rejected=r) for p in ("short", "a somewhat longer prompt") for c, r in ANSWERS]
 
 
-def test_layout_covers_every_answer_and_respects_the_limit():
-    prompts, answers = [[1]*20, [2]*5, [1]*20]*40, [[7 + i % 50]*(1 + i % 9) for i in range(120)]
+def test_layout_holds_every_list_and_a_common_beginning_once():
+    rng = np.random.default_rng(0)
+    lists = [[1]*10 + rng.integers(2, 4, rng.integers(1, 30)).tolist() for _ in range(200)] + [[5], [5], [5, 5]]
     for share in True, False:
-        rows, place = lay_out(prompts, answers, share, limit=64)
-        assert len(rows) < 60 if share else len(rows) == 120
-        for prompt, answer, (row, start), (_, columns) in zip(prompts, answers, place, sources(rows, place, list(map(len, answers)))):
-            assert rows[row][0] == prompt and sum(map(len, rows[row][1])) <= 64
-            tokens = list(prompt) + [t for a in rows[row][1] for t in a]
-            assert tokens[len(prompt)+start:][:len(answer)] == answer
-            assert len(columns) == len(answer) and tokens[columns[0]] == prompt[-1] and [tokens[c] for c in columns[1:]] == answer[:-1]
+        rows, places = lay_out(lists, share, limit=64)
+        batch = pack(rows, 0, "cpu", share)
+        for tokens, (row, columns) in zip(lists, places):
+            assert [rows[row].tokens[c] for c in columns] == tokens and [rows[row].before[c] for c in columns] == [-1, *columns[:-1]]
+            assert batch["position_ids"][row, columns].tolist() == list(range(len(tokens)))
+            if share: assert batch["attention_mask"][row, 0, columns[-1]].nonzero()[:, 0].tolist() == columns
+        if not share: assert len(rows) == len(lists); continue
+        assert len(rows) < len(lists)/4 and all(len(r.tokens) <= 64 + 40 for r in rows)
+        for r in rows: assert len(set(zip(r.tokens, r.before))) == len(r.tokens)  # nothing stands twice
+
+
+def test_a_beginning_longer_than_a_row_is_shared_all_the_same():
+    rows, places = lay_out([[1]*1000 + [k] for k in range(2, 40)] + [[2]*1000], limit=64)
+    assert len(rows) == 2 and len(rows[0].tokens) == 1000 + 38
+
+
+def test_sharing_changes_no_sample(policy, monkeypatch):
+    prompts = ["short", "shorter", "a somewhat longer prompt", "short"]
+    shared = policy.sample(prompts, n_samples=3, max_new_tokens=6, seed=0)
+    monkeypatch.setattr(policy_module, "can_share", lambda config: False)
+    plain = policy.sample(prompts, n_samples=3, max_new_tokens=6, seed=0)
+    for a, b in zip(sum(shared, []), sum(plain, [])):
+        assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
 def test_sharing_changes_no_logprob(policy, monkeypatch):
     prompts, answers = [p["prompt"] for p in SHARED]*2, [p["chosen"] for p in SHARED] + [p["rejected"] for p in SHARED]
     shared = policy.logprobs(prompts, answers)
-    monkeypatch.setattr(policy_module, "_can_share", lambda config: False)
+    monkeypatch.setattr(policy_module, "can_share", lambda config: False)
     assert torch.allclose(shared, policy.logprobs(prompts, answers), atol=1e-5)
     alone = torch.stack([policy.logprobs([p], [a])[0] for p, a in zip(prompts, answers)])
     assert torch.allclose(shared, alone, atol=1e-5)
@@ -173,7 +191,7 @@ def test_sharing_changes_no_update(policy, monkeypatch):
         policy.load_state(start)
         return dpo(policy, SHARED, reference, per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3), policy.state()
     shared, weights = run()
-    monkeypatch.setattr(update_module, "_can_share", lambda config: False)
+    monkeypatch.setattr(update_module, "can_share", lambda config: False)
     plain, plain_weights = run()
     assert shared.losses == pytest.approx(plain.losses, abs=1e-5) and len(set(shared.losses)) > 2
     norms = [[h["grad_norm"] for h in r.history if "grad_norm" in h] for r in (shared, plain)]

@@ -52,7 +52,8 @@ def test_skipped_and_any_labels():
     assert same.raw.successes == 3 and set(same.counts) == {(1, 1), (.5, .5), (0, 0), (1, 0)}
 
 
-@pytest.mark.parametrize("a, b, note", [([1]*9, [1]*9, "a always says 1 and b always says 1"), ([1, 0, 1], [.5]*3, "b always says 0.5"),
+@pytest.mark.parametrize("a, b, note", [([1]*9, [1]*9, "the first always says 1 and the second always says 1"),
+                                        ([1, 0, 1], [.5]*3, "the second always says 0.5"),
                                         ([None], [1], "no match has both"), ([], [], "no match has both")])
 def test_constant_raters_have_no_kappa(a, b, note):
     r = agreement(a, b)
