@@ -40,16 +40,18 @@ def learning(
     **config,             # fields of `SelfPlayConfig`
 ):
     "Run the experiment; the metrics of all finished runs are in `out`."
-    base, rows = None, []
+    base, rows, fair = None, [], {}
     for judge in "rule", "coin":
         for seed in seeds:
-            c = SelfPlayConfig(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge, **config)
+            c = SelfPlayConfig(**dict(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge) | config | fair.get(seed, {}))
             print(f"\n{judge}, seed {seed}")
             trainer = SelfPlayTrainer(c, base=base)
             history = trainer.train(); base = trainer.base
             if trainer.interrupted: raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
             change = compare(load_exam(c.run_dir, 0), load_exam(c.run_dir, history[-1]["round"]))
+            pairs = sum(m.get("pairs", 0) for m in history)/max(1, c.n_rounds*c.prompts_per_round)
+            fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})  # coins hardly tie: the control trains on as many pairs, not on more
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
             rows[-1] |= {"gained": change.gained, "lost": change.lost}
             Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from html import escape
 
 from fastcore.basics import patch
 
-from .rates import Rate, win_rate, wilson
+from .rates import Rate, win_rate
 from .reward import score
 
 # %% ../nbs/21_evaluation.ipynb #dc456971
@@ -49,13 +49,16 @@ class Comparison:
     n: int      # problems
 
     @property
-    def share(self) -> tuple[float, float]:
-        "95 % interval of the share of gains among the problems that changed."
-        return wilson(self.gained, self.gained + self.lost)
+    def p(self) -> float:
+        "McNemar's test, exact and two-sided: the probability of so uneven a split of the problems that changed, if a coin decided which way."
+        from scipy.stats import binomtest
+        n = self.gained + self.lost
+        return float(binomtest(self.gained, n).pvalue) if n else 1.
     @property
     def verdict(self) -> str:
-        low, high = self.share
-        return "better" if low > .5 else "worse" if high < .5 else "cannot be separated"
+        "At 5 %."
+        if self.p >= .05: return "cannot be separated"
+        return "better" if self.gained > self.lost else "worse"
     def __repr__(self): return f"{self.gained} gained, {self.lost} lost of {self.n}: {self.verdict}"
 
 # %% ../nbs/21_evaluation.ipynb #70073a4c

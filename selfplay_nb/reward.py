@@ -28,12 +28,13 @@ def score(
     reward,            # a reward in TRL's convention
     prompts: list,     # n prompts
     completions: list, # n completions
-    **columns,         # lists of n values, handed on
+    **columns,         # lists of n values, handed on; so is what has no length, as TRL's `trainer_state`
 ) -> list[float]:
     "Call `reward`; raises `ValueError` unless it gives one finite number for each completion."
     name = getattr(reward, "__name__", type(reward).__name__)
     for column, values in columns.items():
-        if len(values) != len(completions): raise ValueError(f"column {column!r} has {len(values)} values for {len(completions)} completions.")
+        if hasattr(values, "__len__") and len(values) != len(completions):
+            raise ValueError(f"column {column!r} has {len(values)} values for {len(completions)} completions.")
     values = list(reward(prompts=prompts, completions=completions, **columns))
     if len(values) != len(completions):
         raise ValueError(f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions: expected one for each.")

@@ -19,7 +19,7 @@ def preformatted(
     "Any text as HTML that shows it as it is, with its line breaks, in a frame."
     head = f"<b>{escape(title)}</b>" if title else ""
     body = escape(text) if text.strip() else "(empty)"
-    return f"{head}<pre style='white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid;padding:.5em;margin:0'>{body}</pre>"
+    return f"{head}<pre style='white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid;padding:.5em;margin:0'>{body}</pre>"
 
 # %% ../nbs/30_widgets.ipynb #4bc1d01e
 class RatingWidget(widgets.VBox):

@@ -1,4 +1,5 @@
 "Judges: what they are asked, how verdicts are read, what beats them."
+import math
 import random
 import re
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.evaluation import versus
+from selfplay_nb.evaluation import Comparison, versus
 from selfplay_nb.judge import (
     CANARIES,
     TEMPLATE,
@@ -220,3 +221,12 @@ def test_versus_plays_every_prompt_and_keeps_the_games():
     assert (match.paired.gained, match.paired.lost, match.paired.n) == (2, 1, 4) and match.paired.verdict == "cannot be separated"
     assert match.rows[2] == dict(a="a", b="b", prompt="1", answer_a="x", answer_b="xx", score=0)
     with pytest.raises(ValueError, match="no problems"): versus(None, None, [], None)
+
+
+@pytest.mark.parametrize("n", [*range(13), 40])
+def test_a_verdict_on_problems_that_changed_is_false_at_most_one_time_in_twenty(n):
+    weight = {k: math.comb(n, k)/2**n for k in range(n + 1)}
+    verdicts = {k: Comparison(k, n - k, 200).verdict for k in weight}
+    assert sum(w for k, w in weight.items() if verdicts[k] != "cannot be separated") <= .05
+    assert n < 6 or (verdicts[n], verdicts[0]) == ("better", "worse")
+    if n: assert Comparison(0, n, 200).p == pytest.approx(2/2**n)

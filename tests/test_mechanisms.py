@@ -39,6 +39,12 @@ def test_weighted_reward_keeps_its_parts():
     with pytest.raises(ValueError, match="same names"):
         WeightedReward(dict(a=finished), dict(b=1))
 
+def test_what_a_trainer_hands_on_beside_the_columns_does_not_count_as_one():
+    handed = dict(trainer_state=object(), log_extra=lambda *_: None, log_metric=lambda *_: None, environments=None)  # GRPOTrainer's
+    r = WeightedReward(dict(right=exact_number), dict(right=2))
+    assert r(["a", "b"], ["3", "4"], answer=[3, 3], **handed) == [2, 0]
+    with pytest.raises(ValueError, match="column 'answer' has 1 values for 2"): r(["a", "b"], ["3", "4"], answer=[3], **handed)
+
 
 @pytest.mark.parametrize("values, says", [([1.], "returned 1 numbers for 2"), ([1., math.nan], "nan for completion 1"), ([None, 1.], "None for completion 0"),
                                           ([math.inf, 1.], "inf for completion 0")])
