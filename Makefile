@@ -36,8 +36,9 @@ readme: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt tests/extras.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/extras.txt
 	touch $@ .venv/run
 
 clean:

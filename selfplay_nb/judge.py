@@ -174,7 +174,7 @@ def _compare(self: ModelJudge, prompts, a, b, **columns):
     lp = self.policy.logprobs([q for q in asked for _ in self.labels], [label for _ in asked for label in self.labels], finished=False)
     lp = np.asarray(lp.tolist() if hasattr(lp, "tolist") else lp, float).reshape(len(asked), 2)
     first = (1/(1+np.exp(lp[:, 1]-lp[:, 0]))).reshape(len(orders), len(prompts)).T
-    p = first[:, 0] if not self.both_orders else (first[:, 0] + 1-first[:, 1])/2
+    p = first[:, 0] if not self.both_orders else .5 + (first[:, 0] - first[:, 1])/2
     lengths = np.array([len(text_of(x)) - len(text_of(y)) for x, y in zip(a, b)])
     if self.control_length: p = without_length(p, lengths)
     return ModelVerdicts(p.tolist(), first, lengths)

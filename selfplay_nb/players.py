@@ -7,6 +7,7 @@ __all__ = ['is_messages', 'as_prompts', 'prompt_text', 'text_of', 'Scripted', 'A
 
 # %% ../nbs/01_players.ipynb #c5eed7ee
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 # %% ../nbs/01_players.ipynb #e044f2d7
@@ -44,13 +45,14 @@ class Scripted:
         name: str = "scripted", # shown in matches and ratings
     ): self.fn, self.name = fn, name
 
-    def generate(self, prompts, n_samples: int = 1, seed: int | None = None, **sampling):
+    takes_seeds = True # one for each prompt, if `seed` is a list
+    def generate(self, prompts, n_samples: int = 1, seed: int | list[int] | None = None, **sampling):
         "Answer as a policy does; `seed` None is 0, other sampling settings mean nothing to it."
         prompts, single = as_prompts(prompts)
-        seen, rows = {}, []
-        for text in map(prompt_text, prompts):  # a repeated prompt goes on counting
-            first = seen.get(text, 0); seen[text] = first + n_samples
-            rows.append([random.Random(f"{seed or 0} {first + k} {text}") for k in range(n_samples)])
+        seen, rows = Counter(), []
+        for s, text in zip(seed if isinstance(seed, list) else [seed or 0]*len(prompts), map(prompt_text, prompts)):
+            rows.append([random.Random(f"{s} {seen[s, text] + k} {text}") for k in range(n_samples)])
+            seen[s, text] += n_samples  # a repeated prompt goes on counting
         rows = [[self.fn(p, rng) for rng in row] for p, row in zip(prompts, rows)]
         if n_samples == 1: rows = [row[0] for row in rows]
         return rows[0] if single else rows

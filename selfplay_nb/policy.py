@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -129,6 +130,7 @@ def running(self: Base,
 # %% ../nbs/02_policy.ipynb #35778007
 class Policy:
     "A LoRA adapter on a `Base`, or with the name `base` the bare model: anything that answers prompts."
+    takes_seeds = True # one for each prompt, if `seed` is a list
     def __init__(self,
         base: Base,                # what it stands on
         name: str = "student",     # a new adapter's name, or "base" for the model without any
@@ -353,7 +355,7 @@ def sample(self: Policy,
     max_new_tokens: int = 64,   # an answer is cut off here
     temperature: float = 1.0,   # 0 is greedy
     top_p: float = 1.0,         # nucleus sampling
-    seed: int | None = None,    # of the random streams; None draws one from torch's generator
+    seed: int | list[int] | None = None, # of the random streams; a list has one for each prompt; None draws one from torch's generator
     progress=None,              # called as `progress(finished answers, new tokens)` after each step
 ) -> Samples:                   # for each prompt a list of `n_samples` records
     """Answer `prompts` with all details. Raises `ValueError` or `TypeError` for bad arguments before any work.
@@ -364,13 +366,15 @@ def sample(self: Policy,
     base, start = self.base, time.perf_counter()
     encoded = base._encode_all(prompts, max_new_tokens)
     if seed is None: seed = int(torch.randint(2**31, (1,)))
-    seen, first = {}, []  # a repeated prompt continues the count of its samples
-    for ids in encoded: first.append(seen.get(tuple(ids), 0)*n_samples); seen[tuple(ids)] = seen.get(tuple(ids), 0) + 1
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]*len(prompts)
+    if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
+    seen, first = Counter(), []  # a repeated prompt continues the count of its samples
+    for key in zip(seeds, map(tuple, encoded)): first.append(seen[key]); seen[key] += n_samples
     results = [[None]*n_samples for _ in prompts]
     with base.running(self.name) as model:
         for rows in _batches([len(e) for e in encoded], n_samples, max_new_tokens, base.max_batch_tokens):
             distinct = list(dict.fromkeys(tuple(encoded[i]) for i, _ in rows))
-            u = np.stack([_uniforms(seed, encoded[i], first[i]+k, max_new_tokens) for i, k in rows])
+            u = np.stack([_uniforms(seeds[i], encoded[i], first[i]+k, max_new_tokens) for i, k in rows])
             out = _decode(model, [list(d) for d in distinct], [distinct.index(tuple(encoded[i])) for i, _ in rows], u, base.eos_ids,
                           base.tokenizer.pad_token_id, temperature, top_p, progress or (lambda *a: None))
             for (i, k), ids, lps in zip(rows, *out): results[i][k] = base._sample(ids, lps)
@@ -390,7 +394,7 @@ def generate(self: Policy,
     max_new_tokens: int = 64,   # an answer is cut off here
     temperature: float = 1.0,   # 0 is greedy
     top_p: float = 1.0,         # nucleus sampling
-    seed: int | None = None,    # of the random streams
+    seed: int | list[int] | None = None, # of the random streams; a list has one for each prompt
 ) -> str | list:                # text, in the shape of `prompts`
     "Answer `prompts` with text; see `sample` for the details and the errors."
     single = as_prompts(prompts)[1]

@@ -14,6 +14,7 @@ import math
 import random
 import shutil
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -26,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .competitive import CompetitiveSelfPlay, Preferences
 from .evaluation import Exam, compare, examine, transcripts_html
+from .league import DISTRIBUTIONS, ROLES, LeagueTraining
 from .model import DEFAULT_MODEL
 from .pairs import Ledger, write_whole
 from .policy import Base, Policy
@@ -51,7 +53,9 @@ class SelfPlayConfig:
     beta: float = 0.1              # of DPO
     sft_weight: float = 0.2        # of the likelihood term on chosen answers
     r: int = 16                    # LoRA rank
-    renew_every: int = 1           # rounds until the reference becomes the current policy
+    renew_every: int = 1           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
+    opponents: str = "reference"   # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of `league.DISTRIBUTIONS`
+    league_size: int = 8           # places in the league
     exam_every: int = 2            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems
     seed: int = 0                  # of everything
@@ -67,6 +71,8 @@ def check(self: SelfPlayConfig):
             if not isinstance(v, int) or isinstance(v, bool) or v < lowest: wrong.append(f"{f.name}={v!r} (a whole number of at least {lowest})")
         elif f.type is float and not (isinstance(v, (int, float)) and math.isfinite(v) and v >= 0):
             wrong.append(f"{f.name}={v!r} (a number of at least 0)")
+    known = "reference", "league", *DISTRIBUTIONS
+    if self.opponents not in known: wrong.append(f"opponents={self.opponents!r} (one of {', '.join(known)})")
     if self.judge not in ("rule", "coin"): wrong.append(f"judge={self.judge!r} ('rule' or 'coin')")
     if wrong: raise ValueError("bad configuration: " + ", ".join(wrong))
     ArithmeticTask(self.level)
@@ -87,7 +93,7 @@ class SelfPlayTrainer:
         self.task.problems("train", config.prompts_per_round)  # too few for a round? Better known now
         self.reward = self.task.reward if config.judge == "rule" else coin_flip(config.seed)
         self.callbacks = default_callbacks() if callbacks is None else callbacks
-        self.base, self.round, self.history, self.optimizer, self.interrupted = base, 0, [], None, False
+        self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
 
     def call(self, event: str, **kwargs):
         "Call `event` on every callback that has it."
@@ -149,14 +155,15 @@ def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
 # %% ../nbs/40_trainer.ipynb #b52ceef0
 @patch
 def compete(self: SelfPlayTrainer, problems: list[dict]) -> Preferences:
-    "The student against the reference on `problems`."
+    "The student against the reference, or against members of the league, on `problems`."
     c = self.config
     self.call("on_stage", stage="sampling")
     play = CompetitiveSelfPlay(self.student, self.reference, self.reward, c.n_samples, c.pairs_per_prompt,
                                max_new_tokens=c.max_new_tokens, temperature=c.temperature)
     columns = {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
-    return play.train_step([p["prompt"] for p in problems], seed=1000*c.seed + self.round, round=self.round + 1,
-                           progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens), **columns)
+    step = self.league.train_step if self.league else CompetitiveSelfPlay.train_step
+    return step(play, [p["prompt"] for p in problems], seed=1000*c.seed + self.round, round=self.round + 1,
+                progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens), **columns)
 
 # %% ../nbs/40_trainer.ipynb #86bb142c
 @patch
@@ -165,7 +172,7 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
     c = self.config
     self.call("on_stage", stage="training")
     if not preferences: return None
-    equal = self.round % c.renew_every == 0  # at the start of this round the student was the reference
+    equal = self.league is None and self.round % c.renew_every == 0  # the opponent was the reference, and so was the student at the start
     result = dpo(self.student, preferences, self.reference, optimizer=self.optimizer, sampled_by_reference=equal, learning_rate=c.learning_rate,
                  beta=c.beta, loss_weights=[1., c.sft_weight], seed=c.seed + self.round)
     self.optimizer = result.optimizer
@@ -174,17 +181,19 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 # %% ../nbs/40_trainer.ipynb #f7f5cd96
 @patch
 def renew_reference(self: SelfPlayTrainer):
-    "The reference becomes what the student is now."
+    "The reference becomes what the student is now; where there is a league, it joins."
     self.reference.load_state(self.student.state())
+    if self.league: self.league.add(self.student)
 
 # %% ../nbs/40_trainer.ipynb #4682480a
 @patch
 def describe(self: SelfPlayTrainer, preferences: Preferences, result) -> dict:
     "A round's metrics as plain numbers."
-    cut = sum(r["rejected_truncated"] for r in preferences)
+    cut, met = sum(r["rejected_truncated"] for r in preferences), {}
+    if self.league: met = {"opponents": dict(Counter(r["b"] for r in self.league.rows if r.get("round") == self.round + 1))}
     return {"win_rate": preferences.win_rate.to_dict(), "wins": preferences.wins, "draws": preferences.draws, "losses": preferences.losses,
             "reward": preferences.mean_reward, "pairs": len(preferences), "pairs_with_cut_rejected": cut, "dropped": dict(preferences.dropped),
-            "tokens_per_second": preferences.tokens_per_second, "loss": result and result.losses[-1], "train_seconds": result and result.seconds}
+            "tokens_per_second": preferences.tokens_per_second, "loss": result and result.losses[-1], "train_seconds": result and result.seconds} | met
 
 # %% ../nbs/40_trainer.ipynb #1fd52e9e
 @patch
@@ -228,7 +237,9 @@ def save(self: SelfPlayTrainer):
     self.student.save(self.dir/"adapters"/kept["student"]); self.reference.save(self.dir/"adapters"/kept["reference"])
     save_optimizer(self.optimizer, self.dir/"adapters"/kept["student"]/"optimizer.safetensors")
     write_whole(self.dir/"metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history))
-    write_whole(self.dir/"state.json", json.dumps({"round": self.round, "ledger": self.ledger.position, **kept}))
+    league = {"league": self.league.state()} if self.league else {}
+    write_whole(self.dir/"state.json", json.dumps({"round": self.round, "ledger": self.ledger.position, **kept, **league}))
+    if self.league: self.league.save()
     for old in (self.dir/"adapters").glob("*_round_*"):
         if old.name not in kept.values(): shutil.rmtree(old)
 
@@ -240,7 +251,7 @@ def resume(self: SelfPlayTrainer):
     prompts = self.prompts and hashlib.sha256(json.dumps(self.prompts, sort_keys=True).encode()).hexdigest()
     mine, file = dataclasses.asdict(self.config) | {"task": self.task.name, "prompts": prompts}, self.dir/"config.json"
     if file.exists():
-        theirs = json.loads(file.read_text())
+        theirs = dataclasses.asdict(SelfPlayConfig()) | json.loads(file.read_text())  # a field may be younger than the run
         differ = [f"{k}: {theirs.get(k)!r} there, {v!r} now" for k, v in mine.items() if theirs.get(k) != v and k not in ("run_dir", "n_rounds")]
         if differ: raise ValueError(f"{self.dir} holds a run with another configuration ({'; '.join(differ)}). Choose another run_dir, "
                                     "or start anew (--fresh on the command line, start_anew() on the trainer).")
@@ -259,6 +270,7 @@ def _begin(self: SelfPlayTrainer):
     self.ledger.rewind(0); self.round, self.history, self.optimizer = 0, [], None
     self.student = Policy(self.base, "student", r=self.config.r, seed=self.config.seed)
     self.reference = self.student.snapshot("reference")
+    shutil.rmtree(self.dir/"league", ignore_errors=True); self.league = self._league()
 
 @patch
 def _go_on(self: SelfPlayTrainer, state: dict):
@@ -268,6 +280,16 @@ def _go_on(self: SelfPlayTrainer, state: dict):
     self.student = Policy.load(self.base, folder/state["student"], "student")
     self.reference = Policy.load(self.base, folder/state["reference"], "reference", frozen=True)
     self.optimizer = load_optimizer(folder/state["student"]/"optimizer.safetensors")
+    if "league" in state: write_whole(self.dir/"league"/"state.json", json.dumps(state["league"]))
+    self.league = self._league()
+
+@patch
+def _league(self: SelfPlayTrainer) -> LeagueTraining | None:
+    "The league in the run's folder, as it is there."
+    c = self.config
+    if c.opponents == "reference": return None
+    mixture = ROLES["main"] if c.opponents == "league" else {c.opponents: 1.}
+    return LeagueTraining(c.league_size, self.base, self.dir/"league", matchmaking={"main": mixture}, seed=c.seed)
 
 # %% ../nbs/40_trainer.ipynb #fd839ca6
 @patch
@@ -309,7 +331,9 @@ def running(self: SelfPlayTrainer, total: int):
         self.call("on_train_begin", total=total)
         try: yield
         except KeyboardInterrupt: self.interrupted = True; self.call("on_interrupt")
-        finally: self.call("on_train_end")
+        finally:
+            if self.league: self.league.unload()
+            self.call("on_train_end")
 
 # %% ../nbs/40_trainer.ipynb #cd25fb94
 class Progress:

@@ -10,7 +10,7 @@ import selfplay_nb.policy as policy_module
 import selfplay_nb.update as update_module
 from selfplay_nb.model import tiny_model_folder
 from selfplay_nb.policy import Base, Policy, lay_out, pack
-from selfplay_nb.update import dpo, sft
+from selfplay_nb.update import dpo, reinforce, sft
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
 
@@ -34,6 +34,15 @@ def test_order_and_budget_do_not_change_the_answers(policy):
     policy.base.max_batch_tokens = 64
     assert policy.sample(prompts, n_samples=5, max_new_tokens=6, seed=3).texts == wide
     assert policy.sample(prompts[::-1], n_samples=5, max_new_tokens=6, seed=3).texts[1:3] == [wide[2], wide[1]]
+
+
+def test_a_list_of_seeds_gives_each_prompt_a_stream_of_its_own(policy):
+    prompts, seeds = ["a", "bb", "a", "a"], [5, 6, 7, 5]
+    s = policy.sample(prompts, n_samples=2, max_new_tokens=6, seed=seeds).texts
+    assert s[:3] == [policy.sample(p, n_samples=2, max_new_tokens=6, seed=x).texts[0] for p, x in zip(prompts[:3], seeds)]
+    assert s[0] + s[3] == policy.sample("a", n_samples=4, max_new_tokens=6, seed=5).texts[0]  # the same prompt and seed goes on counting
+    assert policy.generate(prompts, max_new_tokens=6, seed=seeds) == [row[0] for row in policy.sample(prompts, max_new_tokens=6, seed=seeds).texts]
+    with pytest.raises(ValueError, match="3 seeds for 4 prompts"): policy.sample(prompts, seed=[1, 2, 3])
 
 
 def test_a_finished_answer_ends_and_the_others_go_on(policy):
@@ -185,11 +194,14 @@ def test_sharing_changes_no_logprob(policy, monkeypatch):
     assert torch.allclose(shared, alone, atol=1e-5)
 
 
-def test_sharing_changes_no_update(policy, monkeypatch):
+@pytest.mark.parametrize("update", ["dpo", "sft"])
+def test_sharing_changes_no_update(policy, monkeypatch, update):
     reference, start = policy.snapshot("ref0"), policy.state()
+    settings = dict(per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3)
     def run():
         policy.load_state(start)
-        return dpo(policy, SHARED, reference, per_device_train_batch_size=3, num_train_epochs=2, learning_rate=1e-3), policy.state()
+        if update == "dpo": return dpo(policy, SHARED, reference, **settings), policy.state()
+        return sft(policy, [dict(prompt=p["prompt"], completion=p["chosen"]) for p in SHARED], **settings), policy.state()
     shared, weights = run()
     monkeypatch.setattr(update_module, "can_share", lambda config: False)
     plain, plain_weights = run()
@@ -292,3 +304,42 @@ def test_a_damaged_adapter_is_an_error_and_leaves_nothing(policy, tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
         policy.load_state(Policy.load(policy.base, other, "other").state())
     assert policy.base.adapters == ["student", "small", "other"]
+
+
+def test_the_policy_gradient_is_that_of_advantage_times_logprob(policy):
+    rows = [dict(prompt=f"same beginning, {i//3}", completion="abc"[:i % 3 + 1], advantage=(-1)**i*(i + 1)/4) for i in range(6)]
+    for r in rows: r["completion_ids"] = policy.base.completion_ids(r["completion"])
+    other, before = policy.snapshot("other"), policy.state()
+    was, theirs = policy.logprobs([r["prompt"] for r in rows], [r["completion"] for r in rows]), other.state()
+    weight = torch.tensor([r["advantage"] for r in rows])
+    result = reinforce(policy, rows, learning_rate=1e-2, optim="sgd", max_grad_norm=0)
+    assert result.losses == pytest.approx([-(weight*was).mean().item()], abs=1e-4)
+    mine = policy.state(); policy.load_state(before)
+    # the same by autograd, one row at a time
+    with policy.base.running(policy.name) as model, torch.enable_grad():
+        names = [n for n, _ in model.named_parameters() if ".student." in n]
+        params = [p.requires_grad_(True) for n, p in model.named_parameters() if n in names]
+        loss = 0.
+        for r in rows:
+            prompt, ids = policy.base.encode(r["prompt"]), r["completion_ids"]
+            lp = model(torch.tensor([prompt + ids])).logits[0, len(prompt)-1:-1].log_softmax(-1)
+            loss = loss - r["advantage"]*lp[range(len(ids)), ids].sum()/len(rows)
+        loss.backward()
+        with torch.no_grad():
+            for p in params: p -= 1e-2*p.grad; p.grad = None; p.requires_grad_(False)
+    plain = policy.state()
+    assert all(torch.allclose(mine[k], plain[k], atol=1e-6) for k in mine) and any(not torch.equal(mine[k], before[k]) for k in mine)
+    assert all(torch.equal(v, theirs[k]) for k, v in other.state().items())
+
+
+def test_a_policy_gradient_moves_the_right_way_and_counts_what_it_drops(policy):
+    rows = [dict(prompt="q", completion="yes", advantage=1.), dict(prompt="q", completion="no", advantage=-1.)]
+    def margin(): return (policy.logprobs("q", "yes") - policy.logprobs("q", "no")).item()
+    before = margin()
+    bad = [dict(prompt="q", completion="x", advantage=a) for a in (0., float("nan"), float("inf"))]
+    bad.append(dict(prompt="q", completion="x"*policy.base.context_length, advantage=1.))
+    result = reinforce(policy, rows*4 + bad, learning_rate=1e-2, num_train_epochs=3)
+    assert margin() > before + .1 and result.n_rows == 8 and dict(result.dropped) == {"no advantage": 1, "non-finite": 2, "over-long": 1}
+    with pytest.raises(ValueError, match="no advantage"): reinforce(policy, bad)
+    with pytest.raises(ValueError, match="row 0 has .*'advantage'"): reinforce(policy, PAIRS)
+    with pytest.raises(ValueError, match="frozen"): reinforce(policy.snapshot("fixed"), rows)

@@ -50,9 +50,10 @@ def test_versions_agree():
 
 
 # A module imports only from the floors below its own.
-FLOORS = [{"model", "players", "rates", "templates"}, {"policy", "reward", "pairs", "ratings"}, {"update", "tasks", "judge"},
-          {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional"},
-          {"widgets", "scoreboard", "trainer"}, {"__main__", "stepper", "card"}]
+FLOORS = [{"model", "players", "rates", "templates", "sandbox"}, {"policy", "reward", "pairs", "ratings"}, {"update", "tasks", "judge", "games"},
+          {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional", "skill", "adversarial",
+           "code_tasks", "reasoning", "creative", "game_training"},
+          {"league", "debate", "widgets", "scoreboard"}, {"trainer", "stepper", "card", "board"}, {"__main__", "viewer"}]
 
 
 def imports(module):
@@ -71,7 +72,8 @@ def test_floors():
 
 
 TORCHLESS = ["players", "templates", "reward", "pairs", "rates", "ratings", "tasks", "judge", "competitive", "evaluation", "diversity", "retention", "human",
-             "widgets", "scoreboard", "refinement", "constitutional", "stepper", "card"]
+             "widgets", "scoreboard", "refinement", "constitutional", "stepper", "card", "skill", "adversarial", "league", "board",
+             "sandbox", "code_tasks", "reasoning", "creative", "games", "debate", "game_training", "viewer"]
 
 
 @pytest.mark.parametrize("module", TORCHLESS)

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from selfplay_nb.league import LeagueTraining
 from selfplay_nb.pairs import Ledger
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward import as_reward, exact_number
@@ -138,6 +139,29 @@ def test_a_reference_that_stays_for_two_rounds(tmp_path, tiny_folder):
     assert trainer.base.adapters == ["student", "reference"] or set(trainer.base.adapters) == {"student", "reference"}
 
 
+@pytest.mark.parametrize("stage", ["sampling", "training", "exam", "saved"])
+def test_a_run_with_a_league_goes_on_with_its_league(tmp_path, tiny_folder, stage, monkeypatch):
+    league = dict(opponents="league", league_size=2)  # the third snapshot takes somebody's place
+    whole = make(tmp_path/"whole", tiny_folder, **league); whole.train()
+    if stage == "saved":  # between the trainer's state and the league's own
+        kept, calls = LeagueTraining.save, []
+        def save(self):
+            calls.append(1)
+            if len(calls) == 4: raise KeyboardInterrupt   # made, rounds 0, 1, 2
+            return kept(self)
+        with monkeypatch.context() as m: m.setattr(LeagueTraining, "save", save); make(tmp_path/"parts", tiny_folder, **league).train()
+        assert len(calls) == 4
+    else: make(tmp_path/"parts", tiny_folder, [Stop(2, stage)], **league).train()
+    parts = make(tmp_path/"parts", tiny_folder, **league); parts.train()
+    assert all(equal(a, b) for a, b in zip(outcome(whole), outcome(parts)))
+    assert whole.league.state() == parts.league.state() and whole.league.rows == parts.league.rows
+    assert [m.name for m in whole.league.members][0] == "base" and len(whole.league.members) == 3 and parts.base.adapters == ["student", "reference"]
+    met = [m["opponents"] for m in whole.history[1:]]
+    assert met[0] == {"base": 6} and all(sum(m.values()) == 6 for m in met)
+    folders = [{f.relative_to(tmp_path/x): f.read_bytes() for f in (tmp_path/x/"league").rglob("*.safetensors")} for x in ("whole", "parts")]
+    assert folders[0] == folders[1] and len(folders[0]) == 2
+
+
 def test_own_prompts(tmp_path, tiny_folder):
     mine = [dict(prompt=f"say {i}", answer=i) for i in range(9)]
     make(tmp_path/"other", tiny_folder, n_rounds=1).train(mine)
@@ -180,7 +204,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, tiny_folder):
 def test_bad_configuration_names_all_fields():
     with pytest.raises(ValueError, match="n_samples=0.*beta=nan.*judge='vibes'|judge"):
         SelfPlayConfig(n_samples=0, beta=float("nan"), judge="vibes").check()
-    for bad in dict(n_rounds=-1), dict(r=1.5), dict(exam_size=True), dict(temperature=-1.), dict(level=77):
+    for bad in dict(n_rounds=-1), dict(r=1.5), dict(exam_size=True), dict(temperature=-1.), dict(opponents="nobody"), dict(league_size=0), dict(level=77):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SelfPlayConfig(**bad).check()
 
