@@ -67,10 +67,10 @@ def advantages(
     played,                 # transcripts, as `games.play` gives them
     who: str | None = None, # a player's name; by default both seats are learned from
     baseline=position_baseline, # `(transcripts, [(turn, outcome)]) -> expected outcomes`; or a `SeatBaseline`
-    entropy: float = 0.,    # paid for each nat of surprise in a sampled move, so that a policy goes on trying
+    entropy: float = 0.,    # paid for each nat of surprise in a legal move, so that a policy goes on trying
 ) -> list[dict]:            # rows `{"prompt", "completion", "advantage", ...}` for `update.reinforce`
     "A row for each move, legal or not: the outcome of the game for the mover less what was expected. Raises `ValueError` for no moves."
-    surprise = lambda t: -sum(getattr(t, "logprobs", None) or [0.])
+    surprise = lambda t: -sum(getattr(t, "logprobs", None) or [0.])*t.legal
     turns = [(t, o + entropy*surprise(t)) for t, o in _taken(played, who)]
     if not turns: raise ValueError(f"no moves of {who!r} in {len(played)} games: expected a player's name, or None for all.")
     return [{"prompt": t.prompt, "completion": t.answer, "advantage": o - e, "truncated": t.truncated} |

@@ -201,6 +201,7 @@ def take(self: LiveGame,
     answer,                  # a string, or what `answers_of` gives
     illegal: str = "retry",  # "retry", "lose" or "random"
     retries: int = 2,        # further tries on the same turn
+    end: bool = True,        # score the game if it is over; False where many are scored at once
 ) -> Turn:
     "Play what the answer says, or apply the rule for illegal ones."
     s, text = self.state, getattr(answer, "text", answer); turns = self.transcript.turns
@@ -216,7 +217,8 @@ def take(self: LiveGame,
             s.move(turn.move); self.reason, self.tries = "", 0
         elif illegal != "retry" or self.tries > retries:
             self.transcript.forfeit = s.seat; self.transcript.outcome = [float(k != s.seat) for k in range(self.game.seats)]
-    turns.append(turn); self._end()
+    turns.append(turn)
+    if end: self._end()
     return turn
 
 # %% ../nbs/36_games.ipynb #a7d9489b
@@ -376,12 +378,15 @@ def play(
     return played
 
 def _step(live, players, illegal, retries, sampling):
-    "One answer for every live game, one call for every player."
+    "One answer for every live game, one call for every player; a game that needs a judge (`settle`) gets its verdicts in one call."
     groups = {}
     for g in live:
         if not g.over: p = players[g.transcript.order[g.state.seat]]; groups.setdefault(id(p), (p, []))[1].append(g)
     for player, games in groups.values():
-        for g, answer in zip(games, ask(player, games, **sampling)): g.take(answer, illegal, retries)
+        for g, answer in zip(games, ask(player, games, **sampling)): g.take(answer, illegal, retries, end=False)
+    over = [g for g in live if g.state.seat is None and not g.over]
+    if over and hasattr(over[0].game, "settle"): over[0].game.settle([g.state for g in over])
+    for g in live: g._end()
 
 # %% ../nbs/36_games.ipynb #5250efbb
 def _spiel():

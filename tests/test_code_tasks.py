@@ -46,7 +46,7 @@ def test_counts():
 
 
 def test_a_loop_keeps_what_it_passed():
-    v = check_code("def add(a, b):\n    while a == 1: pass\n    return a + b", "add", TESTS, tier="process", seconds=2)
+    v = check_code("def add(a, b):\n    while a == 1: pass\n    return a + b", "add", TESTS, tier="process", seconds=2, cpu=20)
     assert not v.ended and not v.ok and v.result.status == "timeout" and v.total >= 3
     assert v.passed in (0, 2), "two tests come before the loop; a busy machine may not get that far"
 

@@ -60,6 +60,8 @@ def test_surprise_is_paid():
     rows = advantages(Played([game("x", [-1., -2.]), game("y", [-.5])]), entropy=.1)
     assert [r["advantage"] for r in rows] == pytest.approx([.125, -.125])
     assert [r["advantage"] for r in advantages(Played([game("x", [-1., -2.]), game("y", [-.5])]))] == [0, 0]
+    odd = game("z", [-9.]); odd.turns[0].legal = False  # nonsense is always a surprise
+    assert advantages(Played([game("x", [-1., -2.]), odd]), entropy=.1)[1]["advantage"] == pytest.approx(-.15)
 
 
 def test_pairs_prefer_what_did_better_in_the_same_position(games):

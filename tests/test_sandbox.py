@@ -74,7 +74,7 @@ HOSTILE = {  # name: (program, statuses that are right)
     "endless loop": ("while True: pass", {"timeout"}),
     "deaf to signals": ("import signal\nfor s in 1, 2, 3, 10, 12, 15, 24, 25: signal.signal(s, signal.SIG_IGN)\nwhile True: pass", {"timeout"}),
     "swallows exceptions": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", {"timeout"}),
-    "fork bomb": ("import os\nwhile True: os.fork()", {"killed", "timeout"}),
+    "fork bomb": ("import os\nwhile True: os.fork()", {"killed", "timeout", "error"}),
     "patient fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", {"killed", "timeout"}),
     "fork bomb with sessions": ("import os\nwhile True:\n    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: pass", {"killed", "timeout"}),
     "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()", {"error", "memory", "timeout", "killed"}),
