@@ -383,9 +383,8 @@ def _step(live, players, illegal, retries, sampling):
     for g in live:
         if not g.over: p = players[g.transcript.order[g.state.seat]]; groups.setdefault(id(p), (p, []))[1].append(g)
     for player, games in groups.values():
-        for g, answer in zip(games, ask(player, games, **sampling)): g.take(answer, illegal, retries, end=False)
-    over = [g for g in live if g.state.seat is None and not g.over]
-    if over and hasattr(over[0].game, "settle"): over[0].game.settle([g.state for g in over])
+        for g, answer in zip(games, ask(player, games, **sampling)): g.take(answer, illegal, retries, end=not hasattr(g.game, "settle"))
+    if over := [g for g in live if g.state.seat is None and not g.over]: over[0].game.settle([g.state for g in over])
     for g in live: g._end()
 
 # %% ../nbs/36_games.ipynb #5250efbb
