@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .pairs import Ledger, validate_pairs
-from .players import answers_of, is_messages, prompt_text, text_of
+from .players import answers_of, is_messages, name_of, prompt_text, text_of
 from .rates import Rate
-from .reward import score
+from .reward import score_samples
 
 # %% ../nbs/29_adversarial.ipynb #1a3bdd35
 KINDS = "always fails", "uncertain", "always right"
@@ -124,13 +124,10 @@ class AdversarialFilter:
         class_probabilities(0, 1, edge)  # raises for a bad edge
         self.policy, self.reward_fn, self.threshold, self.right_from, self.edge = policy, reward_fn, threshold, right_from, edge
         self.batch_size, self.sampling = batch_size, sampling
-        self.about = dict(policy=_name(policy), judge=_name(reward_fn), n_samples=n_samples, seed=seed, round=round, sampling=sampling)
+        self.about = dict(policy=name_of(policy), judge=name_of(reward_fn), n_samples=n_samples, seed=seed, round=round, sampling=sampling)
         fields = "prompt", "columns", "answers", "rewards", "truncated", "about"
         self.known, self.ledger = {}, None if ledger is None else Ledger(ledger, fields)
         if self.ledger is not None: self._recall()  # an empty ledger is false
-
-# %% ../nbs/29_adversarial.ipynb #ffe5e167
-def _name(x) -> str: return str(getattr(x, "__name__", getattr(x, "name", type(x).__name__)))
 
 # %% ../nbs/29_adversarial.ipynb #8a65b6e6
 @patch
@@ -151,12 +148,10 @@ def _ask(self: AdversarialFilter, rows: list[dict], progress=None):
     "Sample and score the answers to `rows`, and write them to the ledger."
     n, prompts = self.about["n_samples"], [r["prompt"] for r in rows]
     answers, _, _ = answers_of(self.policy, prompts, n, progress=progress, seed=self.about["seed"], **self.sampling)
-    flat = [a for row in answers for a in row]
-    columns = {k: [r[k] for r in rows for _ in range(n)] for k in rows[0] if k != "prompt"}
-    rewards = score(self.reward_fn, [p for p in prompts for _ in range(n)], [a.text for a in flat], truncated=[a.truncated for a in flat], **columns)
-    for i, (row, said) in enumerate(zip(rows, answers)):
+    rewards = score_samples(self.reward_fn, prompts, answers, **{k: [r[k] for r in rows] for k in rows[0] if k != "prompt"})
+    for row, said, r in zip(rows, answers, rewards):
         ids = [a.token_ids for a in said] if hasattr(said[0], "token_ids") else None
-        self.known[_key(row)] = self._screened(row, [a.text for a in said], rewards[i*n:i*n+n], [a.truncated for a in said], ids)
+        self.known[_key(row)] = self._screened(row, [a.text for a in said], r, [a.truncated for a in said], ids)
     if self.ledger is not None: self.ledger.append([self._line(self.known[_key(r)]) for r in rows])
 
 @patch
@@ -296,7 +291,7 @@ class ProposerReward:
     def __init__(self,
         filter: AdversarialFilter, # with the solver and its reward
         parse,                     # `text -> {"prompt", columns}`, or None for what is no (allowed) problem
-    ): self.filter, self.parse, self.__name__ = filter, parse, "uncertainty of " + _name(filter.policy)
+    ): self.filter, self.parse, self.__name__ = filter, parse, "uncertainty of " + name_of(filter.policy)
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         rows = [self.parse(text_of(c)) for c in completions]

@@ -12,9 +12,9 @@ from itertools import product
 from fastcore.basics import patch
 
 from .pairs import validate_pairs
-from .players import answers_of
+from .players import answers_of, name_of
 from .rates import Rate, win_rate
-from .reward import score
+from .reward import score_samples
 
 # %% ../nbs/20_competitive.ipynb #b56a9821
 def _select(rows: list[dict], k: int, rng: random.Random) -> list[dict]:
@@ -83,12 +83,7 @@ def _verdicts(self: CompetitiveSelfPlay, prompts, a, b, columns):
                                    **{c: [v[k] for k, _, _ in games] for c, v in columns.items()})
         p = [p[i:i+n*n] for i in range(0, len(p), n*n)]
         return p, [[2*v - 1 for v in row] for row in p], [[sum(row[i:i+n])/n for i in range(0, n*n, n)] for row in p]
-    columns = {k: [v for v in vs for _ in range(n)] for k, vs in columns.items()}
-    def rewards(answers):
-        flat = [x for row in answers for x in row]
-        r = score(self.reward_fn, [p for p in prompts for _ in range(n)], [x.text for x in flat], truncated=[x.truncated for x in flat], **columns)
-        return [r[i:i+n] for i in range(0, len(r), n)]
-    ra, rb = rewards(a), rewards(b)
+    ra, rb = (score_samples(self.reward_fn, prompts, answers, **columns) for answers in (a, b))
     margins = [[i - j for i in x for j in y] for x, y in zip(ra, rb)]
     return [[.5 + .5*((d > 0) - (d < 0)) for d in row] for row in margins], margins, ra
 
@@ -106,10 +101,11 @@ def train_step(self: CompetitiveSelfPlay,
     a, t1, n1 = answers_of(self.policy, prompts, self.n_samples, seed=2*seed, progress=progress, **self.sampling)
     b, t2, n2 = answers_of(self.reference_policy, prompts, self.n_samples, seed=2*seed+1, progress=progress, **self.sampling)
     scores, margins, rewards = self._verdicts(prompts, a, b, columns)
-    about = dict(source="competitive", round=round, opponent=getattr(self.reference_policy, "name", type(self.reference_policy).__name__),
-                 judge=getattr(self.reward_fn, "__name__", getattr(self.reward_fn, "name", type(self.reward_fn).__name__)))
+    opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)]*len(prompts)
+    about = dict(source="competitive", round=round, judge=name_of(self.reward_fn))
     pairs, dropped, rng = [], Counter(), random.Random(seed)
-    for p, xs, ys, ms in zip(prompts, a, b, margins):
+    for p, opponent, xs, ys, ms in zip(prompts, opponents, a, b, margins):
+        about |= {"opponent": opponent}
         rows = [(_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about for (x, y), m in zip(product(xs, ys), ms) if m]
         good, bad = validate_pairs(rows)
         pairs += _select(good, self.pairs_per_prompt, rng); dropped += bad

@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from .judge import ModelJudge, RewardJudge
 from .templates import Template, clip, fill, special_tokens
 from .pairs import validate_pairs, write_whole
-from .players import answers_of, as_prompts, prompt_text, text_of
+from .players import answers_of, as_prompts, name_of, prompt_text, text_of
 from .rates import Rate, win_rate
 from .reward import as_reward, score
 
@@ -627,7 +627,7 @@ def ai_feedback(
     drawn = [[constitution.draw(f"{seed} {k} {prompt_text(p)}") for k in range(n_pairs)] for p in prompts]
     answers, _, _ = answers_of(policy, prompts, 2*n_pairs, seed=seed, progress=progress, **sampling)
     games = [(principle, p, row[2*k], row[2*k+1]) for p, row, ps in zip(prompts, answers, drawn) for k, principle in enumerate(ps)]
-    name, verdicts = getattr(policy, "name", type(policy).__name__), [None]*len(games)
+    name, verdicts = name_of(policy), [None]*len(games)
     for principle in dict.fromkeys(g[0] for g in games):
         mine = [i for i, g in enumerate(games) if g[0] == principle]
         judge = ModelJudge(model, rubric=f"The better answer follows this principle more closely: {principle}")

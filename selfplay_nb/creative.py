@@ -9,7 +9,6 @@ __all__ = ['LONGEST', 'TONES', 'FORMS', 'SMALL', 'CHECKS', 'WEIGHTS', 'WHO', 'WH
            'DiverseReward', 'Persona', 'Said', 'Conversation', 'dialogues', 'dialogue', 'check_dialogue']
 
 # %% ../nbs/16_creative.ipynb #65895a57
-import hashlib
 import json
 import random
 import re
@@ -17,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from html import escape
 
-from .players import answers_of, prompt_text, text_of
+from .players import answers_of, prompt_text, seed_of, text_of
 from .reward import score
 from .tasks import held_out
 
@@ -275,8 +274,6 @@ class Conversation:
         return f"<table><tr><th></th><th style='text-align:left'>{escape(self.topic)}</th></tr>{lines}</table>"
 
 # %% ../nbs/16_creative.ipynb #9f98f52b
-def _stream(*key) -> int: return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) >> 1
-
 def dialogues(
     scenes: list,    # (persona, persona, topic) of each dialogue
     players,         # who plays all seats, or a pair: who plays the first, who the second
@@ -295,7 +292,7 @@ def dialogues(
     talks = [Conversation((a, b), topic) for a, b, topic in scenes]
     for turn in range(turns):
         seat = turn % 2; player, views = players[seat], [t.view(seat) for t in talks]
-        luck = [_stream(seed, n, turn) for n in numbers] if getattr(player, "takes_seeds", False) else _stream(seed, turn)
+        luck = [seed_of(seed, n, turn) for n in numbers] if getattr(player, "takes_seeds", False) else seed_of(seed, turn)
         for talk, view, (answer,) in zip(talks, views, answers_of(player, views, seed=luck, **sampling)[0]):
             talk.turns.append(Said(seat, view, answer.text.strip(), answer.truncated))
     return talks

@@ -11,6 +11,7 @@ from html import escape
 
 from fastcore.basics import patch
 
+from .players import name_of
 from .rates import Rate, win_rate
 from .reward import score
 
@@ -107,14 +108,13 @@ def versus(
 ) -> Match:
     "Play `policy` against `opponent`. Raises `ValueError` for no problems."
     if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    name = lambda p: getattr(p, "name", type(p).__name__)
     prompts = [p["prompt"] for p in problems]
     a, b = (p.generate(prompts, n_samples=n_samples, seed=2*seed+i, **sampling) for i, p in enumerate((policy, opponent)))
     if n_samples == 1: a, b = [[x] for x in a], [[x] for x in b]
     flat = [(p, x, y) for p, xs, ys in zip(problems, a, b) for x, y in zip(xs, ys)]
     columns = {k: [p[k] for p, _, _ in flat] for k in problems[0] if k != "prompt"}
     scores = judge.compare([p["prompt"] for p, _, _ in flat], [x for _, x, _ in flat], [y for _, _, y in flat], **columns)
-    return Match([dict(a=name(policy), b=name(opponent), prompt=p["prompt"], answer_a=x, answer_b=y, score=s)
+    return Match([dict(a=name_of(policy), b=name_of(opponent), prompt=p["prompt"], answer_a=x, answer_b=y, score=s)
                   for (p, x, y), s in zip(flat, scores)], len(problems))
 
 # %% ../nbs/21_evaluation.ipynb #ec5f7b17

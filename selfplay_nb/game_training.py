@@ -14,10 +14,10 @@ from .players import prompt_text
 
 # %% ../nbs/39_game_training.ipynb #eb8e6171
 def _taken(played, who):
-    "Turns of a player's with the outcome of their seat."
-    return [(t, g.outcome[t.seat]) for g in played for t in g.turns if who is None or g.players[t.seat] == who]
+    "Game, turn and the outcome of its seat, for the turns of a player."
+    return [(g.game, t, g.outcome[t.seat]) for g in played for t in g.turns if who is None or g.players[t.seat] == who]
 
-def _position(turn): return prompt_text(turn.prompt)
+def _position(game, turn): return game, prompt_text(turn.prompt)
 
 # %% ../nbs/39_game_training.ipynb #7017893d
 def position_pairs(
@@ -29,12 +29,12 @@ def position_pairs(
 ) -> tuple[list[dict], Counter]: # pairs in TRL's form with provenance, and how many were dropped for which reason
     "Preference pairs of answers to the same position: the one whose games ended better on average is chosen."
     seen, out = {}, []
-    for t, won in _taken(played, who): seen.setdefault(_position(t), {}).setdefault(t.answer, []).append((won, t))
-    for answers in seen.values():
+    for game, t, won in _taken(played, who): seen.setdefault(_position(game, t), {}).setdefault(t.answer, []).append((won, t))
+    for (game, _), answers in seen.items():
         means = sorted(((mean(w for w, _ in rows), rows[0][1]) for rows in answers.values() if len(rows) >= least), key=lambda mt: -mt[0])
         for value, worse in means[:0:-1][:per_position]:
             best, chosen = means[0]
-            if best > value: out.append(_pair(chosen, worse, best - value) | dict(source="game", judge=played[0].game, round=round))
+            if best > value: out.append(_pair(chosen, worse, best - value) | dict(source="game", judge=game, round=round))
     return validate_pairs(out)
 
 # %% ../nbs/39_game_training.ipynb #f24d2559
@@ -47,31 +47,30 @@ def _pair(chosen, rejected, margin: float) -> dict:
 class SeatBaseline:
     "Expected outcome of each game and seat: an exponential mean over batches (role-conditioned advantage estimation, Liu et al., 2025)."
     def __init__(self, decay: float = .8): self.decay, self.means = decay, {}
-    def __call__(self, played, turns) -> list[float]: # for each turn what was expected, before this batch was seen
+    def __call__(self, turns) -> list[float]: # for each turn what was expected: the mean before this batch, in the first batch its own
         fresh = {}
-        for g in played:
-            for seat, o in enumerate(g.outcome): fresh.setdefault((g.game, seat), []).append(o)
+        for game, t, o in turns: fresh.setdefault((game, t.seat), []).append(o)
         was = {k: self.means.get(k, mean(v)) for k, v in fresh.items()}
         self.means |= {k: self.decay*was[k] + (1 - self.decay)*mean(v) for k, v in fresh.items()}
-        return [was[played[0].game, t.seat] for t, _ in turns]
+        return [was[game, t.seat] for game, t, _ in turns]
 
 # %% ../nbs/39_game_training.ipynb #546f7f67
-def position_baseline(played, turns) -> list[float]:
+def position_baseline(turns) -> list[float]:
     "For each turn the mean outcome over all turns in the same position."
     seen = {}
-    for t, o in turns: seen.setdefault(_position(t), []).append(o)
-    return [mean(seen[_position(t)]) for t, _ in turns]
+    for game, t, o in turns: seen.setdefault(_position(game, t), []).append(o)
+    return [mean(seen[_position(game, t)]) for game, t, _ in turns]
 
 # %% ../nbs/39_game_training.ipynb #f1e56aa6
 def advantages(
     played,                 # transcripts, as `games.play` gives them
     who: str | None = None, # a player's name; by default both seats are learned from
-    baseline=position_baseline, # `(transcripts, [(turn, outcome)]) -> expected outcomes`; or a `SeatBaseline`
+    baseline=position_baseline, # `[(game, turn, outcome)] -> expected outcomes`; or a `SeatBaseline`
     entropy: float = 0.,    # paid for each nat of surprise in a legal move, so that a policy goes on trying
 ) -> list[dict]:            # rows `{"prompt", "completion", "advantage", ...}` for `update.reinforce`
     "A row for each move, legal or not: the outcome of the game for the mover less what was expected. Raises `ValueError` for no moves."
     surprise = lambda t: -sum(getattr(t, "logprobs", None) or [0.])*t.legal
-    turns = [(t, o + entropy*surprise(t)) for t, o in _taken(played, who)]
+    turns = [(game, t, o + entropy*surprise(t)) for game, t, o in _taken(played, who)]
     if not turns: raise ValueError(f"no moves of {who!r} in {len(played)} games: expected a player's name, or None for all.")
     return [{"prompt": t.prompt, "completion": t.answer, "advantage": o - e, "truncated": t.truncated} |
-            ({"completion_ids": list(t.token_ids)} if getattr(t, "token_ids", None) else {}) for (t, o), e in zip(turns, baseline(played, turns))]
+            ({"completion_ids": list(t.token_ids)} if getattr(t, "token_ids", None) else {}) for (_, t, o), e in zip(turns, baseline(turns))]

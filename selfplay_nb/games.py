@@ -21,7 +21,7 @@ from html import escape
 from fastcore.basics import patch
 
 from .pairs import Ledger
-from .players import Answer, answers_of
+from .players import Answer, answers_of, name_of
 from .rates import Rate, win_rate
 from .ratings import _html, _text
 
@@ -323,7 +323,7 @@ def _names(players) -> list[str]:
     "Names of the players, made different."
     names = []
     for p in players:
-        name = own = str(getattr(p, "name", type(p).__name__)); k = 2
+        name = own = name_of(p); k = 2
         while name in names: name = f"{own} {k}"; k += 1
         names.append(name)
     return names

@@ -463,28 +463,27 @@ def train_step(self: LeagueTraining,
     if not prompts: raise ValueError("no prompts: expected a non-empty list.")
     names, p = [m.name for m in self.leagues], self.compute_matchmaking_probs(current_performance, role)
     drawn = self.rng.choice(names, min(opponents, len(prompts)), p=p).tolist()
-    dealt = [drawn[i*len(drawn)//len(prompts)] for i in range(len(prompts))]
-    parts = {}
-    for name in dict.fromkeys(dealt):
-        mine = [i for i, n in enumerate(dealt) if n == name]
-        against = CompetitiveSelfPlay(play.policy, self[name], play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling)
-        parts[name] = mine, against.train_step([prompts[i] for i in mine], seed, round, progress, **{c: [v[i] for i in mine] for c, v in columns.items()})
-    joined = _join(list(parts.values()), len(prompts))
-    self.record([dict(a=role, b=n, prompt=p, score=sum(s)/len(s), round=round) for n, p, s in zip(dealt, prompts, joined.scores)])
-    return joined
+    dealt = _Dealt([self[drawn[i*len(drawn)//len(prompts)]] for i in range(len(prompts))])
+    against = CompetitiveSelfPlay(play.policy, dealt, play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling)
+    prefs = against.train_step(prompts, seed, round, progress, **columns)
+    self.record([dict(a=role, b=n, prompt=p, score=sum(s)/len(s), round=round) for n, p, s in zip(dealt.names, prompts, prefs.scores)])
+    return prefs
 
 # %% ../nbs/34_league.ipynb #8af9b89b
-def _join(parts, n: int) -> Preferences:
-    "One step of several, their prompts in order."
-    prefs = [p for _, p in parts]
-    def in_order(field):
-        out = [None]*n
-        for mine, p in parts:
-            for i, x in zip(mine, getattr(p, field)): out[i] = x
-        return out
-    tokens, seconds = sum(p.n_tokens for p in prefs), sum(p.n_tokens/p.tokens_per_second for p in prefs if p.tokens_per_second)
-    return Preferences(sum(map(list, prefs), []), in_order("scores"), sum((p.dropped for p in prefs), Counter()), in_order("answers"), in_order("rewards"),
-                       tokens/seconds if seconds else 0., tokens)
+class _Answered(list):
+    def __init__(self, rows, seconds, n_tokens): super().__init__(rows); self.seconds, self.n_tokens = seconds, n_tokens
+
+class _Dealt:
+    "Opponents side by side: the i-th prompt is for the i-th. Each is asked once, about all its prompts."
+    def __init__(self, members): self.members, self.names = members, [m.name for m in members]
+    def sample(self, prompts, n_samples, **sampling):
+        out, seconds, tokens = [None]*len(prompts), 0., 0
+        for name, member in dict(zip(self.names, self.members)).items():
+            mine = [i for i, n in enumerate(self.names) if n == name]
+            rows, s, t = answers_of(member, [prompts[i] for i in mine], n_samples, **sampling)
+            for i, row in zip(mine, rows): out[i] = row
+            seconds, tokens = seconds + s, tokens + t
+        return _Answered(out, seconds, tokens)
 
 # %% ../nbs/34_league.ipynb #80474938
 @patch

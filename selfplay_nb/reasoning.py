@@ -10,7 +10,6 @@ __all__ = ['ASK', 'LONGEST', 'LIMIT', 'PEOPLE', 'FORMS', 'NOUNS', 'REQUIRES', 'U
 # %% ../nbs/15_reasoning.ipynb #5c391f26
 import ast
 import atexit
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -29,7 +28,7 @@ from functools import lru_cache
 from html import escape
 from itertools import permutations, product
 
-from .players import text_of
+from .players import seed_of, text_of
 from .reward import WeightedReward, finished
 from .tasks import held_out
 
@@ -472,13 +471,11 @@ def _entry(entry: dict, family, level, config) -> dict:
     if family == "propositional_logic": answer = meta["example_answer"]
     return dict(family=family, level=level, config=config, question=entry["question"], answer=answer, metadata=meta)
 
-def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
-
 def _generate(family, level, config, split, n, seed):
     "Rows (question, answer, entry) of a split, in the worker."
     def draws():
         for chunk in range((12*n + 300)//50 + 1):   # neighbouring seeds of the package share problems, hence chunks with seeds of their own
-            data = _dataset(family, level, config, _seed(family, split, seed, chunk), 50)
+            data = _dataset(family, level, config, seed_of(family, split, seed, chunk), 50)
             for i in range(50):
                 e = _entry(data[i], family, level, config)
                 if family in _PARSED and not _plain(e["answer"]): continue   # such as an integral that is left as it is

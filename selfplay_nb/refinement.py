@@ -8,7 +8,6 @@ __all__ = ['CRITIQUE', 'REFINE', 'STOPS', 'fenced_texts', 'finds_nothing', 'word
 
 # %% ../nbs/26_refinement.ipynb #3c03d2e7
 import difflib
-import hashlib
 import json
 import math
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .pairs import validate_pairs, write_whole
-from .players import answers_of, as_prompts, prompt_text, text_of
+from .players import answers_of, as_prompts, name_of, prompt_text, seed_of, text_of
 from .reward import score
 from .templates import Template, fill, special_tokens
 
@@ -268,8 +267,6 @@ def load(cls: Trace, path: str | Path) -> Trace:
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 # %% ../nbs/26_refinement.ipynb #2b2568f0
-def _name(player) -> str: return getattr(player, "__name__", None) or getattr(player, "name", None) or type(player).__name__
-
 class IterativeRefiner:
     "Generate, criticise, refine, as in Self-Refine (Madaan et al., 2023, arXiv 2303.17651)."
     critique_template = Template("prompt", "response")
@@ -294,12 +291,10 @@ class IterativeRefiner:
         self.max_chars, self.sampling, self.critique_sampling = max_chars, sampling, {**sampling, **(critique_sampling or {})}
 
     def __repr__(self):
-        by, judged = "itself" if self.critic is self.policy else _name(self.critic), f", scored by {_name(self.reward)}" if self.reward else ""
-        return f"IterativeRefiner({_name(self.policy)} criticised by {by}{judged})"
+        by, judged = "itself" if self.critic is self.policy else name_of(self.critic), f", scored by {name_of(self.reward)}" if self.reward else ""
+        return f"IterativeRefiner({name_of(self.policy)} criticised by {by}{judged})"
 
 # %% ../nbs/26_refinement.ipynb #9c229992
-def _seed(seed: int, *stage) -> int: return int.from_bytes(hashlib.sha256(repr((seed, *stage)).encode()).digest()[:4]) >> 1
-
 @patch
 def _fits(self: IterativeRefiner, player, prompt, sampling) -> bool:
     base = getattr(player, "base", None)
@@ -325,10 +320,10 @@ def _render(self: IterativeRefiner, reader, template, prompt, **texts):
 # %% ../nbs/26_refinement.ipynb #5f8aa8bb
 @patch
 def _begin(self: IterativeRefiner, prompts, seed, columns, progress=None, judged=True) -> list[Trace]:
-    judge = _name(self.reward) if self.reward and judged else ""
-    traces = [Trace(p, policy=_name(self.policy), critic=_name(self.critic), judge=judge, seed=seed, columns={k: v[i] for k, v in columns.items()})
+    judge = name_of(self.reward) if self.reward and judged else ""
+    traces = [Trace(p, policy=name_of(self.policy), critic=name_of(self.critic), judge=judge, seed=seed, columns={k: v[i] for k, v in columns.items()})
               for i, p in enumerate(prompts)]
-    for t, x in zip(traces, self._ask(self.policy, [(p, _seed(seed, "answer")) for p in prompts], self.sampling, progress)):
+    for t, x in zip(traces, self._ask(self.policy, [(p, seed_of(seed, "answer")) for p in prompts], self.sampling, progress)):
         text = _said(x, "")
         t.versions.append(Version(text, truncated=bool(x and x.truncated), stop=None if text.strip() else "empty answer" if x else "full"))
     self._score([(t, t.versions[0]) for t in traces])
@@ -356,7 +351,7 @@ def _critique(self: IterativeRefiner, traces, at=None, progress=None):
     "Add a critique to each trace, of version `at` or its last one; those that end with it say why."
     places = [t.tip if at is None else at for t in traces]
     prompts, marks = zip(*[self._render(self.critic, self.critique_template, t.prompt, response=t.versions[i].text) for t, i in zip(traces, places)])
-    seeds = [_seed(t.seed, "critique", len(t.path(i)), sum(s.source == i for s in t.steps)) for t, i in zip(traces, places)]
+    seeds = [seed_of(t.seed, "critique", len(t.path(i)), sum(s.source == i for s in t.steps)) for t, i in zip(traces, places)]
     for t, i, mark, x in zip(traces, places, marks, self._ask(self.critic, list(zip(prompts, seeds)), self.critique_sampling, progress)):
         v = t.versions[i]
         if x is None: v.stop = "full"; continue
@@ -374,7 +369,7 @@ def _improve(self: IterativeRefiner, traces, progress=None):
     for t in traces:
         s = t.pending
         prompt, mark = self._render(self.policy, self.refine_template, t.prompt, response=t.versions[s.source].text, critique=s.critique)
-        asked.append((prompt, _seed(t.seed, "refine", len(t.path(s.source)), sum(x.source == s.source for x in t.steps)))); marks.append(mark)
+        asked.append((prompt, seed_of(t.seed, "refine", len(t.path(s.source)), sum(x.source == s.source for x in t.steps)))); marks.append(mark)
     for t, mark, x in zip(traces, marks, self._ask(self.policy, asked, self.sampling, progress)):
         s = t.pending; v, path = t.versions[s.source], t.path(s.source); text = _said(x, mark)
         old = [i for i, w in enumerate(t.versions) if (i in path or w.parent == s.source) and _same(w.text, text)]

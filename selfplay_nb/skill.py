@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .players import answers_of, as_prompts
 from .rates import Rate, win_rate
-from .reward import score
+from .reward import score_samples
 
 # %% ../nbs/28_skill.ipynb #b2b487c9
 SKILLS = "<novice>", "<intermediate>", "<expert>"
@@ -151,14 +151,6 @@ class SkillConditioning:
         self.policy, self.reward_fn, self.label, self.levels, self.n_samples, self.sampling = policy, reward_fn, label, tuple(levels), n_samples, sampling
 
 # %% ../nbs/28_skill.ipynb #5513429a
-def _scored(reward_fn, prompts, answers, columns) -> list[list[float]]:
-    "Rewards of answers, a list a prompt."
-    n = len(answers[0]); flat = [a for row in answers for a in row]
-    r = score(reward_fn, [p for p in prompts for _ in range(n)], [a.text for a in flat], truncated=[a.truncated for a in flat],
-              **{k: [v for v in vs for _ in range(n)] for k, vs in columns.items()})
-    return [r[i:i+n] for i in range(0, len(r), n)]
-
-# %% ../nbs/28_skill.ipynb #d29f9e80
 @patch
 def collect(self: SkillConditioning,
     prompts: list,       # n prompts, without a level
@@ -170,7 +162,7 @@ def collect(self: SkillConditioning,
 ) -> SkillRows:
     "Sample, score, label; raises as `skill_rows` and `reward.score` do."
     answers, _, _ = answers_of(self.policy, prompts, self.n_samples, seed=seed, progress=progress, **self.sampling)
-    rewards = _scored(self.reward_fn, prompts, answers, columns)
+    rewards = score_samples(self.reward_fn, prompts, answers, **columns)
     return skill_rows(prompts, answers, [self.label(r) for r in rewards], self.levels, per_level, seed, round=round)
 
 # %% ../nbs/28_skill.ipynb #57f61fbf
@@ -285,7 +277,7 @@ def check_levels(
     scores, texts = [], []
     for level in levels:
         answers, _, _ = answers_of(AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling)
-        scores.append(_scored(verifier, prompts, answers, columns)); texts.append([[a.text for a in row] for row in answers])
+        scores.append(score_samples(verifier, prompts, answers, **columns)); texts.append([[a.text for a in row] for row in answers])
         if not all(0 <= s <= 1 for row in scores[-1] for s in row): raise ValueError("the verifier gave a score outside [0, 1].")
     return SkillCheck(tuple(levels), prompts, list(map(list, zip(*scores))), list(map(list, zip(*texts))))
 

@@ -13,7 +13,7 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 
 from .games import LiveGame, Played, Transcript, ask, find_move, replay, stream
-from .players import prompt_text
+from .players import name_of, prompt_text
 from .stepper import score_curve
 from .widgets import preformatted
 
@@ -170,7 +170,7 @@ class PlaySeat(widgets.VBox):
 @patch
 def begin(self: PlaySeat):
     "Start the next game; an unfinished one is dropped."
-    other = getattr(self.opponent, "name", type(self.opponent).__name__)
+    other = name_of(self.opponent)
     names = ["person" if s == self.seat else other for s in range(self.game.seats)]
     order = [0 if s == self.seat else 1 + s - (s > self.seat) for s in range(self.game.seats)]
     self.live, self.last = LiveGame(self.game, stream(self.seed, "start", self.count), names, self.count, self.count, order, self.seed), None

@@ -55,6 +55,12 @@ def test_a_seats_baseline_follows_what_was_and_not_what_is():
     assert [r["advantage"] for r in second] == [.5, -.5]*4 and b.means == {("g", 0): .75, ("g", 1): .25}
 
 
+def test_each_game_has_a_baseline_of_its_own():
+    def game(name, o): return Transcript(name, 0, ["a", "b"], turns=[Turn(0, "p", "x", "x"), Turn(1, "q", "y", "y")], outcome=[o, 1 - o])
+    mixed = Played([game("g", 1.), game("h", 0.), game("g", 1.), game("h", 0.)])
+    for b in {}, {"baseline": SeatBaseline()}: assert [r["advantage"] for r in advantages(mixed, **b)] == [0]*8
+
+
 def test_surprise_is_paid():
     def game(answer, logprobs): return Transcript("g", 0, ["a", "b"], turns=[Turn(0, "p", answer, answer, logprobs=logprobs)], outcome=[.5, .5])
     rows = advantages(Played([game("x", [-1., -2.]), game("y", [-.5])]), entropy=.1)

@@ -268,13 +268,14 @@ def test_the_gate_lets_the_better_in_and_time_the_rest():
 def test_a_step_deals_its_prompts_to_the_opponents():
     league = LeagueTraining(matchmaking={"main": {"uniform": 1}})
     for i in range(4): league.add(Counting(lambda prompt, rng, i=i: str(i)), f"p{i}")
-    play = CompetitiveSelfPlay(Scripted(lambda prompt, rng: prompt.split()[0]), None, as_reward(lambda p, r: float(r)), n_samples=2)
+    play = CompetitiveSelfPlay(Counting(lambda prompt, rng: prompt.split()[0]), None, as_reward(lambda p, r: float(r)), n_samples=2)
     prompts = [f"{i % 5}.5 {i}" for i in range(20)]
     prefs = league.train_step(play, prompts, seed=1, round=3, opponents=6)
     assert [r["prompt"] for r in league.rows] == prompts and {r["round"] for r in league.rows} == {3}
     for r, s, said in zip(league.rows, prefs.scores, prefs.answers):
         assert s == [float(float(r["prompt"].split()[0]) > int(r["b"][1]))]*4 and r["score"] == s[0] and said == [r["prompt"].split()[0]]*2
-    assert {p["opponent"] for p in prefs} <= {r["b"] for r in league.rows} and {p["round"] for p in prefs} == {3}
+    met = {r["prompt"]: r["b"] for r in league.rows}
+    assert prefs and all(p["opponent"] == met[p["prompt"]] for p in prefs) and {p["round"] for p in prefs} == {3} and play.policy.calls == 1
     assert len({r["b"] for r in league.rows}) > 1 and all(m.player.calls == 1 for m in league.members if m.name in {r["b"] for r in league.rows})
     assert prefs.win_rate.n == 80 and "20 prompts" in repr(prefs)
 
