@@ -13,7 +13,7 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/dev
 	$(BIN)/jupyter lab index.ipynb

@@ -45,7 +45,7 @@ class Preferences(list):
     @property
     def losses(self) -> int: return sum(s < .5 for row in self.scores for s in row)
     @property
-    def mean_reward(self) -> float: return sum(map(sum, self.rewards)) / max(1, sum(map(len, self.rewards)))
+    def mean_reward(self) -> float: known = [r for row in self.rewards for r in row if r == r]; return sum(known)/max(1, len(known))
 
 # %% ../nbs/20_competitive.ipynb #f8a3f6ff
 @patch
@@ -101,12 +101,13 @@ def train_step(self: CompetitiveSelfPlay,
     a, t1, n1 = answers_of(self.policy, prompts, self.n_samples, seed=2*seed, progress=progress, **self.sampling)
     b, t2, n2 = answers_of(self.reference_policy, prompts, self.n_samples, seed=2*seed+1, progress=progress, **self.sampling)
     scores, margins, rewards = self._verdicts(prompts, a, b, columns)
+    scores = [[s for s, m in zip(row, ms) if m == m] for row, ms in zip(scores, margins)]  # NaN: nobody could judge it
     opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)]*len(prompts)
     about = dict(source="competitive", round=round, judge=name_of(self.reward_fn))
-    pairs, dropped, rng = [], Counter(), random.Random(seed)
+    pairs, dropped, rng = [], Counter({"unjudged": n} if (n := sum(m != m for ms in margins for m in ms)) else {}), random.Random(seed)
     for p, opponent, xs, ys, ms in zip(prompts, opponents, a, b, margins):
         about |= {"opponent": opponent}
-        rows = [(_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about for (x, y), m in zip(product(xs, ys), ms) if m]
+        rows = [(_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about for (x, y), m in zip(product(xs, ys), ms) if m and m == m]
         good, bad = validate_pairs(rows)
         pairs += _select(good, self.pairs_per_prompt, rng); dropped += bad
     return Preferences(pairs, scores, dropped, [[x.text for x in row] for row in a], rewards, (n1+n2)/(t1+t2) if t1+t2 else 0., n1+n2)

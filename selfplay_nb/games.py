@@ -112,9 +112,9 @@ def _repr_html_(self: Transcript):
         value = "" if t.value is None else f"{t.value:.2f}"
         cells = [str(i), f"{self.players[t.seat]} (seat {t.seat})", t.answer, t.move or "–", said + ", cut off"*t.truncated, value]
         return "<tr>" + "".join(f"<td style='text-align:left;white-space:pre-wrap'>{escape(c)}</td>" for c in cells) + "</tr>"
-    head = "".join(f"<th>{h}</th>" for h in ("turn", "player", "answer", "move", "", "value for seat 0"))
+    head = "".join(f"<th style='text-align:left'>{h}</th>" for h in ("turn", "player", "answer", "move", "verdict", "value for seat 0"))
     return (f"<p>{escape(self.game)}, game {self.number}: {escape(self.result)}</p><table><tr>{head}</tr>"
-            f"{''.join(row(i, t) for i, t in enumerate(self.turns))}</table><pre>{escape(self.end)}</pre>")
+            f"{''.join(row(i, t) for i, t in enumerate(self.turns))}</table><pre style='font-family:monospace'>{escape(self.end)}</pre>")
 
 # %% ../nbs/36_games.ipynb #13e445d4
 class Solver:

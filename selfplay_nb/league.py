@@ -466,7 +466,7 @@ def train_step(self: LeagueTraining,
     dealt = _Dealt([self[drawn[i*len(drawn)//len(prompts)]] for i in range(len(prompts))])
     against = CompetitiveSelfPlay(play.policy, dealt, play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling)
     prefs = against.train_step(prompts, seed, round, progress, **columns)
-    self.record([dict(a=role, b=n, prompt=p, score=sum(s)/len(s), round=round) for n, p, s in zip(dealt.names, prompts, prefs.scores)])
+    self.record([dict(a=role, b=n, prompt=p, score=sum(s)/len(s), round=round) for n, p, s in zip(dealt.names, prompts, prefs.scores) if s])
     return prefs
 
 # %% ../nbs/34_league.ipynb #8af9b89b

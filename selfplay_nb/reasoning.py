@@ -80,7 +80,7 @@ def _serve():
         name, args, seconds = json.loads(line)
         if resource: resource.setrlimit(resource.RLIMIT_CPU, (int(sum(os.times()[:2])) + 1 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         try: result = {"result": _JOBS[name](*args)}
-        except Exception as e: result = {"error": f"{type(e).__name__}: {e}"[:500]}
+        except Exception as e: result = {"error": (str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}")[:500]}
         print(json.dumps(result), file=out, flush=True)
 
 # %% ../nbs/15_reasoning.ipynb #570248f5

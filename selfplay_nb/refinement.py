@@ -336,7 +336,7 @@ def _score(self: IterativeRefiner, new):
     if not new: return
     columns = {k: [t.columns[k] for t, _ in new] for k in new[0][0].columns}
     values = score(self.reward, [t.prompt for t, _ in new], [v.text for _, v in new], truncated=[v.truncated for _, v in new], **columns)
-    for (_, v), x in zip(new, values): v.score = x
+    for (_, v), x in zip(new, values): v.score = None if math.isnan(x) else x
 
 # %% ../nbs/26_refinement.ipynb #28400dd2
 def _said(answer, mark: str) -> str:
@@ -531,15 +531,17 @@ def pairs(self: Traces,
     round: int = 0, # written to the pairs
 ) -> tuple[list[dict], Counter]: # the good pairs, and how many were dropped for which reason
     "Preference pairs, validated by `validate_pairs`."
-    rows = []
+    rows, unjudged = [], Counter()
     for t in self:
         v = t.versions
         steps = [(t.best, 0)]*(t.best != 0) + [(i, w.parent) for i, w in enumerate(v) if i and (_gain(t, i, w.parent) or 0) > 0]
         for i, j in dict.fromkeys(steps):
+            if t.judge and _gain(t, i, j) is None: unjudged["unjudged"] += 1; continue
             rows.append({"prompt": t.prompt, "chosen": v[i].text, "rejected": v[j].text, "margin": _gain(t, i, j) or 0.,
                          "chosen_truncated": v[i].truncated, "rejected_truncated": v[j].truncated, "source": "refinement", "round": round,
                          "opponent": f"{t.policy}, version {j}", "judge": "none" if _gain(t, i, j) is None else t.judge})
-    return validate_pairs(rows)
+    good, dropped = validate_pairs(rows)
+    return good, dropped + unjudged
 
 # %% ../nbs/26_refinement.ipynb #52c689be
 @patch

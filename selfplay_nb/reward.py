@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['as_reward', 'score', 'score_samples', 'last_number', 'exact_number', 'near_number', 'finished', 'format_reward',
-           'WeightedReward', 'coin_flip']
+           'WeightedReward', 'coin_flip', 'Guarded']
 
 # %% ../nbs/03_reward.ipynb #faaf2f66
 import hashlib
 import math
+import queue
 import re
+import threading
+from collections import Counter
 from decimal import Decimal
 
-from .players import text_of
+from fastcore.basics import patch
+
+from .players import name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
 def as_reward(
@@ -30,7 +35,7 @@ def score(
     completions: list, # n completions
     **columns,         # lists of n values, handed on; so is what has no length, as TRL's `trainer_state`
 ) -> list[float]:
-    "Call `reward`; raises `ValueError` unless it gives one finite number for each completion."
+    "Call `reward`; raises `ValueError` unless it gives one finite number for each completion (one that is `Guarded` may give NaN)."
     name = getattr(reward, "__name__", type(reward).__name__)
     for column, values in columns.items():
         if hasattr(values, "__len__") and len(values) != len(completions):
@@ -39,7 +44,7 @@ def score(
     if len(values) != len(completions):
         raise ValueError(f"reward {name!r} returned {len(values)} numbers for {len(completions)} completions: expected one for each.")
     for i, v in enumerate(values):
-        if v is None or not math.isfinite(v):
+        if (v is None or not math.isfinite(v)) and not getattr(reward, "may_fail", False):
             raise ValueError(f"reward {name!r} returned {v} for completion {i} ({text_of(completions[i])[:60]!r}): expected a finite number.")
     return [float(v) for v in values]
 
@@ -127,3 +132,68 @@ def coin_flip(
         batch = hashlib.sha256(repr([seed, prompts, completions]).encode()).digest()
         return [int.from_bytes(hashlib.sha256(batch + i.to_bytes(4)).digest()[:4]) / 2**32 for i in range(len(completions))]
     return coin
+
+# %% ../nbs/03_reward.ipynb #e1b78290
+class Guarded:
+    "A reward or judge whose failures (an exception, no number, no reply in time) cost the answers they concern: NaN, and counted."
+    may_fail = True
+    def __init__(self,
+        reward,                # a reward in TRL's convention, or a judge with `compare`
+        timeout: float | None = None, # seconds that one call may take
+        patience: int = 8,     # calls that may come too late, and a quarter of those that may fail in a row; then the rest of the batch is given up
+    ):
+        self.reward, self.timeout, self.patience, self.__name__ = reward, timeout, patience, name_of(reward)
+        if hasattr(reward, "compare"): self.compare = lambda prompts, a, b, **columns: self._ask(reward.compare, columns, prompts=prompts, a=a, b=b)
+        self.reset()
+
+    def reset(self): self.asked, self.failures, self.first = 0, Counter(), ""
+    @property
+    def share(self) -> float: return sum(self.failures.values())/max(1, self.asked)
+    def __call__(self, prompts, completions, **columns) -> list[float]: return self._ask(self.reward, columns, prompts=prompts, completions=completions)
+    def __repr__(self):
+        return f"Guarded({self.__name__}: {sum(self.failures.values())} of {self.asked} failed{': ' + self.first if self.first else ''})"
+
+# %% ../nbs/03_reward.ipynb #c87383df
+@patch
+def _ask(self: Guarded, fn, columns, **lists) -> list[float]:
+    n, late, sour = len(lists["prompts"]), 0, 0   # late and failing calls, the latter in a row
+    out, todo = [math.nan]*n, [(0, n)]; self.asked += n
+    while todo:
+        i, j = todo.pop()
+        part = {k: v[i:j] if _is_list(v, n) else v for k, v in (lists | columns).items()}
+        try: values = list(_in_time(self.timeout, fn, part))
+        except Exception as e: values, e = None, e; late += isinstance(e, TimeoutError); why, said = type(e).__name__, str(e)
+        else: why, said = "wrong length", f"{len(values)} numbers for {j-i} answers"
+        if values is not None and len(values) == j - i:
+            sour = 0
+            for k, v in enumerate(values):
+                out[i+k] = _real(v)
+                if math.isnan(out[i+k]): self._count("no number", repr(v), 1)
+        elif j - i > 1 and late < self.patience and (sour := sour + 1) < 4*self.patience: todo += [((i+j)//2, j), (i, (i+j)//2)]
+        else: self._count(why, said, j - i)
+    return out
+
+def _is_list(v, n) -> bool: return hasattr(v, "__getitem__") and not isinstance(v, (str, dict)) and hasattr(v, "__len__") and len(v) == n
+
+def _real(v) -> float:
+    "As a finite number, or NaN."
+    try: x = math.nan if isinstance(v, str) else float(v)
+    except (TypeError, ValueError): return math.nan
+    return x if math.isfinite(x) else math.nan
+
+@patch
+def _count(self: Guarded, why, said, n): self.failures[why] += n; self.first = self.first or f"{why}, {said[:200]}"
+
+# %% ../nbs/03_reward.ipynb #a52a13b8
+def _in_time(timeout, fn, kwargs):
+    "`fn(**kwargs)`, or `TimeoutError`. A thread cannot be killed: it is left behind, and ends with the process."
+    if not timeout: return fn(**kwargs)
+    box = queue.SimpleQueue()
+    def run():
+        try: box.put((True, fn(**kwargs)))
+        except Exception as e: box.put((False, e))
+    threading.Thread(target=run, daemon=True).start()
+    try: good, value = box.get(timeout=timeout)
+    except queue.Empty: raise TimeoutError(f"no reply in {timeout:g} s") from None
+    if not good: raise value
+    return value

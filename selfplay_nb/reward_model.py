@@ -28,7 +28,7 @@ from .pairs import validate_pairs
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
-from .update import COMMON, UpdateResult, _length_on, _machine, _pair_tokens, _quietly, _same_random_state
+from .update import COMMON, UpdateResult, _length_on, _machine, _own_progress, _pair_tokens, _quietly, _same_random_state
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
 class _Scorer(PreTrainedModel):
@@ -101,12 +101,12 @@ REWARD = dict(learning_rate=4e-4, per_device_train_batch_size=16)
 @patch
 def train(self: RewardModel,
     pairs: list[dict],  # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
-    **settings,         # any field of TRL's `RewardConfig`, over the defaults in `REWARD`
+    **settings,         # any field of TRL's `RewardConfig`, over the defaults in `REWARD`; `progress`, called as `progress(step, steps)`
 ) -> UpdateResult:
     """Train adapter and head on preference pairs through TRL's `RewardTrainer`; nothing else on the base changes.
 
     Raises `ValueError` if no good pair is left, `FloatingPointError` if training diverged."""
-    b, name, start = self.base, self.policy.name, time.perf_counter()
+    b, name, start, progress = self.base, self.policy.name, time.perf_counter(), settings.pop("progress", None)
     pairs, dropped = validate_pairs(pairs, _length_on(b), b.context_length)
     if not pairs: raise ValueError(f"nothing to train on: expected at least one good pair; dropped {dict(dropped) or 'none'}.")
     tokens = [_pair_tokens(b, p) for p in pairs]
@@ -119,8 +119,7 @@ def train(self: RewardModel,
         b.peft.set_adapter(name); self.head.requires_grad_(True)
         try:
             trainer = RewardTrainer(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
-            for c in list(trainer.callback_handler.callbacks):
-                if type(c).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"): trainer.remove_callback(c)
+            _own_progress(trainer, progress)
             trainer.train()
             losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
             if not all(map(math.isfinite, losses)) or not self.head.isfinite().all():

@@ -208,7 +208,8 @@ class Result:
     def _texts(self): return [(n, t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}")
                               for n, t in (("stdout", self.stdout), ("stderr", self.stderr)) if t]
     def __repr__(self): return "\n".join([str(self), *(f"{n}: {t.rstrip()}" for n, t in self._texts())])
-    def _repr_html_(self): return f"<b>{escape(str(self))}</b>" + "".join(f"<br>{n}<pre>{escape(t)}</pre>" for n, t in self._texts())
+    def _repr_html_(self):
+        return f"<b>{escape(str(self))}</b>" + "".join(f"<br>{n}<pre style='font-family:monospace'>{escape(t)}</pre>" for n, t in self._texts())
 
 # %% ../nbs/13_sandbox.ipynb #59a95dd9
 class SandboxUnavailable(RuntimeError):

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .players import prompt_text
 from .refinement import IterativeRefiner, Trace, Traces, diff_html
-from .widgets import preformatted
+from .widgets import display_live, preformatted
 
 # %% ../nbs/32_stepper.ipynb #1d1c07a2
 def score_curve(
@@ -237,10 +237,7 @@ def _still(self: RefinementStepper) -> dict:
     return {"text/plain": repr(self), "text/html": self.trace._repr_html_() if self.trace else "<p>Nothing generated yet.</p>"}
 
 @patch
-def _ipython_display_(self: RefinementStepper, **kwargs):
-    from IPython.display import display
-    display({"text/plain": "The live view; what it left is below.", "application/vnd.jupyter.widget-view+json": self.get_view_spec()}, raw=True)
-    self.handle = display(self._still(), raw=True, display_id=True)
+def _ipython_display_(self: RefinementStepper, **kwargs): self.handle = display_live(self)
 
 @patch
 def _keep(self: RefinementStepper):

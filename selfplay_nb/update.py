@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as hf_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
-from .policy import Base, Policy, can_share, lay_out, pack
+from .policy import Base, Policy, can_share, lay_out, out_of_memory, pack
 from .players import text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
@@ -135,10 +135,37 @@ def load_optimizer(path: str | Path) -> dict | None:
     return load_file(path) if Path(path).exists() else None
 
 # %% ../nbs/11_update.ipynb #40371a2b
+class _Steps(TrainerCallback):
+    def __init__(self, progress): self.progress = progress
+    def on_step_end(self, args, state, control, **kwargs): self.progress(state.global_step, state.max_steps)
+
+def _own_progress(trainer, progress):
+    "Take off the bars of the libraries below; `progress(step, steps)`, if there is one, is called after each step instead."
+    for name in "PrinterCallback", "ProgressCallback", "NotebookProgressCallback":
+        for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]: trainer.remove_callback(c)
+    if progress: trainer.add_callback(_Steps(progress))
+
+# %% ../nbs/11_update.ipynb #2c544365
 def _train(policy: Policy, trainer_class, config_class, rows, settings, optimizer, dropped, after_init=lambda t: None) -> UpdateResult:
     if policy.frozen: raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
     if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
-    base, start = policy.base, time.perf_counter()
+    start, settings = time.perf_counter(), {"gradient_accumulation_steps": 1} | settings; progress = settings.pop("progress", None)
+    while True:
+        try: trainer, trained = _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress); break
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e) or settings["per_device_train_batch_size"] < 2: raise
+        settings = _halved(settings)
+    policy.load_state(trained)
+    return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
+
+# %% ../nbs/11_update.ipynb #39a4aeed
+def _halved(settings):
+    size, parts = -(-settings["per_device_train_batch_size"]//2), settings["gradient_accumulation_steps"]*2
+    warnings.warn(f"out of memory: the update begins again with {size} rows at a time, {parts} times a step.", stacklevel=4)
+    return settings | {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+
+def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress):
+    base = policy.base
     with _quietly(), _logits_of_completions_only(), _same_random_state(), tempfile.TemporaryDirectory() as out:
         args = config_class(output_dir=out, **_machine(base), **(COMMON | settings))
         if args.n_gpu > 1: args._n_gpu = 1  # one base on one device, however many there are
@@ -146,16 +173,14 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
             base.add_adapter("default", base.peft.peft_config[policy.name], scratch=True)
             base.peft.set_adapter("default")
             trainer = trainer_class(base.peft, args=args, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
-            for callback in "PrinterCallback", "ProgressCallback", "NotebookProgressCallback":
-                for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == callback]: trainer.remove_callback(c)
+            _own_progress(trainer, progress)
             after_init(trainer)
             _load_scratch(policy)
             if optimizer: trainer.create_optimizer(); _set_moments(trainer.optimizer, optimizer)
             trainer.train()
             trained = Policy.resident(base, "default").state()
             _check_finite(trainer.state.log_history, trained)
-    policy.load_state(trained)
-    return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
+    return trainer, trained
 
 # %% ../nbs/11_update.ipynb #efff5a65
 def _check_finite(history, weights):
@@ -243,7 +268,7 @@ def dpo(
     reference: Policy,  # a snapshot on the same base, or the base itself
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
     sampled_by_reference: bool = False, # are the pairs' `chosen_logps` and `rejected_logps` those of `reference`? Then they are not computed again
-    **settings,         # any field of TRL's `DPOConfig`, over the defaults in `DPO`
+    **settings,         # any field of TRL's `DPOConfig`, over the defaults in `DPO`; `progress`, called as `progress(step, steps)`
 ) -> UpdateResult:
     """Train `policy` on preference `pairs` against `reference`. Only the policy's adapter changes, and only if all went well.
 
@@ -274,7 +299,7 @@ def sft(
     policy: Policy,    # the adapter to train
     rows: list[dict],  # `{"prompt", "completion"}`
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
-    **settings,        # any field of TRL's `SFTConfig`, over the defaults in `SFT`
+    **settings,        # any field of TRL's `SFTConfig`, over the defaults in `SFT`; `progress`, called as `progress(step, steps)`
 ) -> UpdateResult:
     "Train `policy` to give the completions; empty and over-long ones are dropped and counted. Raises as `dpo` does."
     tokens, dropped = [], Counter()
@@ -308,7 +333,7 @@ def reinforce(
     policy: Policy,    # the adapter to train
     rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `completion_ids` if they were sampled, `truncated` if it was cut off
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
-    **settings,        # any field of Transformers' `TrainingArguments`, over the defaults in `REINFORCE`
+    **settings,        # any field of Transformers' `TrainingArguments`, over the defaults in `REINFORCE`; `progress`, as in `dpo`
 ) -> UpdateResult:
     """Raise the probability of completions with a positive advantage, lower that of the others (Williams, 1992).
 

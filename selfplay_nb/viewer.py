@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .games import LiveGame, Played, Transcript, ask, find_move, replay, stream
 from .players import name_of, prompt_text
 from .stepper import score_curve
-from .widgets import preformatted
+from .widgets import display_live, preformatted
 
 # %% ../nbs/38_viewer.ipynb #d3e58c09
 def board_svg(
@@ -54,16 +54,17 @@ class GameViewer(widgets.VBox):
         if not self.transcripts: raise ValueError("no transcripts: expected one or more games.")
         super().__init__()
         self.played, self.game, self.drawing, n = played, game, False, len(self.transcripts)
-        wide, half = widgets.Layout(width="36em"), widgets.Layout(width="50%")
+        wide = widgets.Layout(width="36em")
         self.number = widgets.IntSlider(1, 1, max(2, n), description="Game", layout=wide, disabled=n == 1)
         self.step, self.play = widgets.IntSlider(0, 0, 1, description="Turn", layout=wide), widgets.Play(interval=1200, min=0, max=1)
         button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=widgets.Layout(width="auto"))
         self.first, self.previous = button("First", "The start of the game"), button("Previous", "One turn back")
         self.next, self.last = button("Next", "One turn on"), button("Last", "The end of the game")
         self.title, self.board, self.verdict, self.curve, self.prompt, self.answer = (widgets.HTML() for _ in range(6))
-        self.left, self.right = widgets.VBox([self.board, self.curve], layout=half), widgets.VBox([self.verdict, self.prompt, self.answer], layout=half)
+        self.left, self.right = widgets.VBox([self.board], layout=widgets.Layout(margin="0 2em 0 0")), widgets.VBox([self.verdict, self.prompt, self.answer])
+        self.right.layout.flex, self.handle = "1", None
         self.children = [self.number, widgets.HBox([self.play, self.step]), widgets.HBox([self.first, self.previous, self.next, self.last]), self.title,
-                         widgets.HBox([self.left, self.right])]
+                         widgets.HBox([self.left, self.right]), self.curve]
         widgets.link((self.play, "value"), (self.step, "value"))
         here = lambda: self.step.value
         for b, to in (self.first, lambda: 0), (self.previous, lambda: here() - 1), (self.next, lambda: here() + 1), (self.last, lambda: self.step.max):
@@ -86,6 +87,7 @@ def show_game(self: GameViewer):
     try: self.step.value = 0; self.step.max = self.play.max = max(1, n)
     finally: self.drawing = False
     self.show()
+    if self.handle: self.handle.update(self._still(), raw=True)
 
 # %% ../nbs/38_viewer.ipynb #493ddb46
 @patch
@@ -128,13 +130,7 @@ def _still(self: GameViewer) -> dict:
 def __repr__(self: GameViewer): return repr(self.transcript)
 
 @patch
-def _ipython_display_(self: GameViewer, **kwargs): _display(self)
-
-def _display(view):
-    "The live view, and below it what it shows as an output that needs no kernel."
-    from IPython.display import display
-    display({"text/plain": "The live view; what it shows is below.", "application/vnd.jupyter.widget-view+json": view.get_view_spec()}, raw=True)
-    return display(view._still(), raw=True, display_id=True)
+def _ipython_display_(self: GameViewer, **kwargs): self.handle = display_live(self)
 
 # %% ../nbs/38_viewer.ipynb #6222d633
 class PlaySeat(widgets.VBox):
@@ -157,13 +153,14 @@ class PlaySeat(widgets.VBox):
         button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=widgets.Layout(width="auto"))
         self.new, self.again = button("New game", "Leave this game and start another"), button("Ask again", "Ask the opponent once more")
         self.save, self.file = button("Save", "Append the finished games to the file"), widgets.Text(str(path), description="File")
-        self.text = widgets.Text(description="Move", placeholder="type a move, then Send", layout=widgets.Layout(width="36em"))
+        self.text = widgets.Text(description="Move", placeholder="type a move, then Enter", layout=widgets.Layout(width="36em"))
         self.submit = button("Send", "Play what is in the box")
         self.moves, self.entry = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap")), widgets.HBox([self.text, self.submit])
         self.status, self.board, self.prompt = (widgets.HTML() for _ in range(3))
         self.children = [self.status, self.board, self.moves, self.entry, self.prompt, widgets.HBox([self.new, self.again, self.file, self.save])]
         self.new.on_click(lambda _: self.begin()); self.again.on_click(lambda _: self.go_on()); self.save.on_click(lambda _: self.keep())
         self.submit.on_click(lambda _: self.choose(self.text.value))
+        self.text.on_msg(lambda _, content, buffers: content.get("event") == "submit" and self.choose(self.text.value))  # Enter
         self.begin()
 
 # %% ../nbs/38_viewer.ipynb #cc5a8d92
@@ -193,7 +190,7 @@ def choose(self: PlaySeat,
     if at not in (None, self.place): return self.show(f"Not played: {text} was chosen in an earlier position.")
     before, trial = s.copy(), s.copy()
     try: trial.move(text if s.legal is None else find_move(text, s.legal))
-    except ValueError as e: return self.show(f"Not played: {e}.")
+    except ValueError as e: return self.show(f"Not played: {str(e).rstrip('.')}." if text in str(e) else f"Not played: {text!r:.40}; {str(e).rstrip('.')}.")
     self.last = before; self.live.take(text); self.text.value = ""
     self.go_on()
 
@@ -218,6 +215,7 @@ def go_on(self: PlaySeat):
 def _busy(self: PlaySeat, message):
     self.status.value = f"<p role='status'>{escape(message)}</p>"
     for c in [self.new, self.again, self.save, self.file, self.text, self.submit, *self.moves.children]: c.disabled = True
+    if getattr(self.live.state, "grid", None): self.board.value = board_html(self.live.state, self.last)   # with the move that was just made
 
 # %% ../nbs/38_viewer.ipynb #3411ddc9
 @patch
@@ -228,7 +226,7 @@ def show(self: PlaySeat,
     g, t = self.live, self.live.transcript; s = g.state; mine = not g.over and s.seat == self.seat; legal = s.legal if mine else []
     if g.over and not any(t is x for x in self.played): self.played.append(t); self.played.players = [n for _, n in sorted(zip(t.order, t.players))]
     says = f"The game is over: {t.result}." if g.over else "Your move." if mine else "The opponent is to move."
-    self.status.value = f"<p role='status'>{escape(message)} {escape(says)} You are seat {self.seat}. {len(self.played)} games finished.</p>"
+    self.status.value = f"<p role='status'>{escape(message)} {escape(says)} You are seat {self.seat}. Games finished: {len(self.played)}.</p>"
     grid = getattr(s, "grid", None)
     self.board.value = board_html(s, self.last) if grid or g.over else ""   # a text position may show what is hidden
     self.prompt.value = preformatted(prompt_text(s.prompt), "What you know") if mine else ""
@@ -257,10 +255,10 @@ def keep(self: PlaySeat):
 
 @patch
 def _still(self: PlaySeat) -> dict:
-    games = "".join(t._repr_html_() for t in self.played[-1:]) or self.board.value + self.prompt.value
-    return {"text/plain": repr(self), "text/html": self.played._repr_html_() + games}
+    games = "".join(t._repr_html_() for t in self.played[-1:]) or f"<div>{self.board.value}</div>{self.prompt.value}"
+    return {"text/plain": repr(self), "text/html": (self.played._repr_html_() if self.played else "") + games}
 
 @patch
 def __repr__(self: PlaySeat): return repr(self.played)
 @patch
-def _ipython_display_(self: PlaySeat, **kwargs): self.handle = _display(self)
+def _ipython_display_(self: PlaySeat, **kwargs): self.handle = display_live(self)

@@ -50,10 +50,11 @@ def test_versions_agree():
 
 
 # A module imports only from the floors below its own.
-FLOORS = [{"model", "players", "rates", "templates", "sandbox"}, {"policy", "reward", "pairs", "ratings"}, {"update", "tasks", "judge", "games"},
+FLOORS = [{"model", "players", "rates", "templates", "sandbox", "checkpoint"}, {"policy", "reward", "pairs", "ratings"}, {"update", "tasks", "judge", "games"},
           {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional", "skill", "adversarial",
            "code_tasks", "reasoning", "creative", "game_training"},
-          {"league", "debate", "widgets", "scoreboard"}, {"trainer", "stepper", "card", "board"}, {"__main__", "viewer"}]
+          {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks"},
+          {"trainer", "pipeline", "monitor", "stepper", "card", "board"}, {"__main__", "viewer"}]
 
 
 def imports(module):
@@ -73,7 +74,7 @@ def test_floors():
 
 TORCHLESS = ["players", "templates", "reward", "pairs", "rates", "ratings", "tasks", "judge", "competitive", "evaluation", "diversity", "retention", "human",
              "widgets", "scoreboard", "refinement", "constitutional", "stepper", "card", "skill", "adversarial", "league", "board",
-             "sandbox", "code_tasks", "reasoning", "creative", "games", "debate", "game_training", "viewer"]
+             "sandbox", "code_tasks", "reasoning", "creative", "games", "debate", "game_training", "viewer", "checkpoint", "callbacks", "monitor"]
 
 
 @pytest.mark.parametrize("module", TORCHLESS)

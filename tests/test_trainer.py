@@ -9,12 +9,13 @@ import time
 import pytest
 import torch
 
+from selfplay_nb.callbacks import default_callbacks, summary
 from selfplay_nb.league import LeagueTraining
 from selfplay_nb.pairs import Ledger
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward import as_reward, exact_number
 from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer, default_callbacks, summary
+from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 
 SMALL = dict(n_rounds=3, prompts_per_round=6, n_samples=6, max_new_tokens=30, exam_size=8, exam_every=1, temperature=1.)
 
@@ -85,15 +86,17 @@ def test_what_a_run_leaves(tmp_path, tiny_folder, capsys):
     trainer = make(tmp_path/"run", tiny_folder, default_callbacks())
     trainer.train()
     files = {f.name for f in (tmp_path/"run").iterdir()}
-    assert {"config.json", "metrics.jsonl", "pairs.jsonl", "state.json", "curve.png", "report.html", "adapters", "exams", "against_base.json"} <= files
-    assert sorted(f.name for f in (tmp_path/"run"/"adapters").iterdir()) == ["reference_round_003", "student_round_003"]
+    assert {"config.json", "metrics.jsonl", "pairs.jsonl", "live.json", "curve.png", "report.html", "checkpoints", "exams", "against_base.json"} <= files
+    newest = tmp_path/"run"/"checkpoints"/"round_003"
+    assert sorted(f.name for f in newest.iterdir()) == ["manifest.json", "optimizer.safetensors", "reference", "state.json", "student"]
+    assert "| 3 |" in (newest/"student"/"README.md").read_text()
     assert "before" in summary(tmp_path/"run") and "win rate against the base" in summary(tmp_path/"run")
     assert "<table>" in (tmp_path/"run"/"report.html").read_text()
     out = capsys.readouterr()
     assert "round  3" in out.out + out.err and "tok/s" in out.err
     again = make(tmp_path/"run", tiny_folder)
     assert len(again.train()) == 4
-    loaded = Policy.load(again.base, tmp_path/"run"/"adapters"/"student_round_003", "loaded")
+    loaded = Policy.load(again.base, newest/"student", "loaded")
     assert equal(loaded.state(), again.student.state())
 
 
@@ -196,8 +199,8 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, tiny_folder):
         run.send_signal(signal.SIGKILL); run.wait()
     assert start("killed").wait() == 0
     def files(name):
-        adapters = {f.relative_to(tmp_path/name): f.read_bytes() for f in (tmp_path/name/"adapters").rglob("*.safetensors")}
-        return adapters, (tmp_path/name/"pairs.jsonl").read_bytes(), (tmp_path/name/"state.json").read_text()
+        folder = tmp_path/name/"checkpoints"/"round_003"
+        return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.safetensors")}, (tmp_path/name/"pairs.jsonl").read_bytes()
     assert files("whole") == files("killed") and len(files("whole")[0]) == 3
 
 

@@ -1,0 +1,317 @@
+"What goes wrong in a run is counted and shown, none of it reaches the optimizer, and too much of it stops the run with a reason."
+import json
+import math
+import random
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from selfplay_nb import policy, update
+from selfplay_nb.callbacks import Live, ReportTo, control, flat, read_control
+from selfplay_nb.competitive import CompetitiveSelfPlay
+from selfplay_nb.league import LeagueTraining
+from selfplay_nb.pairs import Ledger, loops, validate_pairs
+from selfplay_nb.players import Scripted
+from selfplay_nb.policy import Base, Policy
+from selfplay_nb.refinement import IterativeRefiner
+from selfplay_nb.reward import Guarded, exact_number, score
+from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.vitals import Vitals, alarms, vitals
+
+SMALL = dict(n_rounds=2, prompts_per_round=6, n_samples=6, max_new_tokens=12, exam_size=4, exam_every=1)
+
+
+def make(run_dir, folder, reward=None, callbacks=(), **changes):
+    class Letters(ArithmeticTask):
+        verifier = property(lambda self: exact_number)
+    def letters(prompts, completions, **columns): return [float(sum(map(ord, c)) % 97) for c in completions]
+    Letters.reward = property(lambda self: reward or letters)
+    base = folder and Base.load(folder, dtype=torch.float32, device="cpu")
+    return SelfPlayTrainer(SelfPlayConfig(str(run_dir), **SMALL | changes), base=base, task=Letters(), callbacks=list(callbacks))
+
+
+# rewards that fail
+
+def length(prompts, completions, **columns): return [float(len(c)) for c in completions]
+
+def raising(prompts, completions, **columns): return [1/(len(c) - 3) for c in completions]
+
+def silent(prompts, completions, **columns): return [None if len(c) == 3 else math.nan if len(c) == 4 else float(len(c)) for c in completions]
+
+def short(prompts, completions, **columns): return [float(len(c)) for c in completions if len(c) != 3]
+
+def hanging(prompts, completions, **columns):
+    if any(len(c) == 3 for c in completions): time.sleep(5)
+    return length(prompts, completions)
+
+
+@pytest.mark.parametrize("reward, lost, why", [(raising, [2], {"ZeroDivisionError": 1}), (silent, [2, 3], {"no number": 2}), (short, [2], {"wrong length": 1}),
+                                               (hanging, [2], {"TimeoutError": 1})])
+def test_a_failing_reward_costs_the_answers_it_concerns(reward, lost, why):
+    guarded, answers = Guarded(reward, timeout=.2), ["a", "ab", "abc", "abcd", "abcde"]
+    got = score(guarded, ["?"]*5, answers)
+    assert [i for i, v in enumerate(got) if math.isnan(v)] == lost and guarded.failures == why and guarded.asked == 5 and guarded.first
+    right = dict(enumerate(length([], answers))) if reward is not raising else {i: 1/(len(a) - 3) for i, a in enumerate(answers) if i != 2}
+    assert all(v == right[i] for i, v in enumerate(got) if i not in lost)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        score(reward, ["?"]*5, answers) if reward is not hanging else score(lambda **k: [math.nan]*5, ["?"]*5, answers)
+
+
+def test_a_reward_that_always_hangs_is_given_up():
+    guarded, begun = Guarded(lambda prompts, completions: time.sleep(3), timeout=.05), time.time()
+    assert all(map(math.isnan, score(guarded, ["?"]*256, ["a"]*256))) and time.time() - begun < 2 and guarded.share == 1
+
+
+def test_columns_go_with_their_answers():
+    def reward(prompts, completions, answer, step, **columns): return [1/(a != 2)*(a + step) for a in answer]
+    assert score(Guarded(reward), ["?"]*4, ["x"]*4, answer=[0, 1, 2, 3], step=10)[3] == 13.
+
+
+def test_a_judge_that_fails():
+    class Judge:
+        __name__ = "judge"
+        def compare(self, prompts, a, b, **columns): return [1/(x != "3")*(x > y) for x, y in zip(a, b)]
+    answer = Scripted(lambda p, rng: rng.choice("12345"), "chance")
+    guarded = Guarded(Judge())
+    prefs = CompetitiveSelfPlay(answer, answer, guarded, n_samples=4).train_step([f"{i}?" for i in range(20)])
+    lost = sum(a == "3" for row in prefs.answers for a in row)
+    assert lost and guarded.failures["ZeroDivisionError"] == prefs.dropped["unjudged"] == 4*lost and prefs.win_rate.n == 20*16 - 4*lost
+    assert not hasattr(Guarded(length), "compare") and all(math.isfinite(p["margin"]) for p in prefs)
+
+
+def test_unjudged_answers_in_other_mechanisms(tmp_path):
+    answer = Scripted(lambda p, rng: "x"*rng.randint(1, 5), "chance")
+    traces = IterativeRefiner(answer, reward=Guarded(silent)).refine_batch([f"{i}?" for i in range(20)], 2)
+    scores, (pairs, dropped) = [v.score for t in traces for v in t.versions], traces.pairs()
+    assert None in scores and all(s is None or math.isfinite(s) for s in scores) and pairs and all(p["margin"] > 0 for p in pairs)
+    blind = IterativeRefiner(answer, reward=Guarded(lambda **k: [math.nan]*len(k["prompts"]))).refine_batch([f"{i}?" for i in range(20)], 2).pairs()
+    assert blind[0] == [] and blind[1]["unjudged"] and dropped["unjudged"]
+    league = LeagueTraining(anchors={"chance": answer}, folder=tmp_path)
+    league.train_step(CompetitiveSelfPlay(answer, None, Guarded(lambda **k: [math.nan]*len(k["prompts"]))), ["a?", "b?"])
+    assert league.rows == []
+
+
+@pytest.mark.parametrize("reward, why, of", [(raising, "ZeroDivisionError", 7), (silent, "no number", 7), (hanging, "TimeoutError", 61)])
+def test_a_run_counts_and_goes_on(tmp_path, tiny_folder, reward, why, of):
+    def size(c): return sum(map(ord, c)) % of
+    trainer = make(tmp_path/"run", tiny_folder, lambda prompts, completions, **columns: reward(prompts, ["x"*size(c) for c in completions]),
+                   n_rounds=1, judge_timeout=.3, max_unjudged=.9)
+    [_, row] = trainer.train()
+    pairs = Ledger(tmp_path/"run"/"pairs.jsonl").rows()
+    assert row["unjudged"][why] and row["unjudged"]["first"] and row["dropped"]["unjudged"] and 0 < len(pairs) == row["pairs"]
+    assert {size(p[k]) for p in pairs for k in ("chosen", "rejected")}.isdisjoint({3, 4} if reward is silent else {3})
+    assert all(v.isfinite().all() for v in trainer.student.state().values())
+
+
+def test_too_few_survivors_stop_the_run_and_nothing_is_trained_on(tmp_path, tiny_folder):
+    broken = []
+    def breaks(prompts, completions, **columns):
+        if broken: raise ConnectionError("the endpoint is gone")
+        return [float(sum(map(ord, c)) % 97) for c in completions]
+    class Break:
+        def on_round_begin(self, trainer): broken.extend([1]*(trainer.round == 1))
+    trainer = make(tmp_path/"run", tiny_folder, breaks, [Break()])
+    with pytest.raises(RuntimeError, match=r"round 2: the reward 'breaks' failed on 72 of 72 answers.*ConnectionError.*endpoint is gone.*Mend"):
+        trainer.train()
+    n = len(Ledger(tmp_path/"run"/"pairs.jsonl").rows())
+    assert n == trainer.history[-1]["pairs"] and trainer.round == 1
+    broken.clear()
+    again = make(tmp_path/"run", tiny_folder, breaks); again.train()
+    whole = make(tmp_path/"whole", tiny_folder, breaks); whole.train()
+    assert all(torch.equal(a, b) for a, b in zip(again.student.state().values(), whole.student.state().values()))
+
+
+# answers that nobody should learn
+
+def test_empty_looping_and_over_long_answers_are_counted_and_left_out():
+    texts = {"good": "The answer is 12.", "empty": " \n", "looping": "so it is " + "very "*12}
+    play = CompetitiveSelfPlay(Scripted(lambda p, rng: texts[p], "one"), Scripted(lambda p, rng: f"bad {rng.random()}", "other"),
+                               lambda prompts, completions, **columns: [float(not c.startswith("bad")) for c in completions], n_samples=2)
+    prefs = play.train_step(list(texts))
+    assert {p["chosen"] for p in prefs} == {texts["good"]} and prefs.dropped == {"empty": 4, "looping": 4}
+    pair = dict(prompt="p", chosen="a", rejected="b")
+    bad = [pair | {"chosen_truncated": True}, pair | {"chosen": "a"*90}, pair | {"rejected": "b "*900}]
+    assert validate_pairs(bad, lambda p, c: len(c), 100)[1] == {"truncated": 1, "looping": 1, "over-long": 1}
+
+
+def test_what_loops():
+    assert all(map(loops, ["ha"*12, "x"*24, "One. " + "I am sorry. "*8, "a\n"*30, "the end and " + "the end and "*9 + "  \n"]))
+    fine = ["", "1000000000", "ha"*7, "very "*7, "x"*23, "3.14159265358979323846264338327950288", "I am sorry. "*7, "no, no, no, no!", "a"*30 + "b"]
+    assert not any(map(loops, fine))
+
+
+# memory
+
+def memory_for(n, monkeypatch, where, name, size):
+    "Let batches of more than `n` fail as PyTorch does; how often they did."
+    real, failed = getattr(where, name), []
+    def limited(*args, **kwargs):
+        if size(*args, **kwargs) > n: failed.append(1); raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(where, name, limited)
+    return failed
+
+
+def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
+    student, prompts = Policy(tiny, "student"), [f"{i} + 1 =" for i in range(5)]
+    whole, budget = student.sample(prompts, 4, 8, seed=0), tiny.max_batch_tokens
+    failed = memory_for(6, monkeypatch, policy, "_decode", lambda model, prompts, rows, *rest: len(rows))
+    with pytest.warns(UserWarning, match="out of memory: a batch of 20 was halved"):
+        halves = student.sample(prompts, 4, 8, seed=0)
+    assert halves.texts == whole.texts and failed and tiny.max_batch_tokens < budget
+    tiny.max_batch_tokens = 200  # ten rows: several batches that all do not fit cost one halving
+    with warnings.catch_warnings(action="ignore"): again = student.sample(prompts*4, 4, 8, seed=0)
+    assert again.texts[:5] == whole.texts and tiny.max_batch_tokens >= 50
+    memory_for(0, monkeypatch, policy, "_decode", lambda *args: 1)
+    with pytest.raises(RuntimeError, match="can't allocate"), warnings.catch_warnings(action="ignore"):
+        student.sample(prompts[0], 1, 8, seed=0)
+
+
+def test_an_update_in_halves_keeps_the_effective_batch(tiny, monkeypatch):
+    rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
+    def train(**settings):
+        student = Policy(tiny, "student"); result = update.sft(student, rows, **settings); state = student.state(); student.delete()
+        return state, result
+    parts, _ = train(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    failed = memory_for(4, monkeypatch, update._SharedSFT, "compute_loss", lambda self, model, inputs, *rest, **more: len(inputs["input_ids"]))
+    with pytest.warns(UserWarning, match="begins again with 4 rows at a time, 4 times a step"):
+        halved, result = train()
+    assert len(failed) == 2 and len(result.losses) == 1 and all(torch.equal(parts[k], halved[k]) for k in parts) and tiny.adapters == []
+
+
+# the gate
+
+def right_with(p, name): return Scripted(lambda prompt, rng: str(eval(prompt[-1]["content"].split("=")[0]) if rng.random() < p else -1), name)
+
+@pytest.mark.parametrize("p, q, true, most", [(.5, .5, .5, .05), (.14/.23, .4, .7, .05)])
+def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
+    assert abs(p*(1-q)/(p*(1-q) + q*(1-p)) - true) < 1e-9
+    trainer = make(tmp_path/"run", None, gate=True, gate_prompts=640)
+    trainer.student, trainer.reference = right_with(p, "student"), right_with(q, "reference")
+    told = []
+    for trainer.round in range(200): told.append(trainer.ask_gate())
+    wrong = sum(t["verdict"] != ("accept" if true > .6 else "reject") for t in told)
+    assert wrong <= 200*most + 2*math.sqrt(200*most*(1 - most)), wrong  # as many as chance explains, had it the error it may have
+    assert all(0 < t["decided"] <= t["prompts"] <= 640 and t["win_rate"]["n"] == t["decided"] for t in told)
+    assert abs(sum(t["win_rate"]["value"]*t["decided"] for t in told)/sum(t["decided"] for t in told) - true) < .05
+
+
+def test_a_gated_run_renews_only_what_passed(tmp_path, tiny_folder):
+    trainer = make(tmp_path/"run", tiny_folder, gate=True)
+    start = None
+    class See:
+        def on_round_begin(self, trainer): nonlocal start; start = start or trainer.reference.state()
+    trainer.callbacks.append(See()); trainer.train()
+    assert [m["gate"]["verdict"] for m in trainer.history[1:]] == ["undecided"]*2 and trainer.history[1]["gate"]["prompts"] == 256
+    assert all(torch.equal(v, start[k]) for k, v in trainer.reference.state().items()) and "best" not in trainer.marks
+    assert not all(torch.equal(v, start[k]) for k, v in trainer.student.state().items())
+
+
+# vital signs
+
+def test_vitals_of_a_new_policy(tiny):
+    student, prompts = Policy(tiny, "student"), [f"{i} + 1 =" for i in range(8)]
+    start = vitals(student, prompts, 4, 12)
+    assert abs(start.kl.value) < 1e-5 and alarms(start, start) == [] and Vitals.from_dict(json.loads(json.dumps(start.to_dict()))) == start
+
+
+def test_vitals_tell_a_policy_that_breaks_from_one_that_learns(real):
+    problems = ArithmeticTask(2).problems("train", 16); prompts, start = [p["prompt"] for p in problems], None
+    def after(completions, **settings):
+        nonlocal start
+        student = Policy(real, "student"); start = start or vitals(student, prompts[:8], 4, 8)
+        update.sft(student, [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)], **settings)
+        now = vitals(student, prompts[:8], 4, 8); student.delete()
+        return now
+    learns, breaks = after([str(p["answer"]) for p in problems]), after(["17"]*16, learning_rate=3e-3, num_train_epochs=8)
+    assert alarms(learns, start) == [] and learns.kl.low > 0
+    assert any("collapsed" in a and "17" in a for a in alarms(breaks, start)) and any("forgetting" in a for a in alarms(breaks, start))
+    assert breaks.kl.low > learns.kl.high and alarms(start, breaks) == []
+
+
+@pytest.mark.parametrize("on_alarm", ["warn", "stop", "rollback"])
+def test_an_alarm_has_its_consequence(tmp_path, tiny_folder, on_alarm, monkeypatch):
+    seen = []
+    def rings(now, start): seen.append(1); return ["collapsed: everything is 17"]*(len(seen) > 2)  # from the third exam on
+    monkeypatch.setattr("selfplay_nb.trainer.alarms", rings)
+    trainer = make(tmp_path/"run", tiny_folder, watch=True, on_alarm=on_alarm, n_rounds=6)
+    trainer.train()
+    assert [bool(m["alarms"]) for m in trainer.history][:3] == [False, False, True]
+    if on_alarm == "warn": assert trainer.round == 6 and not trainer.stopped
+    if on_alarm == "stop": assert trainer.round == 2 and trainer.stopped == "collapsed: everything is 17"
+    if on_alarm == "rollback":
+        assert trainer.round == 4 and trainer.stopped == "rolled back three times in a row: collapsed: everything is 17"
+        assert [m.get("rolled_back_to") for m in trainer.history] == [None, None, 1, 1, 1] and trainer.marks["best"] <= 1
+        assert [m.get("changed") for m in trainer.history[2:]] == [None, {"learning_rate": 1.5e-4}, {"learning_rate": 7.5e-5}]
+        healthy = Policy.load(trainer.base, tmp_path/"run"/"checkpoints"/"round_001"/"student", "healthy").state()
+        assert all(torch.equal(v, healthy[k]) for k, v in trainer.student.state().items())
+
+
+# a person's wishes
+
+def test_pause_stop_and_change(tmp_path, tiny_folder):
+    whole = make(tmp_path/"whole", tiny_folder, n_rounds=3); whole.train()
+    paused = make(tmp_path/"run", tiny_folder, None, [Live()], n_rounds=3)
+    thread = threading.Thread(target=paused.train); thread.start()
+    def live():
+        try: return json.loads((tmp_path/"run"/"live.json").read_text())
+        except (OSError, ValueError): return {}
+    until = time.time() + 120
+    while live().get("round") != 1 and time.time() < until: time.sleep(.01)
+    control(tmp_path/"run", pause=True)
+    while not live().get("paused") and time.time() < until: time.sleep(.01)
+    stage = live()["stage"]; time.sleep(.5)
+    assert live()["paused"] and live()["stage"] == stage and thread.is_alive() and live()["memory_mb"] > 10
+    control(tmp_path/"run", pause=False, set={"learning_rate": 1e-4, "r": 8})
+    while not live().get("refused") and time.time() < until: time.sleep(.01)
+    assert "['r'] cannot change" in live()["refused"]
+    control(tmp_path/"run", set={"learning_rate": 1e-4})
+    thread.join(120)
+    assert live()["refused"] == "" and live()["stage"] == "finished" and read_control(tmp_path/"run") == {}
+    changed = [m["round"] for m in paused.history if "changed" in m]
+    assert len(changed) == 1 and paused.config.learning_rate == 1e-4 and paused.given.learning_rate == 3e-4
+    assert paused.history[1]["loss"] == whole.history[1]["loss"]
+    more = make(tmp_path/"run", tiny_folder, n_rounds=4); more.train()
+    assert more.config.learning_rate == 1e-4 and more.round == 4
+
+
+def test_stop_after_this_round(tmp_path, tiny_folder):
+    class Wish:
+        def on_stage(self, trainer, stage): control(trainer.dir, stop=True) if trainer.round == 1 and stage == "training" else None
+    stopped = make(tmp_path/"run", tiny_folder, None, [Wish(), Live()], n_rounds=4); stopped.train()
+    assert stopped.round == 2 and stopped.stopped == "stopped by hand" and json.loads((tmp_path/"run"/"live.json").read_text())["stage"] == "stopped by hand"
+    again = make(tmp_path/"run", tiny_folder, None, [Live()], n_rounds=4); again.train()
+    assert again.round == 4 and not again.stopped
+
+
+def test_trackers(tmp_path, tiny_folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    make(tmp_path/"run", tiny_folder, None, [ReportTo("tensorboard")], n_rounds=1).train()
+    [file] = (tmp_path/"run").rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file)); events.Reload()
+    assert any("accuracy/value" in tag for tag in events.Tags()["scalars"])
+
+
+def test_flat():
+    assert flat({"a": 1, "b": {"c": 2., "d": {"e": 3}}, "f": "text", "g": True, "h": None}) == {"a": 1, "b/c": 2., "b/d/e": 3}
+
+
+# a long run
+
+def test_a_long_run_stays_small_and_fast(tmp_path, tiny_folder):
+    import psutil
+    n, seen = 24, []
+    class See:
+        def on_round_end(self, trainer, metrics):
+            files = [f for f in trainer.dir.rglob("*") if f.is_file() and f.suffix not in (".jsonl", ".json")]
+            seen.append((len(files), sum(f.stat().st_size for f in files), psutil.Process().memory_info().rss/1e6))
+    trainer = make(tmp_path/"run", tiny_folder, None, [See()], n_rounds=n, prompts_per_round=3, n_samples=3, exam_every=100)
+    random.seed(0); trainer.train()
+    assert max(f for f, _, _ in seen) <= 4*3 and max(b for _, b, _ in seen) < 1.3e6, seen  # two newest, the best, and one that is being written
+    assert seen[-1][2] - seen[n//2][2] < 10, seen                      # MB
+    assert {f.name for f in (tmp_path/"run"/"checkpoints").iterdir()} >= {f"round_{n-1:03d}", f"round_{n:03d}"}
