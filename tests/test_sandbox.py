@@ -125,7 +125,7 @@ def test_hostile(name, tier, tmp_path):
 def test_results(tier):
     r = run("import sys\nprint(sys.stdin.read().upper())\nprint('why', file=sys.stderr)\nsys.exit(3)", tier=tier, stdin="héllo")
     assert (r.status, r.code, r.stdout, r.stderr, r.ok) == ("error", 3, "HÉLLO\n", "why\n", False)
-    assert "exit code 3" in repr(r) and "HÉLLO" in repr(r) and "<pre>" in r._repr_html_()
+    assert "exit code 3" in repr(r) and "HÉLLO" in repr(r) and "<pre " in r._repr_html_()
     assert "<script>" not in run("print('<script>')", tier=tier)._repr_html_()
     assert run("import os; print(dict(os.environ), len(os.listdir()))", tier=tier).stdout.replace("'LC_CTYPE': 'C.UTF-8'", "") == "{} 1\n"
     assert run("print(open(0).read())", tier=tier).stdout == "\n"
