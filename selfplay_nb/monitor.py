@@ -82,7 +82,7 @@ def look(self: Monitor) -> bool: # does the run go on?
     self.state, self.status.value = state, f"<p role='status'><b>{escape(headline(state))}</b></p>"
     self.pause.description = "Go on" if read_control(self.dir).get("pause") else "Pause"
     self.pause.disabled = self.stop.disabled = self.apply.disabled = not alive
-    if live and self.setting.options != (names := tuple(live["settings"])): self.setting.options = names; self.show_value()
+    if live and tuple(self.setting.options) != (names := tuple(live["settings"])): self.setting.options = names; self.setting.value = names[0]
     if live.get("refused"): self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
     if self.drawn != len(history): self.drawn = len(history); self.draw(history)
     self.pair.value = _pair_html(live.get("last_pair"))

@@ -40,7 +40,7 @@ def test_a_run_is_held_changed_and_stopped(tmp_path, tiny_folder):
     wait(lambda: monitor.state["history"])
     monitor.pause.click(); wait(lambda: monitor.state["live"]["paused"])
     assert ": paused;" in monitor.status.value and monitor.pause.description == "Go on" and not monitor.stop.disabled and run.is_alive()
-    assert tuple(monitor.setting.options) == ("learning_rate", "beta", "sft_weight", "temperature")
+    assert (*monitor.setting.options,) == ("learning_rate", "beta", "sft_weight", "temperature") and monitor.setting.value == "learning_rate"
     monitor.setting.value = "beta"
     assert monitor.value.value == "0.1"
     monitor.value.value = "a lot"; monitor.apply.click()
