@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .pairs import Ledger, validate_pairs
-from .players import answers_of, is_messages, name_of, prompt_text, text_of
+from .players import answers_of, columns_of, is_messages, name_of, prompt_text, text_of
 from .rates import Rate
 from .reward import score_samples
 
@@ -146,9 +146,9 @@ def _screened(self: AdversarialFilter, *what): return Screened(*what, self.right
 @patch
 def _ask(self: AdversarialFilter, rows: list[dict], progress=None):
     "Sample and score the answers to `rows`, and write them to the ledger."
-    n, prompts = self.about["n_samples"], [r["prompt"] for r in rows]
+    n, (prompts, columns) = self.about["n_samples"], columns_of(rows)
     answers, _, _ = answers_of(self.policy, prompts, n, progress=progress, seed=self.about["seed"], **self.sampling)
-    rewards = score_samples(self.reward_fn, prompts, answers, **{k: [r[k] for r in rows] for k in rows[0] if k != "prompt"})
+    rewards = score_samples(self.reward_fn, prompts, answers, **columns)
     for row, said, r in zip(rows, answers, rewards):
         ids = [a.token_ids for a in said] if hasattr(said[0], "token_ids") else None
         self.known[_key(row)] = self._screened(row, [a.text for a in said], r, [a.truncated for a in said], ids)

@@ -11,7 +11,7 @@ from html import escape
 
 from fastcore.basics import patch
 
-from .players import name_of
+from .players import columns_of, name_of
 from .rates import Rate, win_rate
 from .reward import score
 
@@ -35,9 +35,8 @@ def examine(
 ) -> Exam:
     "Greedy answers to `problems`, checked by `verifier`. Raises `ValueError` for no problems."
     if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    prompts = [p["prompt"] for p in problems]
+    prompts, columns = columns_of(problems)
     samples = [row[0] for row in policy.sample(prompts, temperature=0, max_new_tokens=max_new_tokens, progress=progress)]
-    columns = {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
     right = score(verifier, prompts, [s.text for s in samples], truncated=[s.truncated for s in samples], **columns)
     return Exam([dict(prompt=p, answer=s.text, right=r, truncated=s.truncated) for p, s, r in zip(prompts, samples, right)])
 
@@ -112,8 +111,8 @@ def versus(
     a, b = (p.generate(prompts, n_samples=n_samples, seed=2*seed+i, **sampling) for i, p in enumerate((policy, opponent)))
     if n_samples == 1: a, b = [[x] for x in a], [[x] for x in b]
     flat = [(p, x, y) for p, xs, ys in zip(problems, a, b) for x, y in zip(xs, ys)]
-    columns = {k: [p[k] for p, _, _ in flat] for k in problems[0] if k != "prompt"}
-    scores = judge.compare([p["prompt"] for p, _, _ in flat], [x for _, x, _ in flat], [y for _, _, y in flat], **columns)
+    asked, columns = columns_of([p for p, _, _ in flat])
+    scores = judge.compare(asked, [x for _, x, _ in flat], [y for _, _, y in flat], **columns)
     return Match([dict(a=name_of(policy), b=name_of(opponent), prompt=p["prompt"], answer_a=x, answer_b=y, score=s)
                   for (p, x, y), s in zip(flat, scores)], len(problems))
 

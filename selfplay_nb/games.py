@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .pairs import Ledger
 from .players import Answer, answers_of, name_of
 from .rates import Rate, win_rate
-from .ratings import _html, _text
+from .ratings import html_table, text_table
 
 # %% ../nbs/36_games.ipynb #e95fb578
 def find_move(
@@ -301,9 +301,9 @@ def _cells(self: Played):
 @patch
 def _head(self: Played): return f"{len(self)} games of {', '.join(dict.fromkeys(t.game for t in self))}" if self else "no games"
 @patch
-def __repr__(self: Played): return self._head() + ("\n" + _text(self._cells()) if self else "")
+def __repr__(self: Played): return self._head() + ("\n" + text_table(self._cells()) if self else "")
 @patch
-def _repr_html_(self: Played): return f"<p>{escape(self._head())}</p>" + (_html(self._cells()) if self else "")
+def _repr_html_(self: Played): return f"<p>{escape(self._head())}</p>" + (html_table(self._cells()) if self else "")
 
 # %% ../nbs/36_games.ipynb #5225a8fb
 _FIELDS = "game", "number", "players", "order", "turns", "outcome"

@@ -23,9 +23,9 @@ from fastcore.basics import patch
 
 from .competitive import CompetitiveSelfPlay, Preferences
 from .pairs import Ledger, write_whole
-from .players import answers_of
+from .players import answers_of, columns_of
 from .rates import SPRT
-from .ratings import Elo, Games, Nash, _html, _text, nash_averaging
+from .ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
 from .reward import score
 
 # %% ../nbs/34_league.ipynb #7aed7bb4
@@ -375,8 +375,8 @@ class Matchmaking(NamedTuple):
         return [["opponent", "rating", "win rate", "games", "probability", ""],
                 *([m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█"*round(20*p)).ljust(20)] for m, r, w, n, p in rows)]
     def _head(self): return f"{self.role} at {self.performance:.0f} plays"
-    def __repr__(self): return self._head() + "\n" + _text(self._cells())
-    def _repr_html_(self): return f"<p>{self._head()}</p>" + _html(self._cells())
+    def __repr__(self): return self._head() + "\n" + text_table(self._cells())
+    def _repr_html_(self): return f"<p>{self._head()}</p>" + html_table(self._cells())
 
 @patch
 def matchmaking(self: LeagueTraining,
@@ -406,8 +406,7 @@ def play(self: LeagueTraining,
     strangers = [n for n in guests or {} if n not in self.roles]
     if strangers: raise ValueError(f"guests {strangers}: expected learners, by their roles {list(self.roles)}.")
     seats = {n: (guests or {}).get(n) or self[n] for pair in pairings for n in pair}
-    prompts, columns = [p["prompt"] for p in problems], {k: [p[k] for p in problems for _ in range(n_samples)] for k in problems[0] if k != "prompt"}
-    asked = [p for p in prompts for _ in range(n_samples)]
+    prompts, (asked, columns) = [p["prompt"] for p in problems], columns_of([p for p in problems for _ in range(n_samples)])
     said = {n: [x for row in answers_of(seats[n], prompts, n_samples, seed=_stream(seed, n), **sampling)[0] for x in row] for n in seats}
     scores = _verdicts(judge, pairings, asked, said, columns)
     rows = [dict(a=a, b=b, prompt=p, answer_a=x.text, answer_b=y.text, score=s, seed=seed)
@@ -442,9 +441,9 @@ def _head(self: LeagueTraining):
     places = sum(m.role != "anchor" for m in self.members)
     return f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)} games"
 @patch
-def __repr__(self: LeagueTraining): return self._head() + "\n" + _text(self._cells())
+def __repr__(self: LeagueTraining): return self._head() + "\n" + text_table(self._cells())
 @patch
-def _repr_html_(self: LeagueTraining): return f"<p>{self._head()}</p>" + _html(self._cells())
+def _repr_html_(self: LeagueTraining): return f"<p>{self._head()}</p>" + html_table(self._cells())
 
 # %% ../nbs/34_league.ipynb #17eb35b8
 @patch

@@ -18,7 +18,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from fastcore.basics import patch
 
-from .callbacks import control, plot_metrics, read_control
+from .callbacks import control, read_control, run_figure
 from .widgets import display_live, preformatted
 
 # %% ../nbs/43_monitor.ipynb #5ee68e1b
@@ -93,13 +93,8 @@ def look(self: Monitor) -> bool: # does the run go on?
 @patch
 def draw(self: Monitor, history: list[dict]):
     "The curve, and the alarms of all rounds."
-    from matplotlib.figure import Figure
     if any("accuracy" in m for m in history):
-        ax = Figure(figsize=(6, 2.8), layout="constrained").subplots(); plot_metrics(history, ax)
-        played = [m for m in history if m.get("win_rate", {}).get("n")]
-        ax.plot([m["round"] for m in played], [100*m["win_rate"]["value"] for m in played], "s:", color="0.4", label="win rate against the opponent")
-        ax.legend()
-        png = io.BytesIO(); ax.figure.savefig(png, format="png", dpi=80)
+        png = io.BytesIO(); run_figure(history).savefig(png, format="png", dpi=80)
         self.curve.value = f"<img alt='held-out accuracy and win rate by round' src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
     self.alarms.value = "".join(f"<p role='alert'><b>Round {m['round']}</b>: {escape(a)}</p>" for m in history for a in _wrong(m))
 

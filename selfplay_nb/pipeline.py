@@ -14,14 +14,12 @@ import json
 import math
 import random
 import re
-import shutil
 import time
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 
 # %% ../nbs/45_pipeline.ipynb #ace273b2
@@ -29,14 +27,15 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from .checkpoint import locked, verify, writing
+from .checkpoint import discard, locked, verify, writing
 from .competitive import CompetitiveSelfPlay
 from .evaluation import Exam, examine
 from .model import DEFAULT_MODEL
 from .pairs import Ledger, validate_pairs, write_whole
-from .players import is_messages, name_of, prompt_text, seed_of, text_of
+from .players import columns_of, is_messages, name_of, prompt_text, seed_of, text_of
 from .policy import Base, Policy
 from .rates import Rate, win_rate
+from .ratings import html_table, text_table
 from .refinement import IterativeRefiner
 from .reward import score_samples
 from .reward_model import RewardModel
@@ -290,11 +289,8 @@ class Stages(list):
     head = "stage", "rows", "held-out before", "held-out after", "s", ""
     def __repr__(self):
         if not self: return "no stage is finished"
-        table = [self.head, *(s._cells() for s in self)]; width = [max(map(len, column)) for column in zip(*table)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in table)
-    def _repr_html_(self):
-        row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-        return f"<table>{row('th', self.head)}{''.join(row('td', s._cells()) for s in self)}</table>"
+        return text_table([self.head, *(s._cells() for s in self)])
+    def _repr_html_(self): return html_table([self.head, *(s._cells() for s in self)])
 
 # %% ../nbs/45_pipeline.ipynb #26cb202a
 @patch
@@ -395,20 +391,14 @@ def _last(self: RLHFOrchestrator, what: str) -> Stage | None:
     "The last stage up to now that has `what` in its folder."
     return next((s for s in reversed(self.stages) if s.number <= self.done and (self.folder(s)/what).exists()), None)
 
-# %% ../nbs/45_pipeline.ipynb #4617833a
-@patch
-def _unload(self: RLHFOrchestrator):
-    "Remove this run's adapters from the base, if they are there."
-    if isinstance(self.model, Base) and getattr(self.model, "held_by", None) is self:
-        for name in set(_NAMES) & set(self.model.adapters): Policy.resident(self.model, name).delete()
-        self.model.held_by = None
-    self._policy = self._reward_model = None
-
 # %% ../nbs/45_pipeline.ipynb #3c58ec30
 @patch
 def close(self: RLHFOrchestrator):
     "Take the run's adapters off the base. The orchestrator can go on being used, and loads them again."
-    self._unload()
+    if isinstance(self.model, Base) and getattr(self.model, "held_by", None) is self:
+        for name in set(_NAMES) & set(self.model.adapters): Policy.resident(self.model, name).delete()
+        self.model.held_by = None
+    self._policy = self._reward_model = None
 
 # %% ../nbs/45_pipeline.ipynb #f6a8b39b
 @patch
@@ -416,7 +406,7 @@ def _load(self: RLHFOrchestrator):
     "Have the adapters of the last stage on the base."
     base, other = self.base, getattr(self.base, "held_by", None)
     if other is self and self._policy: return
-    if other is not None: other._unload()
+    if other is not None: other.close()
     for name in set(_NAMES) & set(base.adapters): Policy.resident(base, name).delete()
     base.held_by, at, judge = self, self._last("adapter"), self._last("reward_model")
     self._policy = Policy.load(base, self.folder(at)/"adapter", "policy") if at else Policy(base, "policy", r=self.r, seed=self.seed)
@@ -463,7 +453,7 @@ def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh:
             differ = f"{name} now" if old.name != name else _differences(old.about, about)
             raise ValueError(f"{self.folder(old)} is another stage ({differ}). Make the same calls as before, choose another run_dir, "
                              "or forget it and all later ones with fresh=True.")
-        else: verify(self.folder(old)); self._unload(); self._say(f"{old.title}: finished before, loaded")
+        else: verify(self.folder(old)); self.close(); self._say(f"{old.title}: finished before, loaded")
         self.done = n
     return old
 
@@ -483,7 +473,7 @@ def _write(self: RLHFOrchestrator, n: int, name: str, about: dict, work) -> Stag
             stage = Stage(n, name, about, before=before[-1] if before else None, seconds=time.perf_counter() - start,
                           ledger=self._ledgers[0].position, samples=self._ledgers[1].position, **done)
             write_whole(tmp/"stage.json", json.dumps(dataclasses.asdict(stage), indent=1, default=name_of))
-    except BaseException: self._unload(); raise
+    except BaseException: self.close(); raise
     (self.dir/"partial.json").unlink(missing_ok=True)
     self._say(repr(stage))
     return stage
@@ -503,8 +493,8 @@ def forget(self: RLHFOrchestrator,
 ):
     "Delete stage `number` and all later ones, and the rows that they made."
     for s in reversed(self.stages):
-        if s.number >= number: shutil.rmtree(self.folder(s))
-    self._rewind(number); self._unload(); self.done = min(self.done, number - 1)
+        if s.number >= number: discard(self.folder(s))
+    self._rewind(number); self.close(); self.done = min(self.done, number - 1)
 
 # %% ../nbs/45_pipeline.ipynb #a1fd8a25
 @patch
@@ -672,12 +662,10 @@ def _check_whole(numbers: dict, **low):
         if not isinstance(v, int) or isinstance(v, bool) or v < low.get(k, 1):
             raise ValueError(f"{k} is {v!r}: expected a whole number of at least {low.get(k, 1)}.")
 
-def _columns(rows: list[dict]) -> dict: return {k: [r[k] for r in rows] for k in rows[0] if k != "prompt"}
-
 @patch
 def _play(self: RLHFOrchestrator, play: CompetitiveSelfPlay, refiner: IterativeRefiner | None, iterations: int, problems, seed, number, progress):
     "One batch of games and refinements: pairs, scores of the games, and what was dropped."
-    prompts, columns = [p["prompt"] for p in problems], _columns(problems)
+    prompts, columns = columns_of(problems)
     games = play.train_step(prompts, seed=seed, round=number, progress=progress, **columns)
     rows, dropped = list(games), Counter(games.dropped)
     if refiner:
@@ -816,9 +804,9 @@ def _grpo_rows(self: RLHFOrchestrator, data, settings) -> tuple[list[dict], Coun
 @patch
 def _group_rows(self: RLHFOrchestrator, batch, reward, snapshot, group: int, kl: float, seed: int) -> tuple[list[dict], float]:
     "Samples of one step with rewards and advantages, and the mean reward."
-    prompts = [p["prompt"] for p in batch]
+    prompts, columns = columns_of(batch)
     said = self.policy.sample(prompts, n_samples=group, max_new_tokens=self.max_new_tokens, seed=seed)
-    rewards = worth = score_samples(reward, prompts, said, **_columns(batch))
+    rewards = worth = score_samples(reward, prompts, said, **columns)
     if kl:
         old = iter(snapshot.logprobs([p for p in prompts for _ in range(group)], [s.token_ids for row in said for s in row]).tolist())
         worth = [[r - kl*(sum(s.logprobs) - next(old)) for r, s in zip(rs, row)] for rs, row in zip(rewards, said)]
@@ -852,6 +840,7 @@ def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
 def _add(total: UpdateResult, one: UpdateResult):
     "Count `one` step into `total`."
     total.history += one.history; total.n_rows += one.n_rows; total.seconds += one.seconds; total.optimizer = one.optimizer
+    total.dropped += one.dropped
 
 # %% ../nbs/45_pipeline.ipynb #fc4f7dc7
 @patch

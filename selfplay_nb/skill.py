@@ -18,7 +18,7 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
-from .players import answers_of, as_prompts
+from .players import answers_of, as_prompts, columns_of
 from .rates import Rate, win_rate
 from .reward import score_samples
 
@@ -273,7 +273,7 @@ def check_levels(
 ) -> SkillCheck:
     "Ask for each level on the same problems. Raises `ValueError` for no problems, or a verifier that leaves [0, 1]."
     if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    prompts = [p["prompt"] for p in problems]; columns = {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
+    prompts, columns = columns_of(problems)
     scores, texts = [], []
     for level in levels:
         answers, _, _ = answers_of(AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling)

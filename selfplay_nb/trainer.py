@@ -23,13 +23,13 @@ from time import perf_counter
 from fastcore.basics import patch
 
 from .callbacks import default_callbacks
-from .checkpoint import locked, newest_whole, numbered, prune, random_states, set_random_states, verify, writing
+from .checkpoint import discard, locked, newest_whole, numbered, prune, random_states, set_random_states, verify, writing
 from .competitive import CompetitiveSelfPlay, Preferences
 from .evaluation import Exam, examine
 from .league import DISTRIBUTIONS, ROLES, LeagueTraining
 from .model import DEFAULT_MODEL
 from .pairs import Ledger, write_whole
-from .players import name_of, seed_of
+from .players import columns_of, name_of, seed_of
 from .policy import Base, Policy
 from .rates import SPRT, Rate
 from .refinement import IterativeRefiner
@@ -179,16 +179,13 @@ def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
 
 # %% ../nbs/42_trainer.ipynb #b52ceef0
 @patch
-def _columns(self: SelfPlayTrainer, problems): return [p["prompt"] for p in problems], {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
-
-@patch
 def compete(self: SelfPlayTrainer, problems: list[dict]) -> Preferences:
     "The student against the reference, or against members of the league, on `problems`."
     c = self.config
     self.call("on_stage", stage="sampling")
     play = CompetitiveSelfPlay(self.student, self.reference, self.reward, c.n_samples, c.pairs_per_prompt,
                                max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    prompts, columns = self._columns(problems)
+    prompts, columns = columns_of(problems)
     step = self.league.train_step if self.league else CompetitiveSelfPlay.train_step
     return step(play, prompts, seed=1000*c.seed + self.round, round=self.round + 1,
                 progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens), **columns)
@@ -202,7 +199,7 @@ def refine(self: SelfPlayTrainer, problems: list[dict]) -> tuple[list[dict], dic
     self.call("on_stage", stage="refining")
     refiner = IterativeRefiner(self.student, reward=self.reward, critique_sampling={"max_new_tokens": max(48, c.max_new_tokens)},
                                max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    prompts, columns = self._columns(problems)
+    prompts, columns = columns_of(problems)
     traces = refiner.refine_batch(prompts, c.refine_iterations, seed=1000*c.seed + self.round,
                                   progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens), **columns)
     pairs, dropped = traces.pairs(self.round + 1)
@@ -235,7 +232,7 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
         problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice, and none just trained on
         if not problems: break
-        prompts, columns = self._columns(problems)
+        prompts, columns = columns_of(problems)
         scores = play.train_step(prompts, seed=seed_of("games", c.seed, self.round, look), **columns).scores
         sprt.add([s for row in scores for s in row if s != .5]); played += len(problems)
     return {"verdict": sprt.verdict, "prompts": played, "decided": sprt.n, "win_rate": Rate(sum(sprt.scores), sprt.n).to_dict()}
@@ -328,6 +325,7 @@ def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
     "Back to the adapters and the optimizer of the last healthy exam, whose round is returned; every third time in a row stops the run. A league stays."
     self.marks = self.marks_before; healthy, self.rollbacks = self.marks["healthy"], self.rollbacks + 1
     verify(folder := self.dir/"checkpoints"/f"round_{healthy:03d}"); self._load(folder)
+    self.fresh_reference = json.loads((folder/"state.json").read_text())["fresh_reference"]
     self.change(learning_rate=self.config.learning_rate/2)
     if self.rollbacks % 3 == 0: self.stop(f"rolled back three times in a row: {'; '.join(why)}")
     return healthy
@@ -363,7 +361,7 @@ def play_base(self: SelfPlayTrainer,
     n: int = 100, # held-out problems, the first of the exam's
 ) -> Preferences:
     "The student against the bare base on held-out problems, one answer a side, judged by the verifier; nothing is trained on it."
-    prompts, columns = self._columns(self.exam_problems[:n])
+    prompts, columns = columns_of(self.exam_problems[:n])
     play = CompetitiveSelfPlay(self.student, Policy(self.base, "base"), self.task.verifier, n_samples=1,
                                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
     return play.train_step(prompts, seed=self.config.seed, **columns)
@@ -438,15 +436,11 @@ def resume(self: SelfPlayTrainer):
                                     "or start anew (--fresh on the command line, start_anew() on the trainer).")
     found = newest_whole(self.dir/"checkpoints")
     write_whole(file, json.dumps(mine, indent=1))
-    self.ledger = _ledger(self.dir/"pairs.jsonl", found)
+    state, ledger = json.loads((found/"state.json").read_text()) if found else {"ledger": 0}, self.dir/"pairs.jsonl"
+    if ledger.exists() and ledger.stat().st_size > state["ledger"]: os.truncate(ledger, state["ledger"])  # what a crash left behind the checkpoint
+    self.ledger = Ledger(ledger)
     self.base = self.base or Base.load(self.config.model_name)
-    self._go_on(found) if found else self._begin()
-
-def _ledger(path: Path, checkpoint: Path | None) -> Ledger:
-    "The ledger, without what a crash may have left behind the checkpoint."
-    end = json.loads((checkpoint/"state.json").read_text())["ledger"] if checkpoint else 0
-    if path.exists() and path.stat().st_size > end: os.truncate(path, end)
-    return Ledger(path)
+    self._go_on(found, state) if found else self._begin()
 
 # %% ../nbs/42_trainer.ipynb #5604c540
 @patch
@@ -464,12 +458,11 @@ def _clear(self: SelfPlayTrainer):
 
 # %% ../nbs/42_trainer.ipynb #1747f03c
 @patch
-def _go_on(self: SelfPlayTrainer, folder: Path):
-    state = json.loads((folder/"state.json").read_text())
-    for k in "round", "changes", "marks", "rollbacks", "history", "last_pair": setattr(self, k, state[k])
+def _go_on(self: SelfPlayTrainer, folder: Path, state: dict):
+    for k in "round", "changes", "marks", "rollbacks", "history", "last_pair", "fresh_reference": setattr(self, k, state[k])
     self.config = dataclasses.replace(self.given, **{k: v for m in self.history for k, v in m.get("changed", {}).items()})
     for f in numbered(folder.parent):
-        if int(f.name.rsplit("_", 1)[1]) > self.round: shutil.rmtree(f)  # damaged: the one that was taken is the newest now
+        if int(f.name.rsplit("_", 1)[1]) > self.round: discard(f)  # damaged: the one that was taken is the newest now
     self._load(folder); self._write_metrics()
     set_random_states(state["random"])
     if (folder/"league").exists():
@@ -483,7 +476,6 @@ def _load(self: SelfPlayTrainer, folder: Path):
     self.student = Policy.load(self.base, folder/"student", "student")
     self.reference = Policy.load(self.base, folder/"reference", "reference", frozen=True)
     self.optimizer = load_optimizer(folder/"optimizer.safetensors")
-    self.fresh_reference = json.loads((folder/"state.json").read_text())["fresh_reference"]
 
 # %% ../nbs/42_trainer.ipynb #2e2f1c79
 @patch
