@@ -40,7 +40,7 @@ from .refinement import IterativeRefiner
 from .reward import score_samples
 from .reward_model import RewardModel
 from .tasks import ArithmeticTask
-from .update import UpdateResult, _length_on, _pair_tokens, dpo, load_optimizer, reference_logprobs, reinforce, save_optimizer, sft
+from .update import UpdateResult, dpo, load_optimizer, reference_logprobs, reinforce, save_optimizer, sft, tokenize_pairs
 
 # %% ../nbs/45_pipeline.ipynb #e3f0f945
 def _read_file(path: Path) -> list:
@@ -221,8 +221,8 @@ def sppo(
 ) -> UpdateResult:
     "Train with SPPO's squared loss and soft probabilities. Raises as `dpo` does; TRL's logged rewards contain the shift of the reference."
     if not beta > 0 or not scale > 0: raise ValueError(f"beta is {beta!r} and scale is {scale!r}: expected positive numbers.")
-    good, dropped = validate_pairs(pairs, _length_on(policy.base), policy.base.context_length)
-    tokens = reference_logprobs(reference, [_pair_tokens(policy.base, p) for p in good]) if good else []
+    good, rows, dropped = tokenize_pairs(policy.base, pairs)
+    tokens = reference_logprobs(reference, rows) if good else []
     shift = [(1 - win_probability(p, scale))/beta for p in good]
     known = [p | {"chosen_logps": t["ref_chosen_logps"] - d, "rejected_logps": t["ref_rejected_logps"] + d} for p, t, d in zip(good, tokens, shift)]
     settings = dict(loss_type=["sppo_hard"], loss_weights=None) | settings
@@ -627,7 +627,7 @@ def _judge_from(self: RLHFOrchestrator, train, test, r: int, settings, dropped: 
     if self._reward_model: self._reward_model.delete()
     judge = self._reward_model = RewardModel(self.base, "reward", r, self.seed)
     with self._bar(f"{self.done + 1:02d}_reward_model", " steps") as bar: result = judge.train(train, progress=_on(bar), **settings)
-    test, long = validate_pairs(test, _length_on(self.base), self.base.context_length)
+    test, _, long = tokenize_pairs(self.base, test)
     if not test: raise ValueError("all pairs to examine the reward model with are longer than the context: give shorter ones.")
     scores = judge.scores(test); judge.save(tmp/"reward_model")
     metrics = dict(accuracy=scores.accuracy.to_dict(), margin=float(scores.margins.mean()), losses=result.losses, steps=len(result.losses))

@@ -15,13 +15,20 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 
 # %% ../nbs/02_policy.ipynb #7a043f51
 import numpy as np
+import psutil
 import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from fastcore.basics import patch
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from transformers import DynamicCache
 
 from .model import DEFAULT_MODEL, load_model
@@ -36,17 +43,22 @@ class Base:
         name: str = "model",        # shown, and written to saved adapters
         chat: bool | None = None,   # strings are user turns? By default: if the tokenizer has a chat template
         max_batch_tokens: int = 16384, # prompts and answers that are in memory at once (key-value cache), in tokens
+        unpack: bool | None = None, # take the weights out of their four bits while sampling? By default on a CPU, if that takes at most a quarter of its memory
     ):
         self.model, self.tokenizer, self.name, self.max_batch_tokens = model, tokenizer, name, max_batch_tokens
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self.unpack = self._unpack_fits() if unpack is None else unpack
         self.peft = None  # becomes a PeftModel with the first adapter
+
+    def _unpack_fits(self): return self.model.device.type == "cpu" and \
+        self.model.num_parameters()*self.model.dtype.itemsize <= psutil.virtual_memory().total/4
 
     @classmethod
     def load(cls,
         source: str | Path = DEFAULT_MODEL, # a folder, a hub name, or a wheel model's name
         dtype: torch.dtype | None = None,   # compute format; by default the one that suits the device
         device: str | None = None,          # `cpu` or `cuda`; by default what the machine has
-        **kwargs,                           # `chat`, `max_batch_tokens`
+        **kwargs,                           # `chat`, `max_batch_tokens`, `unpack`
     ) -> "Base":
         "Load `source` in NF4 (see `load_model` for the errors)."
         return cls(*load_model(source, dtype, device), name=str(source), **kwargs)
@@ -94,7 +106,6 @@ def add_adapter(self: Base,
     scratch: bool = False, # may it have one of the names that TRL gives to its own adapters?
 ):
     "Add an adapter; raises `ValueError` for a bad or taken name."
-    from peft import get_peft_model
     parts = {part for n, _ in self.model.named_parameters() for part in n.split(".")} - set(self.adapters)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in parts or name in "lora_":
         raise ValueError(f"adapter name {name!r}: use letters, digits, '_' and '-', and no name of a part of the model or of 'lora_'.")
@@ -139,7 +150,6 @@ class Policy:
         target_modules="all-linear",   # which layers, as in PEFT
         seed: int = 0,             # of the initial weights
     ):
-        from peft import LoraConfig
         self.base, self.name, self.frozen = base, name, name == "base"
         if name != "base": base.add_adapter(name, LoraConfig(r=r, lora_alpha=lora_alpha or 2*r, target_modules=target_modules,
                                                              lora_dropout=0., task_type="CAUSAL_LM"), seed)
@@ -320,6 +330,38 @@ def _decode(model, prompts, rows, uniforms, eos, pad, temperature, top_p, tick):
                        past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, logprobs
 
+# ### Many short steps: plain matrices for a while
+#
+# A 4-bit layer unpacks its weights each time it is called. For one long text that is little beside the product itself;
+# an answer of thirty tokens calls every layer thirty times, each time for a few numbers. So while a CPU samples, each layer
+# is unpacked once, the adapter is added to that copy (never to the 4-bit weights), and the copy goes when the answers are
+# there.
+
+# %% ../nbs/02_policy.ipynb #8334af55
+def _plain(layer, adapter: str, dtype): # the module that is called
+    "A 4-bit layer with its adapter as one matrix; None for others, and for adapters that are more than a product."
+    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if not isinstance(inner, Linear4bit): return None
+    weight = dequantize_4bit(inner.weight.data, inner.weight.quant_state).to(dtype)
+    if inner is layer or adapter not in layer.lora_A: return weight
+    if adapter in layer.lora_variant or layer.lora_bias[adapter]: return None
+    return weight.addmm_(layer.lora_B[adapter].weight.to(dtype), layer.lora_A[adapter].weight.to(dtype), alpha=layer.scaling[adapter])
+
+@patch
+@contextmanager
+def unpacked(self: Base,
+    adapter: str, # a resident adapter, or "base" for none
+):
+    "As `running`, with the weights out of their four bits: the same numbers but for rounding, in less time where there are many short steps."
+    with self.running(adapter) as model:
+        layers = list(model.modules()); inside = {m.get_base_layer() for m in layers if isinstance(m, LoraLayer)}
+        weights = {m: w for m in layers if m not in inside and (w := _plain(m, adapter, model.dtype)) is not None}
+        try:
+            for m, w in weights.items(): m.forward = partial(F.linear, weight=w, bias=(m.get_base_layer() if isinstance(m, LoraLayer) else m).bias)
+            yield model
+        finally:
+            for m in weights: vars(m).pop("forward", None)
+
 # %% ../nbs/02_policy.ipynb #091a18df
 def _batches(lengths: list[int], n: int, new: int, budget: int):
     "Split `n` rows for each of `lengths` into batches of at most `budget` tokens (always at least a row)."
@@ -390,7 +432,7 @@ def sample(self: Policy,
     seen, first = Counter(), []  # a repeated prompt continues the count of its samples
     for key in zip(seeds, map(tuple, encoded)): first.append(seen[key]); seen[key] += n_samples
     results = [[None]*n_samples for _ in prompts]
-    with base.running(self.name) as model:
+    with (base.unpacked if base.unpack and max_new_tokens > 4 else base.running)(self.name) as model:
         def answer(rows):
             distinct = list(dict.fromkeys(tuple(encoded[i]) for i, _ in rows))
             u = np.stack([_uniforms(seeds[i], encoded[i], first[i]+k, max_new_tokens) for i, k in rows])
@@ -482,24 +524,25 @@ def _score(self: Base, adapter, prompts, answers):
 
 # %% ../nbs/02_policy.ipynb #c9acbfa2
 @patch
+def _weights(self: Policy) -> dict[str, torch.Tensor]:
+    "The adapter's weights themselves, under PEFT's own keys."
+    if self.name == "base": raise ValueError("the bare base has no adapter weights of its own.")
+    mine = {n: p.data for n, p in self.base.peft.named_parameters() if f".{self.name}." in n}
+    return get_peft_model_state_dict(self.base.peft, mine, self.name, save_embedding_layers=False)
+
+@patch
 def state(self: Policy) -> dict[str, torch.Tensor]:
     "A copy of the adapter's weights on the CPU, under PEFT's own keys."
-    from peft import get_peft_model_state_dict
-    if self.name == "base": raise ValueError("the bare base has no adapter weights of its own.")
-    with self.base.running(self.name):
-        weights = get_peft_model_state_dict(self.base.peft, adapter_name=self.name, save_embedding_layers=False)
-        return {k: v.detach().cpu().clone() for k, v in weights.items()}
+    return {k: w.to("cpu", copy=True) for k, w in self._weights().items()}
 
 # %% ../nbs/02_policy.ipynb #48a18e9b
 @patch
 def load_state(self: Policy, state: dict):
     "Set the adapter's weights from `state()` of a policy with the same configuration; raises `ValueError` if they differ in shape."
-    mine = {k: v.shape for k, v in self.state().items()}
-    if mine != {k: v.shape for k, v in state.items()}:
+    mine = self._weights()
+    if {k: w.shape for k, w in mine.items()} != {k: w.shape for k, w in state.items()}:
         raise ValueError(f"these weights do not fit the adapter {self.name!r}: {len(state)} tensors given, {len(mine)} of its own shapes expected.")
-    from peft import set_peft_model_state_dict
-    set_peft_model_state_dict(self.base.peft, state, adapter_name=self.name)
-    self.base.peft.requires_grad_(False)
+    for k, w in mine.items(): w.copy_(state[k])
 
 # %% ../nbs/02_policy.ipynb #4af4ab63
 @patch
@@ -539,7 +582,6 @@ def load(cls: Policy,
     frozen: bool = False,    # refuse to train it
 ) -> Policy:
     "Load an adapter folder; raises `ValueError` if it is none, is damaged, or the name is taken."
-    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(folder); name = name or folder.name

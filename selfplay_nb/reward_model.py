@@ -24,11 +24,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from .pairs import validate_pairs
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
-from .update import COMMON, UpdateResult, _length_on, _machine, _own_progress, _pair_tokens, _quietly, _same_random_state
+from .update import COMMON, UpdateResult, _machine, _own_progress, _quietly, _same_random_state, tokenize_pairs
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
 class _Scorer(PreTrainedModel):
@@ -107,9 +106,8 @@ def train(self: RewardModel,
 
     Raises `ValueError` if no good pair is left, `FloatingPointError` if training diverged."""
     b, name, start, progress = self.base, self.policy.name, time.perf_counter(), settings.pop("progress", None)
-    pairs, dropped = validate_pairs(pairs, _length_on(b), b.context_length)
+    pairs, tokens, dropped = tokenize_pairs(b, pairs)
     if not pairs: raise ValueError(f"nothing to train on: expected at least one good pair; dropped {dict(dropped) or 'none'}.")
-    tokens = [_pair_tokens(b, p) for p in pairs]
     rows = [{f"{k}_ids": t["prompt_ids"] + t[f"{k}_ids"] for k in ("chosen", "rejected")} for t in tokens]
     before = self.policy.state(), self.head.detach().clone()
     scorer, config = self._scorer, b.model.config.to_dict()

@@ -144,9 +144,8 @@ def test_the_end_token_is_the_chat_templates(tiny):
 
 
 def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
-    from selfplay_nb.update import _pair_tokens
     eos = policy.base.tokenizer.eos_token_id
-    row = _pair_tokens(policy.base, PAIRS[0] | {"rejected_truncated": True})
+    _, [row], _ = update_module.tokenize_pairs(policy.base, [PAIRS[0] | {"rejected_truncated": True}])
     assert row["chosen_ids"][-1] == eos and eos not in row["rejected_ids"]
 
 
@@ -226,7 +225,7 @@ def test_logprobs_from_sampling_stand_for_a_forward_pass(policy):
 
 def test_sampled_tokens_are_trained_as_they_were(policy):
     ids = policy.base.tokenizer("y")["input_ids"]*3
-    row = update_module._pair_tokens(policy.base, dict(prompt="a", chosen="yyy", rejected="n", chosen_ids=ids))
+    _, [row], _ = update_module.tokenize_pairs(policy.base, [dict(prompt="a", chosen="yyy", rejected="n", chosen_ids=ids)])
     assert row["chosen_ids"] == ids and row["rejected_ids"][-1] == policy.base.end_id
 
 
