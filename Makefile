@@ -2,11 +2,12 @@
 # make test   everything that CI checks
 # make lab    JupyterLab at index.ipynb
 # make learning   the experiment behind the learning curve: three seeds, each with a control (about an hour)
+# make costs      the measurements behind the chapter on costs
 PYTHON ?= python3
 BIN = .venv/bin
 DIR ?= runs/demo
 
-.PHONY: demo test lab learning readme clean
+.PHONY: demo test lab learning costs readme clean
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
@@ -20,6 +21,9 @@ lab: .venv/dev
 
 learning: .venv/run
 	$(BIN)/python -m selfplay_nb learning --out nbs/learning.jsonl
+
+costs: .venv/dev
+	$(BIN)/python -m selfplay_nb costs --out nbs/costs.jsonl
 
 # After editing a notebook: export, clean, and make README.md from index.ipynb
 readme: .venv/dev

@@ -299,7 +299,7 @@ def _cells(self: Played):
     return [head, *(row(k) for k in range(len(self.players)))]
 
 @patch
-def _head(self: Played): return f"{len(self)} games of {', '.join(dict.fromkeys(t.game for t in self))}" if self else "no games"
+def _head(self: Played): return f"{len(self)} game{'s'*(len(self) != 1)} of {', '.join(dict.fromkeys(t.game for t in self))}" if self else "no games"
 @patch
 def __repr__(self: Played): return self._head() + ("\n" + text_table(self._cells()) if self else "")
 @patch

@@ -42,11 +42,13 @@ class Base:
         tokenizer,                  # its tokenizer
         name: str = "model",        # shown, and written to saved adapters
         chat: bool | None = None,   # strings are user turns? By default: if the tokenizer has a chat template
-        max_batch_tokens: int = 16384, # prompts and answers that are in memory at once (key-value cache), in tokens
+        max_batch_tokens: int = 8192, # prompts and answers that are in memory at once (key-value cache), in tokens
+        max_train_tokens: int | None = None, # that go through an update at once; by default 512 on a CPU and 1024 on a GPU
         unpack: bool | None = None, # take the weights out of their four bits while sampling? By default on a CPU, if that takes at most a quarter of its memory
     ):
         self.model, self.tokenizer, self.name, self.max_batch_tokens = model, tokenizer, name, max_batch_tokens
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self.max_train_tokens = max_train_tokens or (512 if model.device.type == "cpu" else 1024)
         self.unpack = self._unpack_fits() if unpack is None else unpack
         self.peft = None  # becomes a PeftModel with the first adapter
 
@@ -58,7 +60,7 @@ class Base:
         source: str | Path = DEFAULT_MODEL, # a folder, a hub name, or a wheel model's name
         dtype: torch.dtype | None = None,   # compute format; by default the one that suits the device
         device: str | None = None,          # `cpu` or `cuda`; by default what the machine has
-        **kwargs,                           # `chat`, `max_batch_tokens`, `unpack`
+        **kwargs,                           # `chat`, `max_batch_tokens`, `max_train_tokens`, `unpack`
     ) -> "Base":
         "Load `source` in NF4 (see `load_model` for the errors)."
         return cls(*load_model(source, dtype, device), name=str(source), **kwargs)

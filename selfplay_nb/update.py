@@ -148,7 +148,7 @@ def _own_progress(trainer, progress):
 def _train(policy: Policy, trainer_class, config_class, rows, settings, optimizer, dropped, after_init=lambda t: None) -> UpdateResult:
     if policy.frozen: raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
     if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
-    start, settings = time.perf_counter(), {"gradient_accumulation_steps": 1} | settings; progress = settings.pop("progress", None)
+    start, settings = time.perf_counter(), _parted(policy.base, rows, {"gradient_accumulation_steps": 1} | settings); progress = settings.pop("progress", None)
     while True:
         try: trainer, trained = _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress); break
         except (RuntimeError, MemoryError) as e:
@@ -158,10 +158,22 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
     return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
 
 # %% ../nbs/11_update.ipynb #39a4aeed
+def _parted(base: Base, rows, settings) -> dict:
+    lists = [r.get("prompt_ids", []) + r[k] for r in rows for k in ("chosen_ids", "rejected_ids", "completion_ids", "input_ids") if k in r]
+    each = sum(len(row.tokens) for row in lay_out(lists, can_share(base.model.config))[0])/len(rows)
+    while settings["per_device_train_batch_size"] > 1 and settings["per_device_train_batch_size"]*each > base.max_train_tokens: settings = _half(settings)
+    return settings
+
+def _half(settings):
+    size, parts = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    return settings | dict(per_device_train_batch_size=-(-size//2), gradient_accumulation_steps=2*parts)
+
+# %% ../nbs/11_update.ipynb #a88fdadb
 def _halved(settings):
-    size, parts = -(-settings["per_device_train_batch_size"]//2), settings["gradient_accumulation_steps"]*2
-    warnings.warn(f"out of memory: the update begins again with {size} rows at a time, {parts} times a step.", stacklevel=4)
-    return settings | {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+    half = _half(settings)
+    warnings.warn(f"out of memory: the update begins again with {half['per_device_train_batch_size']} rows at a time, "
+                  f"{half['gradient_accumulation_steps']} times a step.", stacklevel=4)
+    return half
 
 def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress):
     base = policy.base

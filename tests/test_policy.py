@@ -149,6 +149,45 @@ def test_cut_rejected_answers_are_trained_without_an_end_token(policy):
     assert row["chosen_ids"][-1] == eos and eos not in row["rejected_ids"]
 
 
+# plain matrices for a while
+
+def filled(policy):
+    torch.manual_seed(0)
+    policy.load_state({k: torch.randn_like(v)/3 for k, v in policy.state().items()})
+    return policy
+
+@pytest.mark.parametrize("name", ["student", "other", "base"])
+def test_plain_matrices_say_the_same_and_go(policy, name):
+    base = filled(policy).base; Policy(base, "other", r=4, seed=3)
+    ids, packed = torch.tensor([[5, 9, 7, 4]]), {n: p.clone() for n, p in base.model.named_parameters()}
+    with base.running(name) as model: four_bit = model(ids).logits
+    with base.unpacked(name) as model: plain = model(ids).logits
+    with base.running(name) as model: again = model(ids).logits
+    assert torch.allclose(plain, four_bit, atol=1e-5) and torch.equal(four_bit, again)
+    if name == "student":
+        with base.running("base") as model: assert not torch.allclose(model(ids).logits, four_bit, atol=1e-2)
+    with pytest.raises(RuntimeError), base.unpacked(name): raise RuntimeError
+    assert not any("forward" in vars(m) for m in base.model.modules())
+    assert all(torch.equal(p, packed[n]) for n, p in base.model.named_parameters())
+
+
+def test_sampling_does_not_depend_on_them(policy):
+    base, texts = filled(policy).base, []
+    for base.unpack in (True, False): texts.append(policy.sample(["a", "bb"], 8, 12, seed=1))
+    assert texts[0].texts == texts[1].texts
+    assert np.allclose([x for r in texts[0] for s in r for x in s.logprobs], [x for r in texts[1] for s in r for x in s.logprobs], atol=1e-4)
+
+
+@pytest.mark.parametrize("limit, size, parts", [(10_000, 16, 1), (200, 8, 2), (1, 1, 16)])
+def test_long_rows_go_through_in_parts(policy, monkeypatch, limit, size, parts):
+    policy.base.max_train_tokens, seen = limit, {}
+    original = update_module._try_to_train
+    monkeypatch.setattr(update_module, "_try_to_train", lambda *a: seen.update(a[4]) or original(*a))
+    rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
+    result = sft(policy, rows)
+    assert (seen["per_device_train_batch_size"], seen["gradient_accumulation_steps"]) == (size, parts) and len(result.losses) == 1
+
+
 # a common beginning is computed once
 
 ANSWERS = ("yes", "no"), ("yes", "never"), ("indeed so", "no")
