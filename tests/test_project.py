@@ -54,7 +54,7 @@ FLOORS = [{"model", "players", "rates", "templates", "sandbox", "checkpoint"}, {
           {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional", "skill", "adversarial",
            "code_tasks", "reasoning", "creative", "game_training"},
           {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks"},
-          {"trainer", "pipeline", "monitor", "stepper", "card", "board"}, {"__main__", "viewer"}]
+          {"trainer", "pipeline", "costs", "monitor", "stepper", "card", "board"}, {"__main__", "viewer"}]
 
 
 def imports(module):
