@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,16 +47,18 @@ def _run(arm, settings) -> dict:
     out = next(steps)
     if cuda: torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return dict(seconds=seconds, loaded=loaded, peak=torch.cuda.max_memory_allocated()/1e6 if cuda else _resident("VmHWM") - before) | out
+    return dict(machine=machine(), seconds=seconds, loaded=loaded, peak=torch.cuda.max_memory_allocated()/1e6 if cuda else _resident("VmHWM") - before) | out
 
 # %% ../nbs/46_costs.ipynb #9684e49b
 def measure(
-    arm,        # a generator function, as above; of this module, since a process looks it up by name
+    arm,        # a generator function, as above, of a module: the process looks it up by name
     **settings, # its arguments
 ) -> dict:      # `seconds`, memory in MB over that of the process: `loaded` and `peak`; and what the arm yields
     "Run `arm` once in a process of its own. Raises `RuntimeError` where memory cannot be read (anything but Linux)."
     if not Path("/proc/self/clear_refs").exists(): raise RuntimeError("memory is read from /proc, which this system lacks: measure on Linux.")
-    with multiprocessing.get_context("fork").Pool(1) as pool: return pool.apply(_run, (arm, settings))
+    context = multiprocessing.get_context("spawn" if default_device() == "cuda" else "forkserver")  # CUDA does not survive a fork
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context) as pool: return pool.submit(_run, arm, settings).result()
 
 # %% ../nbs/46_costs.ipynb #4a962d2b
 def prompts(n: int = 32) -> list: return [p["prompt"] for p in ArithmeticTask(2, shots=0).problems("train", n, seed=0)]
@@ -153,7 +156,7 @@ def our_online(update="dpo", n=32, new=32):
         made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(prompts(n), seed=0); tokens = made.n_tokens
         result = dpo(policy, list(made), reference, learning_rate=1e-5, per_device_train_batch_size=-(-len(made)//4))
     else:
-        asked, said = prompts(n), policy.sample(prompts(n), 2, new, seed=0); tokens = said.n_tokens
+        said = policy.sample(asked := prompts(n), 2, new, seed=0); tokens = said.n_tokens
         worth = [[len(a.text) for a in row] for row in said]
         rows = [dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=sum(w)/2 - v)
                 for p, row, w in zip(asked, said, worth) if w[0] != w[1] for a, v in zip(row, w)]
@@ -198,11 +201,6 @@ def trl_dpo(pairs, size=16, epochs=2, float32=False):
     yield dict(loss=log[0]["loss"], gradient=log[0]["grad_norm"], steps=len(log))
 
 # %% ../nbs/46_costs.ipynb #951bb892
-def _endless(base):
-    "Nothing ends an answer, so that all have the same length."
-    base.tokenizer.eos_token_id, base.model.generation_config.eos_token_id = None, []
-    base.tokenizer.pad_token_id = base.tokenizer.pad_token_id or 0
-
 def _short(ids): return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
 
 def our_sampling(rows=32, new=32, policies=1, **settings):
@@ -305,7 +303,7 @@ def costs(
         bar.set_description(f"{group}: {arm}")
         if group in ("dpo", "parity"): settings = dict(pairs=pairs) | settings
         found = work() if group == "start" else measure(work, **settings)
-        rows.append(dict(group=group, arm=arm, repeat=k, machine=machine()) | found)
+        rows.append(dict(group=group, arm=arm, repeat=k) | found)
         write_whole(out, "".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/46_costs.ipynb #a147af37
@@ -331,7 +329,7 @@ def _started(code):
     def run(code):
         start = time.perf_counter(); subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         return time.perf_counter() - start
-    return dict(seconds=run(code) - run("pass"))
+    return dict(machine=machine(), seconds=run(code) - run("pass"))
 
 # %% ../nbs/46_costs.ipynb #adc60c7c
 def machine() -> str:

@@ -341,13 +341,14 @@ def _decode(model, prompts, rows, uniforms, eos, pad, temperature, top_p, tick):
 
 # %% ../nbs/02_policy.ipynb #8334af55
 def _plain(layer, adapter: str, dtype): # the module that is called
-    "A 4-bit layer with its adapter as one matrix; None for others, and for adapters that are more than a product."
+    "A 4-bit layer with its adapter as one product; None for others, and for adapters that are more than that."
     inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if not isinstance(inner, Linear4bit): return None
     weight = dequantize_4bit(inner.weight.data, inner.weight.quant_state).to(dtype)
-    if inner is layer or adapter not in layer.lora_A: return weight
-    if adapter in layer.lora_variant or layer.lora_bias[adapter]: return None
-    return weight.addmm_(layer.lora_B[adapter].weight.to(dtype), layer.lora_A[adapter].weight.to(dtype), alpha=layer.scaling[adapter])
+    if inner is not layer and adapter in layer.lora_A:
+        if adapter in layer.lora_variant or layer.lora_bias[adapter]: return None
+        weight.addmm_(layer.lora_B[adapter].weight.to(dtype), layer.lora_A[adapter].weight.to(dtype), alpha=layer.scaling[adapter])
+    return partial(F.linear, weight=weight, bias=inner.bias)
 
 @patch
 @contextmanager
@@ -357,12 +358,12 @@ def unpacked(self: Base,
     "As `running`, with the weights out of their four bits: the same numbers but for rounding, in less time where there are many short steps."
     with self.running(adapter) as model:
         layers = list(model.modules()); inside = {m.get_base_layer() for m in layers if isinstance(m, LoraLayer)}
-        weights = {m: w for m in layers if m not in inside and (w := _plain(m, adapter, model.dtype)) is not None}
+        plain = {m: p for m in layers if m not in inside and (p := _plain(m, adapter, model.dtype))}
         try:
-            for m, w in weights.items(): m.forward = partial(F.linear, weight=w, bias=(m.get_base_layer() if isinstance(m, LoraLayer) else m).bias)
+            for m, p in plain.items(): m.forward = p
             yield model
         finally:
-            for m in weights: vars(m).pop("forward", None)
+            for m in plain: vars(m).pop("forward", None)
 
 # %% ../nbs/02_policy.ipynb #091a18df
 def _batches(lengths: list[int], n: int, new: int, budget: int):
