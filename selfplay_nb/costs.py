@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from .competitive import CompetitiveSelfPlay
 from .model import default_device, wheel_model_folder
 from .pairs import write_whole
 from .players import text_of
-from .policy import Base, Policy
+from .policy import Base, Policy, free_memory
 from .tasks import ArithmeticTask
 from .update import dpo, reinforce
 
@@ -40,7 +41,7 @@ def _resident(which="VmRSS") -> float: # MB
 def _run(arm, settings) -> dict:
     with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), 1); os.dup2(nowhere.fileno(), 2)  # the bars and logs of all trainers
     cuda, before = default_device() == "cuda", _resident()
-    steps = arm(**settings); next(steps); gc.collect()
+    steps = arm(**settings); next(steps); gc.collect(); free_memory()
     if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     else: Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
     loaded, start = torch.cuda.memory_allocated()/1e6 if cuda else _resident() - before, time.perf_counter()
@@ -65,7 +66,7 @@ def prompts(n: int = 32) -> list: return [p["prompt"] for p in ArithmeticTask(2,
 
 def brevity(prompts, completions, **columns) -> list[float]:
     "The shorter, the better; in TRL's convention."
-    return [-float(len(text_of(c))) for c in completions]
+    return [-len(t) - zlib.crc32(t.encode())/2**32 for t in map(text_of, completions)]
 
 def _policies(**settings):
     base = Base.load(**settings); policy = Policy(base, "student", seed=0)
@@ -78,7 +79,8 @@ def our_round(n=32, n_samples=4, new=32, **settings):
     yield
     play = CompetitiveSelfPlay(policy, reference, brevity, n_samples, 1, max_new_tokens=new)
     preferences = play.train_step(prompts(n), seed=0)
-    start = time.perf_counter(); result = dpo(policy, list(preferences), reference, loss_type=["sigmoid"], loss_weights=None)
+    start = time.perf_counter()  # both sides still are the same policy, so that sampling has told the reference's log-probabilities
+    result = dpo(policy, list(preferences), reference, sampled_by_reference=True, loss_type=["sigmoid"], loss_weights=None)
     yield dict(tokens=preferences.n_tokens, pairs=result.n_rows, update=time.perf_counter() - start)
 
 # %% ../nbs/46_costs.ipynb #c4c280c7
@@ -128,7 +130,7 @@ def _two_models(packed: bool):
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
-def trl_online(trainer="online_dpo", n=32, new=32, checkpointing=True):
+def trl_online(trainer="online_dpo", n=16, new=32, checkpointing=True):
     "TRL's online DPO or GRPO."
     from datasets import Dataset
     base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5, gradient_checkpointing=checkpointing)
@@ -137,34 +139,34 @@ def trl_online(trainer="online_dpo", n=32, new=32, checkpointing=True):
     def reward(prompts, completions, **columns): said.extend(map(text_of, completions)); return brevity(prompts, completions)
     if trainer == "online_dpo":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-        args = _quiet(OnlineDPOConfig, per_device_train_batch_size=8, max_new_tokens=new, temperature=1., **common)
+        args = _quiet(OnlineDPOConfig, per_device_train_batch_size=n//4, max_new_tokens=new, temperature=1., **common)
         made = OnlineDPOTrainer(base.model, reward_funcs=reward, args=args, train_dataset=data, processing_class=base.tokenizer, peft_config=_lora())
     else:
         from trl import GRPOConfig, GRPOTrainer
-        args = _quiet(GRPOConfig, per_device_train_batch_size=16, num_generations=2, max_completion_length=new, temperature=1., **common)
+        args = _quiet(GRPOConfig, per_device_train_batch_size=n//2, num_generations=2, max_completion_length=new, temperature=1., **common)
         made = GRPOTrainer(base.model, reward, args=args, train_dataset=data, processing_class=base.tokenizer, peft_config=_lora())
     yield
     made.train()
     yield dict(tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said), answers=len(said), steps=made.state.global_step)
 
 # %% ../nbs/46_costs.ipynb #75bcc962
-def our_online(update="dpo", n=32, new=32):
+def our_online(update="dpo", n=16, new=32):
     "As `trl_online`: two answers a prompt, and four steps of DPO or of the policy gradient."
     base, policy, reference = _policies()
     yield
     if update == "dpo":
         made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(prompts(n), seed=0); tokens = made.n_tokens
-        result = dpo(policy, list(made), reference, learning_rate=1e-5, per_device_train_batch_size=-(-len(made)//4))
+        result = dpo(policy, list(made), reference, learning_rate=1e-5, per_device_train_batch_size=max(1, len(made)//4))
     else:
         said = policy.sample(asked := prompts(n), 2, new, seed=0); tokens = said.n_tokens
-        worth = [[len(a.text) for a in row] for row in said]
-        rows = [dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=sum(w)/2 - v)
+        worth = [brevity(None, [a.text for a in row]) for row in said]
+        rows = [dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=v - sum(w)/2)
                 for p, row, w in zip(asked, said, worth) if w[0] != w[1] for a, v in zip(row, w)]
-        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=-(-len(rows)//4))
+        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=max(1, len(rows)//4))
     yield dict(tokens=tokens, answers=2*n, steps=len(result.losses), rows=result.n_rows)
 
 # %% ../nbs/46_costs.ipynb #706bcdcd
-def some_pairs(n=32, each=2):
+def some_pairs(n=32, each=1):
     "Pairs to train on."
     base, policy, reference = _policies()
     yield
@@ -177,14 +179,14 @@ def _fill(model, adapter):
     weights = {n.replace(f".{adapter}.", "."): p for n, p in model.named_parameters() if f".{adapter}." in n}
     with torch.no_grad(): [weights[n].normal_(0, .02) for n in sorted(weights)]
 
-def our_dpo(pairs, size=16, epochs=2):
+def our_dpo(pairs, size=8, epochs=2):
     base, policy, _ = _policies(); _fill(base.peft, "student"); bare = Policy(base, "base")
     yield
     result = dpo(policy, pairs, bare, loss_type=["sigmoid"], loss_weights=None, num_train_epochs=epochs, per_device_train_batch_size=size,
                  learning_rate=1e-5, max_grad_norm=1e9)
     yield dict(loss=result.losses[0], gradient=result.history[0]["grad_norm"], steps=len(result.losses))
 
-def trl_dpo(pairs, size=16, epochs=2, float32=False):
+def trl_dpo(pairs, size=8, epochs=2, float32=False):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     base = Base.load()
@@ -277,12 +279,11 @@ GROWTH = dict(rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), members=(1, 2, 4, 8, 16, 
 
 # %% ../nbs/46_costs.ipynb #0ee18a76
 GROUPS = { # group: {arm: (function, settings)}; a part of the literal arms is timed, since they are linear in the prompts
-    "round": {"ours": (our_round, {}), "ours, 4-bit": (our_round, dict(unpack=False)), "literal": (literal_round, dict(n=8)),
-              "literal, PEFT": (literal_round, dict(n=4, packed=True))},
-    "online": {"ours": (our_online, {}), "online DPO": (trl_online, {}), "no checkpointing": (trl_online, dict(checkpointing=False))},
+    "round": {"ours": (our_round, {}), "literal": (literal_round, dict(n=8)), "literal, PEFT": (literal_round, dict(n=2, packed=True))},
+    "online": {"ours": (our_online, {}), "online DPO": (trl_online, {})},
     "gradient": {"ours": (our_online, dict(update="reinforce")), "GRPO": (trl_online, dict(trainer="grpo"))},
     "dpo": {"ours": (our_dpo, {}), "TRL": (trl_dpo, {})},
-    "sampling": {"ours": (our_sampling, {}), "ours, 4-bit": (our_sampling, dict(unpack=False)), "ours, two policies": (our_sampling, dict(policies=2)),
+    "sampling": {"ours": (our_sampling, {}), "ours, 4-bit": (our_sampling, dict(unpack_rows=0)), "ours, two policies": (our_sampling, dict(policies=2)),
                  "PEFT": (peft_sampling, {}), "PEFT, two policies": (peft_sampling, dict(policies=2))},
     "ceilings": {"machine": (ceilings, {}), "library": (reached, {})},
 }

@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
-from .policy import Base, Policy, can_share, lay_out, out_of_memory, pack
+from .policy import Base, Policy, can_share, free_memory, lay_out, out_of_memory, pack
 from .players import text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
@@ -149,6 +149,7 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
     if policy.frozen: raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
     if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
     start, settings = time.perf_counter(), _parted(policy.base, rows, {"gradient_accumulation_steps": 1} | settings); progress = settings.pop("progress", None)
+    free_memory()
     while True:
         try: trainer, trained = _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress); break
         except (RuntimeError, MemoryError) as e:

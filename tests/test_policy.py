@@ -156,24 +156,25 @@ def filled(policy):
     policy.load_state({k: torch.randn_like(v)/3 for k, v in policy.state().items()})
     return policy
 
+@pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize("name", ["student", "other", "base"])
-def test_plain_matrices_say_the_same_and_go(policy, name):
+def test_plain_matrices_say_the_same_and_go(policy, name, once):
     base = filled(policy).base; Policy(base, "other", r=4, seed=3)
     ids, packed = torch.tensor([[5, 9, 7, 4]]), {n: p.clone() for n, p in base.model.named_parameters()}
     with base.running(name) as model: four_bit = model(ids).logits
-    with base.unpacked(name) as model: plain = model(ids).logits
+    with base.unpacked(name, once) as model: plain = model(ids).logits
     with base.running(name) as model: again = model(ids).logits
     assert torch.allclose(plain, four_bit, atol=1e-5) and torch.equal(four_bit, again)
     if name == "student":
         with base.running("base") as model: assert not torch.allclose(model(ids).logits, four_bit, atol=1e-2)
-    with pytest.raises(RuntimeError), base.unpacked(name): raise RuntimeError
+    with pytest.raises(RuntimeError), base.unpacked(name, once): raise RuntimeError
     assert not any("forward" in vars(m) for m in base.model.modules())
     assert all(torch.equal(p, packed[n]) for n, p in base.model.named_parameters())
 
 
 def test_sampling_does_not_depend_on_them(policy):
     base, texts = filled(policy).base, []
-    for base.unpack in (True, False): texts.append(policy.sample(["a", "bb"], 8, 12, seed=1))
+    for base.unpack_rows in (32, 0): texts.append(policy.sample(["a", "bb"], 8, 12, seed=1))
     assert texts[0].texts == texts[1].texts
     assert np.allclose([x for r in texts[0] for s in r for x in s.logprobs], [x for r in texts[1] for s in r for x in s.logprobs], atol=1e-4)
 
