@@ -173,6 +173,7 @@ def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
 
 def test_an_update_in_halves_keeps_the_effective_batch(tiny, monkeypatch):
     rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
+    monkeypatch.setattr(tiny, "max_train_tokens", 10_000)  # so that an update begins with all rows at once
     def train(**settings):
         student = Policy(tiny, "student"); result = update.sft(student, rows, **settings); state = student.state(); student.delete()
         return state, result
