@@ -130,10 +130,10 @@ def _two_models(packed: bool):
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
-def trl_online(trainer="online_dpo", n=16, new=32, checkpointing=True):
+def trl_online(trainer="online_dpo", n=16, new=32):
     "TRL's online DPO or GRPO."
     from datasets import Dataset
-    base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5, gradient_checkpointing=checkpointing)
+    base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5)
     data = Dataset.from_list([dict(prompt=p) for p in prompts(n)])
     said = []
     def reward(prompts, completions, **columns): said.extend(map(text_of, completions)); return brevity(prompts, completions)

@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 import unicodedata
 from collections import Counter
@@ -271,6 +272,7 @@ def note(self: Stage) -> str:
     if "win_rate" in m: parts.append(f"{m['games']} games, won {_shown(m['win_rate'])}")
     parts += [f"{n} {source}" for source, n in m.get("sources", {}).items()]
     if m.get("losses"): parts.append(f"{m['steps']} steps, loss {m['losses'][0]:.3g} to {m['losses'][-1]:.3g}")
+    if "chosen" in m: parts.append(f"took {m['chosen']}, on the validation problems {_shown(m['validation'][m['chosen']])}")
     if "reward" in m: parts.append(f"mean reward {m['reward'][0]:.2f} to {m['reward'][-1]:.2f}")
     return "; ".join(parts + [f"dropped {n} {why}" for why, n in self.dropped.items()])
 
@@ -321,30 +323,33 @@ class RLHFOrchestrator:
         max_new_tokens: int = 8,  # answers are cut off here
         temperature: float = 1.,  # of the players
         exam_size: int = 200,     # held-out problems, always the same ones
+        validation_size: int = 200, # other held-out problems, from which `run_selection` chooses; 0 for none
         skip=(),                  # names in `STAGES` whose calls do nothing
         progress: bool = True,    # show bars and a line for each stage?
     ):
         self.task = ArithmeticTask(2) if task is None else task
-        self._check(run_dir, model, dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size), seed, temperature, skip)
+        self._check(run_dir, model, dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size), dict(seed=seed, validation_size=validation_size), temperature, skip)
         self.dir, self.model, self.seed, self.r, self.max_new_tokens = Path(run_dir), model, seed, r, max_new_tokens
         self.temperature, self.skip, self.progress = temperature, set(skip), progress
-        self.problems = self.task.problems("held-out", exam_size, 0)
-        self.asks = _asks([p["prompt"] for p in self.problems])
+        self.problems = self.task.problems("held-out", exam_size, 0); examined = _asks([p["prompt"] for p in self.problems])
+        others = [p for p in self.task.problems("held-out", exam_size + validation_size, 0) if not examined(p["prompt"])]
+        self.validation = others[:validation_size]
+        self.asks = _asks([p["prompt"] for p in self.problems + self.validation])
         self.done, self._policy, self._reward_model = -1, None, None  # the number of the last stage that was called; adapters, if they are loaded
 
     @cached_property
     def _ledgers(self): return Ledger(self.dir/"pairs.jsonl"), Ledger(self.dir/"samples.jsonl", ("prompt", "completion", "reward"))
 
 # %% ../nbs/45_pipeline.ipynb #82faaf3b
-STAGES = "sft", "reward_model", "self_play", "policy_optimization"
+STAGES = "sft", "reward_model", "self_play", "policy_optimization", "selection"
 _NAMES = "policy", "snapshot", "reward"  # adapters
 
 @patch
-def _check(self: RLHFOrchestrator, run_dir, model, whole, seed, temperature, skip):
+def _check(self: RLHFOrchestrator, run_dir, model, whole, naught, temperature, skip):
     wrong = []
     if not isinstance(run_dir, (str, Path)) or not str(run_dir): wrong.append(f"run_dir={run_dir!r} (a folder)")
     if not isinstance(model, (str, Path, Base)): wrong.append(f"model={model!r:.60} (a name, a folder or a Base)")
-    for name, v, low in *((k, v, 1) for k, v in whole.items()), ("seed", seed, 0):
+    for name, v, low in *((k, v, 1) for k, v in whole.items()), *((k, v, 0) for k, v in naught.items()):
         if not isinstance(v, int) or isinstance(v, bool) or v < low: wrong.append(f"{name}={v!r} (a whole number of at least {low})")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         wrong.append(f"temperature={temperature!r} (a positive number)")
@@ -520,11 +525,13 @@ def _on(bar):
 
 @patch
 def exam(self: RLHFOrchestrator,
-    policy=None, # by default the current one
+    policy=None,   # by default the current one
+    problems=None, # by default the held-out ones of this run
 ) -> Exam:
-    "Greedy answers to the held-out problems, checked by the task's verifier."
-    with self._bar("exam", " answers", len(self.problems)) as bar:
-        return examine(policy or self.policy, self.problems, self.task.verifier, self.max_new_tokens, lambda n, tokens: bar.update(n))
+    "Greedy answers to problems, checked by the task's verifier."
+    problems = self.problems if problems is None else problems
+    with self._bar("exam", " answers", len(problems)) as bar:
+        return examine(policy or self.policy, problems, self.task.verifier, self.max_new_tokens, lambda n, tokens: bar.update(n))
 
 # %% ../nbs/45_pipeline.ipynb #b18df3ca
 @patch
@@ -847,6 +854,32 @@ def _add(total: UpdateResult, one: UpdateResult):
 def __repr__(self: RLHFOrchestrator):
     name, stages = Path(self.about["model"]).name, self.stages
     return f"RLHFOrchestrator({self.dir.name} on {name}, seed {self.seed}: {len(stages)} stages finished, {self.done + 1} of them called here)\n{stages!r}"
+
+# %% ../nbs/45_pipeline.ipynb #2393d5be
+@patch
+def run_selection(self: RLHFOrchestrator,
+    fresh: bool = False, # as in `run_sft`
+) -> Stage | None:       # None if it is skipped
+    "Let the policies of all stages so far answer the validation problems, and take the best, the earlier of equals. Raises as `run_sft` does."
+    if "selection" in self.skip: return None
+    if not self.validation: raise ValueError("validation_size is 0: expected some problems to choose by.")
+    self._start(fresh)
+    found = [s for s in self.stages if s.after and s.number <= self.done]
+    return self._stage("selection", {}, self.validation, lambda tmp: self._select(found, tmp), fresh)
+
+# %% ../nbs/45_pipeline.ipynb #4f4e3d88
+@patch
+def _select(self: RLHFOrchestrator, found: list[Stage], tmp: Path) -> dict:
+    "Examine all, copy the best one's adapter and exam; the stage's fields."
+    self._load(); rates = {}
+    with self._bar("selection", " policies", len(found)) as bar:
+        for s in found:
+            with self._snapshot(s) as policy: rates[s.title] = self.exam(policy, self.validation).accuracy
+            bar.update()
+    best = max(found, key=lambda s: rates[s.title].value)
+    for what, copy in ("adapter", shutil.copytree), ("exam.json", shutil.copy): copy(self.folder(best)/what, tmp/what)
+    self.close()  # what is loaded next is the best
+    return dict(metrics=dict(chosen=best.title, validation={k: r.to_dict() for k, r in rates.items()}), after=best.after)
 
 # %% ../nbs/45_pipeline.ipynb #67804403
 def read_study(

@@ -30,7 +30,7 @@ FAST = dict(learning_rate=1e-3)
 @pytest.fixture
 def make(tiny, tmp_path):
     tiny.model.generation_config.eos_token_id = [*range(2, 35)]   # random weights seldom end an answer: a third of the tokens ends it here
-    def make(name="run", base=tiny, **settings): return RLHFOrchestrator(tmp_path/name, base, Letters(), **dict(exam_size=12, r=4, progress=False) | settings)
+    def make(name="run", base=tiny, **settings): return RLHFOrchestrator(tmp_path/name, base, Letters(), **dict(exam_size=12, validation_size=4, r=4, progress=False) | settings)
     return make
 
 
@@ -401,6 +401,33 @@ def test_two_orchestrators_take_turns_on_one_base(make, tiny):
     a.run_reward_model_training(PREF)
     assert all(torch.equal(mine[k], v) for k, v in a.policy.state().items()) and sorted(tiny.adapters) == ["policy", "reward"]
     assert all(torch.equal(yours[k], v) for k, v in b.policy.state().items()) and tiny.adapters == ["policy"]
+
+
+def test_selection_takes_the_best_on_problems_that_nobody_saw(make, tiny, monkeypatch):
+    o = make(validation_size=10); made = all_stages(o, rounds=2); told = {}
+    asked = {p["prompt"] for p in o.validation}
+    assert len(asked) == 10 and not asked & {p["prompt"] for p in o.problems}
+    with pytest.raises(ValueError, match="'held-out': 1"): o.run_sft([dict(prompt=o.validation[0]["prompt"], completion="a")])
+    exam = pipeline.examine
+    def scripted(policy, problems, *a, **k):    # the first update is the best, and the last one as good
+        found = exam(policy, problems, *a, **k); told[len(told)] = problems
+        for r, right in zip(found.rows, [0]*10 if len(told) in (1, 2) else [1]*8): r["right"] = right
+        return found
+    monkeypatch.setattr(pipeline, "examine", scripted)
+    s = o.run_selection(); first = o.stages[4]
+    assert list(told.values()) == [o.validation]*4 and s.metrics["chosen"] == first.title == "04_dpo" and s.title == "07_selection"
+    assert s.after == first.after and s.before == o.stages[6].after and [v["n"] for v in s.metrics["validation"].values()] == [10]*4
+    kept = Policy.load(tiny, o.folder(first)/"adapter", "kept").state(); Policy.resident(tiny, "kept").delete()
+    assert all(torch.equal(kept[k], v) for k, v in o.policy.state().items()) and "took 04_dpo" in repr(s)
+    o.close(); again = make(validation_size=10); all_stages(again, rounds=2); again.run_selection()
+    assert len(told) == 4 and all(torch.equal(kept[k], v) for k, v in again.policy.state().items())
+    again.run_policy_optimization("dpo", made, **FAST)   # and on from there
+    assert again.stages[-1].before == first.after
+
+
+def test_selection_can_be_skipped_and_wants_problems(make):
+    assert make(skip=["selection"]).run_selection() is None
+    with pytest.raises(ValueError, match="validation_size is 0"): make(validation_size=0).run_selection()
 
 
 def test_another_process_is_kept_out(make, tmp_path):
