@@ -328,7 +328,8 @@ class RLHFOrchestrator:
         progress: bool = True,    # show bars and a line for each stage?
     ):
         self.task = ArithmeticTask(2) if task is None else task
-        self._check(run_dir, model, dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size), dict(seed=seed, validation_size=validation_size), temperature, skip)
+        self._check(run_dir, model, dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size), dict(seed=seed, validation_size=validation_size),
+                    temperature, skip)
         self.dir, self.model, self.seed, self.r, self.max_new_tokens = Path(run_dir), model, seed, r, max_new_tokens
         self.temperature, self.skip, self.progress = temperature, set(skip), progress
         self.problems = self.task.problems("held-out", exam_size, 0); examined = _asks([p["prompt"] for p in self.problems])

@@ -30,7 +30,8 @@ FAST = dict(learning_rate=1e-3)
 @pytest.fixture
 def make(tiny, tmp_path):
     tiny.model.generation_config.eos_token_id = [*range(2, 35)]   # random weights seldom end an answer: a third of the tokens ends it here
-    def make(name="run", base=tiny, **settings): return RLHFOrchestrator(tmp_path/name, base, Letters(), **dict(exam_size=12, validation_size=4, r=4, progress=False) | settings)
+    small = dict(exam_size=12, validation_size=4, r=4, progress=False)
+    def make(name="run", base=tiny, **settings): return RLHFOrchestrator(tmp_path/name, base, Letters(), **small | settings)
     return make
 
 
