@@ -161,6 +161,10 @@ def compute_dtype(
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
+# %% ../nbs/00_model.ipynb #0ff76754
+def _keep_few_shapes():
+    for cache in "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.setdefault(cache, "32")
+
 # %% ../nbs/00_model.ipynb #1d1ee16b
 def _quantization_config(dtype):
     from transformers import BitsAndBytesConfig
@@ -186,7 +190,7 @@ def load_model(
     nor downloaded."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = device or default_device(); dtype = dtype or compute_dtype(device)
+    device = device or default_device(); dtype = dtype or compute_dtype(device); _keep_few_shapes()
     path = wheel_model_folder(source) if source in WHEEL_MODELS else source
     if Path(path).is_dir() and not (Path(path)/"config.json").exists():
         raise ValueError(f"{path} is a folder without config.json: expected a folder written by save_pretrained, "

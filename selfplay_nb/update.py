@@ -169,6 +169,11 @@ def _half(settings):
     size, parts = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     return settings | dict(per_device_train_batch_size=-(-size//2), gradient_accumulation_steps=2*parts)
 
+# %% ../nbs/11_update.ipynb #2bc07b8b
+def _then_free(compute_loss):
+    def then(*args, **kwargs): loss = compute_loss(*args, **kwargs); free_memory(); return loss
+    return then
+
 # %% ../nbs/11_update.ipynb #a88fdadb
 def _halved(settings):
     half = _half(settings)
@@ -186,6 +191,7 @@ def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer
             base.peft.set_adapter("default")
             trainer = trainer_class(base.peft, args=args, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
             _own_progress(trainer, progress)
+            if args.use_cpu: trainer.compute_loss = _then_free(trainer.compute_loss)
             after_init(trainer)
             _load_scratch(policy)
             if optimizer: trainer.create_optimizer(); _set_moments(trainer.optimizer, optimizer)

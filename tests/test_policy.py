@@ -184,9 +184,11 @@ def test_long_rows_go_through_in_parts(policy, monkeypatch, limit, size, parts):
     policy.base.max_train_tokens, seen = limit, {}
     original = update_module._try_to_train
     monkeypatch.setattr(update_module, "_try_to_train", lambda *a: seen.update(a[4]) or original(*a))
+    freed = []; monkeypatch.setattr(update_module, "free_memory", lambda: freed.append(1))
     rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
     result = sft(policy, rows)
     assert (seen["per_device_train_batch_size"], seen["gradient_accumulation_steps"]) == (size, parts) and len(result.losses) == 1
+    assert len(freed) == 1 + parts  # before the first one, and after each
 
 
 # a common beginning is computed once
