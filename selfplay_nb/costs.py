@@ -179,8 +179,8 @@ def _fill(model, adapter):
     weights = {n.replace(f".{adapter}.", "."): p for n, p in model.named_parameters() if f".{adapter}." in n}
     with torch.no_grad(): [weights[n].normal_(0, .02) for n in sorted(weights)]
 
-def our_dpo(pairs, size=8, epochs=2):
-    base, policy, _ = _policies(); _fill(base.peft, "student"); bare = Policy(base, "base")
+def our_dpo(pairs, size=8, epochs=2, **settings):
+    base, policy, _ = _policies(**settings); _fill(base.peft, "student"); bare = Policy(base, "base")
     yield
     result = dpo(policy, pairs, bare, loss_type=["sigmoid"], loss_weights=None, num_train_epochs=epochs, per_device_train_batch_size=size,
                  learning_rate=1e-5, max_grad_norm=1e9)
@@ -189,7 +189,7 @@ def our_dpo(pairs, size=8, epochs=2):
 def trl_dpo(pairs, size=8, epochs=2, float32=False):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
-    base = Base.load()
+    base = Base.load(dtype=torch.float32 if float32 else None)
     def text(prompt): return base.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     rows = [p | dict(prompt=text(p["prompt"])) for p in pairs]  # as text: of a conversation TRL also trains what the template writes behind the end
     args = _quiet(DPOConfig, per_device_train_batch_size=size, num_train_epochs=epochs, max_length=None, gradient_checkpointing=False, learning_rate=1e-5,
@@ -318,7 +318,7 @@ def _plan(groups, repeats):
             arms = list(GROUPS.get(g, {}).items())
             yield from ((g, a, k, *work) for a, work in (arms[k % len(arms):] + arms[:k % len(arms)] if arms else []))
     if "parity" in groups:
-        yield "parity", "ours", 0, our_dpo, dict(size=1000, epochs=1)
+        yield "parity", "ours", 0, our_dpo, dict(size=1000, epochs=1, dtype=torch.float32)
         yield "parity", "TRL", 0, trl_dpo, dict(size=1000, epochs=1, float32=True)
     sizes = [(what, n) for what in GROWTH for n in GROWTH[what]] if "growth" in groups else []
     yield from (("growth", f"{what} {n}", 0, grown, dict(what=what, n=n)) for what, n in sizes)
