@@ -318,7 +318,7 @@ def _plan(groups, repeats):
             arms = list(GROUPS.get(g, {}).items())
             yield from ((g, a, k, *work) for a, work in (arms[k % len(arms):] + arms[:k % len(arms)] if arms else []))
     if "parity" in groups:
-        yield "parity", "ours", 0, our_dpo, dict(size=1000, epochs=1, dtype=torch.float32)
+        yield "parity", "ours", 0, our_dpo, dict(size=1000, epochs=1, dtype=torch.float32, max_train_tokens=10**6)
         yield "parity", "TRL", 0, trl_dpo, dict(size=1000, epochs=1, float32=True)
     sizes = [(what, n) for what in GROWTH for n in GROWTH[what]] if "growth" in groups else []
     yield from (("growth", f"{what} {n}", 0, grown, dict(what=what, n=n)) for what, n in sizes)
