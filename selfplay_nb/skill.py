@@ -332,7 +332,7 @@ def sample(self: Guided,
     seed: int = 0,            # of the random streams
     progress=None,            # called as `progress(finished answers, new tokens)`
 ):
-    "Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution. With scale 1 the same answers as at the high level."
+    "Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution. With scale 1, to rounding, those of the high level."
     import time
     from selfplay_nb.policy import Samples, _batches, _check_sampling, _uniforms
     _check_sampling(n_samples, max_new_tokens, temperature, top_p)

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from selfplay_nb import costs as module
 from selfplay_nb.costs import costs, measure, our_dpo, ratios, read, trl_dpo
@@ -46,7 +47,7 @@ def test_measurements_go_on_where_they_were(tmp_path, monkeypatch):
 def test_a_step_of_ours_is_a_step_of_trl():
     said = ("12+30=", "42", "It is 41, I think."), ("12+30=", "42", "40"), ("7+11=", "18", "19"), ("Name a colour.", "Red.", "Seven of them.")
     pairs = [dict(prompt=[dict(role="user", content=q)], chosen=a, rejected=b) for q, a, b in said]
-    ours, plain = (measure(f, pairs=pairs, size=4, epochs=1, **more) for f, more in ((our_dpo, {}), (trl_dpo, dict(float32=True))))
+    ours, plain = (measure(f, pairs=pairs, size=4, epochs=1, **more) for f, more in ((our_dpo, dict(dtype=torch.float32)), (trl_dpo, dict(float32=True))))
     assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-4) and ours["loss"] != pytest.approx(.693147, abs=1e-3)
     assert ours["gradient"] == pytest.approx(plain["gradient"], rel=1e-3) and ours["steps"] == plain["steps"] == 1
     assert json.dumps(ours)

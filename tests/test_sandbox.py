@@ -63,11 +63,12 @@ def ours(mark):
 DAEMON = """import os, sys, time
 if os.fork() == 0:
     os.setsid()
-    if os.fork() == 0:
-        print(os.getpid(), flush=True)
-        for fd in 0, 1, 2: os.close(fd)
-        while True: time.sleep(1)
-    os._exit(0)
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)   # not the daemon itself, which may be killed before it prints
+        os._exit(0)
+    for fd in 0, 1, 2: os.close(fd)
+    while True: time.sleep(1)
 os.wait()
 %s"""
 HOSTILE = {  # name: (program, statuses that are right)
