@@ -46,7 +46,7 @@ class SelfPlayConfig:
     model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
     level: int = 2                 # of the arithmetic task
     judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
-    n_rounds: int = 12             # rounds of self-play
+    n_rounds: int = 24             # rounds of self-play
     prompts_per_round: int = 32    # fresh prompts each round
     compete: bool = True           # play the opponent, and learn from who wins
     n_samples: int = 8             # answers a side and prompt
@@ -54,7 +54,7 @@ class SelfPlayConfig:
     refine_iterations: int = 0     # critiques and refinements of an answer to each prompt, learned from where the judge likes them better
     max_new_tokens: int = 8        # answers are cut off here
     temperature: float = 1.0       # of the players' sampling
-    learning_rate: float = 3e-4    # of AdamW
+    learning_rate: float = 1e-4    # of AdamW
     beta: float = 0.1              # of DPO
     sft_weight: float = 0.2        # of the likelihood term on chosen answers
     r: int = 16                    # LoRA rank
@@ -64,7 +64,7 @@ class SelfPlayConfig:
     gate: bool = False             # renew only if the current policy is shown to beat the reference
     gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less and 0.1 more, each wrong at most one time in twenty
     gate_prompts: int = 256        # at most
-    exam_every: int = 2            # rounds between exams; the last round always has one
+    exam_every: int = 3            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems
     watch: bool = False            # vital signs with each exam
     on_alarm: str = "warn"         # "warn", "stop", or "rollback" to the last exam without alarm, with half the learning rate

@@ -247,7 +247,7 @@ def test_an_alarm_has_its_consequence(tmp_path, tiny_folder, on_alarm, monkeypat
     if on_alarm == "rollback":
         assert trainer.round == 4 and trainer.stopped == "rolled back three times in a row: collapsed: everything is 17"
         assert [m.get("rolled_back_to") for m in trainer.history] == [None, None, 1, 1, 1] and trainer.marks["best"] <= 1
-        assert [m.get("changed") for m in trainer.history[2:]] == [None, {"learning_rate": 1.5e-4}, {"learning_rate": 7.5e-5}]
+        assert [m.get("changed") for m in trainer.history[2:]] == [None, {"learning_rate": SelfPlayConfig().learning_rate/2}, {"learning_rate": SelfPlayConfig().learning_rate/4}]
         healthy = Policy.load(trainer.base, tmp_path/"run"/"checkpoints"/"round_001"/"student", "healthy").state()
         assert all(torch.equal(v, healthy[k]) for k, v in trainer.student.state().items())
 
@@ -267,17 +267,17 @@ def test_pause_stop_and_change(tmp_path, tiny_folder):
     while not live().get("paused") and time.time() < until: time.sleep(.01)
     stage = live()["stage"]; time.sleep(.5)
     assert live()["paused"] and live()["stage"] == stage and thread.is_alive() and live()["memory_mb"] > 10
-    control(tmp_path/"run", pause=False, set={"learning_rate": 1e-4, "r": 8})
+    control(tmp_path/"run", pause=False, set={"learning_rate": 2e-4, "r": 8})
     while not live().get("refused") and time.time() < until: time.sleep(.01)
     assert "['r'] cannot change" in live()["refused"]
-    control(tmp_path/"run", set={"learning_rate": 1e-4})
+    control(tmp_path/"run", set={"learning_rate": 2e-4})
     thread.join(120)
     assert live()["refused"] == "" and live()["stage"] == "finished" and read_control(tmp_path/"run") == {}
     changed = [m["round"] for m in paused.history if "changed" in m]
-    assert len(changed) == 1 and paused.config.learning_rate == 1e-4 and paused.given.learning_rate == 3e-4
+    assert len(changed) == 1 and paused.config.learning_rate == 2e-4 and paused.given.learning_rate == SelfPlayConfig().learning_rate
     assert paused.history[1]["loss"] == whole.history[1]["loss"]
     more = make(tmp_path/"run", tiny_folder, n_rounds=4); more.train()
-    assert more.config.learning_rate == 1e-4 and more.round == 4
+    assert more.config.learning_rate == 2e-4 and more.round == 4
 
 
 def test_stop_after_this_round(tmp_path, tiny_folder):
