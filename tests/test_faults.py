@@ -247,7 +247,8 @@ def test_an_alarm_has_its_consequence(tmp_path, tiny_folder, on_alarm, monkeypat
     if on_alarm == "rollback":
         assert trainer.round == 4 and trainer.stopped == "rolled back three times in a row: collapsed: everything is 17"
         assert [m.get("rolled_back_to") for m in trainer.history] == [None, None, 1, 1, 1] and trainer.marks["best"] <= 1
-        assert [m.get("changed") for m in trainer.history[2:]] == [None, {"learning_rate": SelfPlayConfig().learning_rate/2}, {"learning_rate": SelfPlayConfig().learning_rate/4}]
+        rate = SelfPlayConfig().learning_rate
+        assert [m.get("changed") for m in trainer.history[2:]] == [None, {"learning_rate": rate/2}, {"learning_rate": rate/4}]
         healthy = Policy.load(trainer.base, tmp_path/"run"/"checkpoints"/"round_001"/"student", "healthy").state()
         assert all(torch.equal(v, healthy[k]) for k, v in trainer.student.state().items())
 
