@@ -12,7 +12,7 @@ from itertools import product
 from fastcore.basics import patch
 
 from .pairs import validate_pairs
-from .players import answers_of, name_of
+from .players import answers_together, name_of
 from .rates import Rate, win_rate
 from .reward import score_samples
 
@@ -98,8 +98,8 @@ def train_step(self: CompetitiveSelfPlay,
 ) -> Preferences:            # pairs in TRL's form, with provenance
     "Play one step and return the preferences; training on them is the caller's (see `update.dpo`). Raises `ValueError` for bad input."
     if not prompts: raise ValueError("no prompts: expected a non-empty list.")
-    a, t1, n1 = answers_of(self.policy, prompts, self.n_samples, seed=2*seed, progress=progress, **self.sampling)
-    b, t2, n2 = answers_of(self.reference_policy, prompts, self.n_samples, seed=2*seed+1, progress=progress, **self.sampling)
+    sides = (self.policy, prompts, 2*seed), (self.reference_policy, prompts, 2*seed + 1)
+    (a, t1, n1), (b, t2, n2) = answers_together(sides, self.n_samples, progress, **self.sampling)
     scores, margins, rewards = self._verdicts(prompts, a, b, columns)
     scores = [[s for s, m in zip(row, ms) if m == m] for row, ms in zip(scores, margins)]  # NaN: nobody could judge it
     opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)]*len(prompts)

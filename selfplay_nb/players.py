@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_messages', 'as_prompts', 'prompt_text', 'text_of', 'name_of', 'seed_of', 'columns_of', 'Scripted', 'Answer',
-           'answers_of']
+           'answers_of', 'answers_together']
 
 # %% ../nbs/01_players.ipynb #c5eed7ee
 import hashlib
@@ -102,3 +102,17 @@ def answers_of(
         raise ValueError(f"{type(policy).__name__}.generate gave {[len(r) for r in texts][:5]} answers: "
                          f"expected {n_samples} for each of {len(prompts)} prompts.")
     return [[Answer(t) for t in row] for row in texts], 0., 0
+
+# %% ../nbs/01_players.ipynb #28350d80
+def answers_together(
+    asked: list[tuple],  # `(player, prompts, seed)`
+    n_samples: int = 1,  # answers for each prompt
+    progress=None,       # as in `answers_of`
+    **sampling,          # settings, handed on
+):                       # yields what `answers_of` gives, for each that was asked
+    "Ask several players: policies on one base in one batch, others when it is their turn. Raises as `answers_of`."
+    bases = {id(getattr(player, "base", player)) for player, *_ in asked}
+    if len(asked) > 1 and len(bases) == 1 and all(hasattr(player, "sample_together") for player, *_ in asked):
+        for s in asked[0][0].sample_together(asked, n_samples=n_samples, progress=progress, **sampling): yield s, s.seconds, s.n_tokens
+    else:
+        for player, prompts, seed in asked: yield answers_of(player, prompts, n_samples, progress, seed=seed, **sampling)

@@ -45,14 +45,15 @@ class SelfPlayConfig:
     run_dir: str = "runs/demo"     # where everything goes
     model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
     level: int = 2                 # of the arithmetic task
+    shots: int = 0                 # solved examples in front of each of its problems, at most two
     judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
-    n_rounds: int = 24             # rounds of self-play
+    n_rounds: int = 12             # rounds of self-play
     prompts_per_round: int = 32    # fresh prompts each round
     compete: bool = True           # play the opponent, and learn from who wins
     n_samples: int = 8             # answers a side and prompt
     pairs_per_prompt: int = 4      # at most
     refine_iterations: int = 0     # critiques and refinements of an answer to each prompt, learned from where the judge likes them better
-    max_new_tokens: int = 8        # answers are cut off here
+    max_new_tokens: int = 24       # answers are cut off here
     temperature: float = 1.0       # of the players' sampling
     learning_rate: float = 1e-4    # of AdamW
     beta: float = 0.1              # of DPO
@@ -77,7 +78,7 @@ class SelfPlayConfig:
 ADJUSTABLE = "learning_rate", "beta", "sft_weight", "temperature"  # while a run goes on
 
 def _wrong(f, v) -> str | None:
-    lowest = 0 if f.name in ("seed", "n_rounds", "refine_iterations") else 1
+    lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations") else 1
     if f.type is bool and not isinstance(v, bool): return "True or False"
     if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest): return f"a whole number of at least {lowest}"
     if f.type is float and not (isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0): return "a number of at least 0"
@@ -93,7 +94,7 @@ def check(self: SelfPlayConfig):
     if not (self.compete or self.refine_iterations): raise ValueError("bad configuration: compete is False and refine_iterations 0: nothing to learn from.")
     if not .1 < self.gate_win_rate < .9: raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
     if self.on_alarm != "warn" and not self.watch: raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
-    ArithmeticTask(self.level)
+    ArithmeticTask(self.level, shots=self.shots)
     return self
 
 # %% ../nbs/42_trainer.ipynb #c2f89719
@@ -102,11 +103,11 @@ class SelfPlayTrainer:
     def __init__(self,
         config: SelfPlayConfig,   # what to do
         base: Base | None = None, # a loaded base, whose adapters `student` and `reference` are replaced; by default `config.model_name` is loaded
-        task=None,                # with `problems`, `reward`, `verifier`; by default arithmetic at `config.level`
+        task=None,                # with `problems`, `reward`, `verifier`; by default arithmetic at `config.level`, with `config.shots`
         callbacks=None,           # by default `default_callbacks()`
     ):
         self.given = self.config = config.check(); self.dir = Path(config.run_dir)
-        self.task = task or ArithmeticTask(config.level)
+        self.task = task or ArithmeticTask(config.level, shots=config.shots)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         self.task.problems("train", config.prompts_per_round)  # too few for a round? Better known now
         self.reward = Guarded(self.task.reward if config.judge == "rule" else coin_flip(config.seed), config.judge_timeout or None)

@@ -21,7 +21,10 @@ from pathlib import Path
 # %% ../nbs/11_update.ipynb #35170c74
 import numpy as np
 import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -30,7 +33,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
-from .policy import Base, Policy, can_share, free_memory, lay_out, out_of_memory, pack
+from .policy import Base, Policy, can_share, free_memory, is_product, lay_out, out_of_memory, pack
 from .players import text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
@@ -77,6 +80,42 @@ def _logits_of_completions_only():
     trl_utils._use_triton = lambda device: True
     try: yield
     finally: trl_utils._use_triton = original
+
+# %% ../nbs/11_update.ipynb #32d0bc45
+def _unpacked(layer, like): return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(like.dtype)
+
+class _Product(torch.autograd.Function):
+    "Inputs (..., in) times a frozen 4-bit layer with an adapter, A (r, in) and B (out, r), that is scaled by `scale`."
+    @staticmethod
+    def forward(ctx, x, A, B, layer, scale):
+        ctx.save_for_backward(x, A, B); ctx.layer, ctx.scale = layer, scale
+        y, low = F.linear(x, _unpacked(layer, x), layer.bias), F.linear(x, A.to(x.dtype))
+        y.flatten(0, -2).addmm_(low.flatten(0, -2).to(y.dtype), B.T.to(y.dtype), alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A, B = ctx.saved_tensors; flat, g = x.flatten(0, -2), grad.flatten(0, -2)
+        a, low = A.to(g.dtype), g @ B.to(g.dtype)
+        dx = (g @ _unpacked(ctx.layer, g)).addmm_(low, a, alpha=ctx.scale)
+        dA, dB = low.T @ flat.to(g.dtype), g.T @ (flat.to(g.dtype) @ a.T)
+        return dx.view_as(x).to(x.dtype), ctx.scale*dA.to(A.dtype), ctx.scale*dB.to(B.dtype), None, None
+
+# %% ../nbs/11_update.ipynb #b1774834
+@contextmanager
+def _inputs_only(base: Base, adapter: str):
+    "While this runs, layers with `adapter` keep nothing for the gradient but their input."
+    layers = [m for m in base.model.modules() if isinstance(m, LoraLayer) and adapter in m.lora_A and is_product(m, adapter)
+              and isinstance(m.lora_dropout[adapter], torch.nn.Identity)]
+    try:
+        for m in layers: m.forward = _with_adapter(m, adapter)
+        yield
+    finally:
+        for m in layers: vars(m).pop("forward", None)
+
+def _with_adapter(m, adapter):
+    A, B, layer, scale = m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.get_base_layer(), m.scaling[adapter]
+    return lambda x: _Product.apply(x, A, B, layer, scale)
 
 # %% ../nbs/11_update.ipynb #011263aa
 def _load_scratch(policy: Policy):
@@ -195,7 +234,7 @@ def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer
             after_init(trainer)
             _load_scratch(policy)
             if optimizer: trainer.create_optimizer(); _set_moments(trainer.optimizer, optimizer)
-            trainer.train()
+            with _inputs_only(base, "default"): trainer.train()
             trained = Policy.resident(base, "default").state()
             _check_finite(trainer.state.log_history, trained)
     return trainer, trained

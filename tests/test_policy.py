@@ -197,6 +197,60 @@ ANSWERS = ("yes", "no"), ("yes", "never"), ("indeed so", "no")
 SHARED = [dict(prompt=p, chosen=c, rejected=r) for p in ("short", "a somewhat longer prompt") for c, r in ANSWERS]
 
 
+def some_policies(tiny):
+    "Four on one base: two of different ranks, one on a few layers only, and the bare base."
+    made = Policy(tiny, "student", r=4), Policy(tiny, "other", r=7), Policy(tiny, "narrow", r=2, target_modules=["v_proj", "down_proj"])
+    for i, p in enumerate(made): g = torch.Generator().manual_seed(i); p.load_state({k: .3*torch.randn(w.shape, generator=g) for k, w in p.state().items()})
+    return [*made, Policy(tiny, "base")]
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_several_policies_in_a_batch_say_what_each_says_alone(tiny, few):
+    policies = some_policies(tiny); tiny.unpack_rows = 64 if few else 8
+    asked = [(p, [f"{'long '*i}question {j}" for j in range(3)], i if i else [5, 6, 7]) for i, p in enumerate(policies)]
+    assert tiny._can_mix([p.name for p in policies], 36, 9) == few
+    alone = [p.sample(prompts, 3, 9, seed=seed) for p, prompts, seed in asked]
+    seen = []; together = Policy.sample_together(asked, 3, 9, progress=lambda done, tokens: seen.append((done, tokens)))
+    assert [s.texts for s in together] == [s.texts for s in alone] and [s.seed for s in together] == [[5, 6, 7], 1, 2, 3]
+    for s, t in zip(together, alone):
+        assert np.allclose([lp for r in s for a in r for lp in a.logprobs], [lp for r in t for a in r for lp in a.logprobs], atol=1e-4)
+    assert len({str(s.texts) for s in alone}) == 4 and sum(d for d, _ in seen) == 36 and sum(n for _, n in seen) == sum(s.n_tokens for s in alone)
+    assert not any("forward" in vars(m) for m in tiny._products("student"))
+
+
+def test_policies_that_cannot_be_mixed_answer_in_turn_or_say_why(tiny):
+    a, b = Policy(tiny, "one"), Policy(tiny, "two")
+    from peft import LoraConfig
+    tiny.add_adapter("dora", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
+    odd = Policy.resident(tiny, "dora")
+    assert tiny._can_mix(["one", "two"], 2, 9) and not tiny._can_mix(["one", "dora"], 2, 9) and not tiny._can_mix(["one", "two"], 2, 3)
+    in_turn = [p.sample(["x"], 1, 9, seed=i).texts for i, p in enumerate((a, odd))]
+    assert [s.texts for s in Policy.sample_together([(a, ["x"], 0), (odd, ["x"], 1)], 1, 9)] == in_turn
+    stranger = Policy(Base.load(tiny.name), "stranger")
+    with pytest.raises(ValueError, match="different bases"): Policy.sample_together([(a, ["x"], 0), (stranger, ["x"], 0)])
+    b.delete()
+    with pytest.raises(ValueError, match="unknown adapter 'two'"): Policy.sample_together([(a, ["x"], 0), (b, ["x"], 0)])
+
+
+def test_the_lean_layers_have_the_gradients_of_pefts(policy):
+    base = policy.base; g = torch.Generator().manual_seed(0)
+    policy.load_state({k: .1*torch.randn(w.shape, generator=g) for k, w in policy.state().items()})
+    ids = torch.randint(3, 98, (3, 20), generator=g)
+    def found():
+        base.peft.set_adapter("student")
+        weights = {n: p for n, p in base.peft.named_parameters() if p.requires_grad}
+        loss = base.model(input_ids=ids, labels=ids).loss
+        grads = torch.autograd.grad(loss, list(weights.values())); base.peft.requires_grad_(False)
+        return loss.item(), dict(zip(weights, grads))
+    (loss, plain), forwards = found(), sum("forward" in vars(m) for m in base.model.modules())
+    with update_module._inputs_only(base, "student"):
+        assert sum("forward" in vars(m) for m in base.model.modules()) == forwards + 14  # seven products in each of two layers
+        lean_loss, lean = found()
+    assert sum("forward" in vars(m) for m in base.model.modules()) == forwards and len(plain) == len(lean) == 28
+    assert lean_loss == pytest.approx(loss, abs=1e-6) and min(w.abs().max() for w in plain.values()) > 0
+    for n, w in plain.items(): torch.testing.assert_close(lean[n], w, rtol=1e-4, atol=1e-6*w.abs().max().item(), msg=n)
+
+
 def test_layout_holds_every_list_and_a_common_beginning_once():
     rng = np.random.default_rng(0)
     lists = [[1]*10 + rng.integers(2, 4, rng.integers(1, 30)).tolist() for _ in range(200)] + [[5], [5], [5, 5]]
