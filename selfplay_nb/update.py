@@ -375,18 +375,16 @@ def sft(
 
 # %% ../nbs/11_update.ipynb #88fb2ebe
 class _Reinforce(Trainer):
-    "Mean of -advantage times summed log-probability; a beginning that rows have in common is computed once."
+    "Mean of -advantage times summed log-probability; beginnings are computed once, and logits in tiles, as for DPO."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows, core = inputs["rows"], self.model.get_base_model(); share = can_share(core.config)
-        packed, places = lay_out([r["prompt_ids"] + r["completion_ids"] for r in rows], share)
-        at = [(i, b, c, t) for i, (r, (b, columns)) in enumerate(zip(rows, places)) for c, t in zip(columns[len(r["prompt_ids"])-1:-1], r["completion_ids"])]
-        keep = sorted({c for _, _, c, _ in at}); index = {c: k for k, c in enumerate(keep)}
-        logits = model(**pack(packed, self.processing_class.pad_token_id, core.device, share),
-                       logits_to_keep=torch.tensor(keep, device=core.device), use_cache=False).logits.float()
-        i, b, k, t = torch.tensor([(i, b, index[c], t) for i, b, c, t in at], device=core.device).T
-        flat, weight = logits.flatten(0, 1).index_select(0, b*len(keep) + k), torch.tensor([r["advantage"] for r in rows], device=core.device)
-        logprobs = flat.gather(1, t[:, None])[:, 0] - flat.logsumexp(-1)
-        return -(weight.index_select(0, i)*logprobs).sum()/len(rows)
+        rows, core, pad = inputs["rows"], self.model.get_base_model(), self.processing_class.pad_token_id
+        parts = [(r["prompt_ids"], r["completion_ids"]) for r in rows]; L = max(len(p) + len(c) for p, c in parts)
+        def padded(made, filler): return torch.tensor([made(p, c) + [filler]*(L - len(p) - len(c)) for p, c in parts], device=core.device)
+        ids, completion = padded(lambda p, c: p + c, pad), padded(lambda p, c: [0]*len(p) + [1]*len(c), 0)
+        with _beginnings_once(core, completion) if can_share(core.config) else nullcontext():
+            said = model(input_ids=ids, attention_mask=padded(lambda p, c: [1]*len(p + c), 0),
+                         labels=ids.masked_fill(completion == 0, -100), fused_lm_head=True)
+        return -(said.log_probs.sum(1)*torch.tensor([r["advantage"] for r in rows], device=core.device)).mean()
 
 # %% ../nbs/11_update.ipynb #e71c9eff
 REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, remove_unused_columns=False, weight_decay=0.)
@@ -412,4 +410,5 @@ def reinforce(
         if fault: dropped[fault] += 1
         else: good.append({"prompt_ids": prompt, "completion_ids": list(ids), "advantage": a})
     make = partial(_Reinforce, data_collator=lambda rows: {"rows": rows})
-    return _train(policy, make, SFTConfig, good, REINFORCE | settings, optimizer, dropped)
+    def fuse(trainer): trl_utils.add_fused_lm_head(trainer.model.get_base_model())
+    return _train(policy, make, SFTConfig, good, REINFORCE | settings, optimizer, dropped, fuse)
