@@ -23,6 +23,7 @@ learning: .venv/run
 	$(BIN)/python -m selfplay_nb learning --out nbs/learning.jsonl
 
 costs: .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[costs]"
 	$(BIN)/python -m selfplay_nb costs --out nbs/costs.jsonl
 
 # After editing a notebook: export, clean, and make README.md from index.ipynb

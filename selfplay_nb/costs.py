@@ -303,10 +303,10 @@ GROWTH = dict(rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), members=(1, 2, 4, 8, 16, 
 # %% ../nbs/46_costs.ipynb #0ee18a76
 SMALL = dict(max_train_tokens=128, unpack_rows=0) # settings of `Base` that make a round smaller, and slower
 GROUPS = { # group: {arm: (function, settings)}; a part of the literal arms is timed, since they are linear in the prompts
-    "round": {"ours": (our_round, {}), "ours, small": (our_round, SMALL), "literal": (literal_round, dict(n=8)),
-              "literal, PEFT": (literal_round, dict(n=2, packed=True))},
+    "round": {"ours": (our_round, {}), "literal": (literal_round, dict(n=8)), "literal, PEFT": (literal_round, dict(n=2, packed=True))},
     "online": {"ours": (our_online, {}), "ours, small": (our_online, SMALL), "online DPO": (trl_online, {})},
-    "gradient": {"ours": (our_online, dict(update="reinforce")), "GRPO": (trl_online, dict(trainer="grpo"))},
+    "gradient": {"ours": (our_online, dict(update="reinforce")), "ours, small": (our_online, SMALL | dict(update="reinforce")),
+                 "GRPO": (trl_online, dict(trainer="grpo"))},
     "dpo": {"ours": (our_dpo, {}), "TRL": (trl_dpo, {})},
     "sampling": {"ours": (our_sampling, {}), "ours, 4-bit": (our_sampling, dict(unpack_rows=0)), "ours, two policies": (our_sampling, dict(policies=2)),
                  "ours, two in turn": (our_sampling, dict(policies=2, in_turn=True)),

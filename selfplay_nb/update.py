@@ -75,11 +75,12 @@ def _nothing_left_behind(base: Base):
 
 # %% ../nbs/11_update.ipynb #ca75531c
 @contextmanager
-def _logits_of_completions_only():
-    original = trl_utils._use_triton
+def _logits_of_completions_only(base: Base):
+    original = trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
     trl_utils._use_triton = lambda device: True
+    if base.device.type == "cpu": trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = 8192
     try: yield
-    finally: trl_utils._use_triton = original
+    finally: trl_utils._use_triton, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = original
 
 # %% ../nbs/11_update.ipynb #32d0bc45
 def _unpacked(layer, like): return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(like.dtype)
@@ -194,7 +195,7 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e) or settings["per_device_train_batch_size"] < 2: raise
         settings = _halved(settings)
-    policy.load_state(trained)
+    policy.load_state(trained); free_memory()
     return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
 
 # %% ../nbs/11_update.ipynb #39a4aeed
@@ -222,7 +223,7 @@ def _halved(settings):
 
 def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress):
     base = policy.base
-    with _quietly(), _logits_of_completions_only(), _same_random_state(), tempfile.TemporaryDirectory() as out:
+    with _quietly(), _logits_of_completions_only(base), _same_random_state(), tempfile.TemporaryDirectory() as out:
         args = config_class(output_dir=out, **_machine(base), **(COMMON | settings))
         if args.n_gpu > 1: args._n_gpu = 1  # one base on one device, however many there are
         with _nothing_left_behind(base):
