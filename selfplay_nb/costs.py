@@ -131,7 +131,7 @@ def _two_models(packed: bool):
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
-def trl_online(trainer="online_dpo", n=32, new=32):
+def trl_online(trainer="online_dpo", n=16, new=32):
     "TRL's online DPO or GRPO."
     from datasets import Dataset
     base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5)
@@ -151,7 +151,7 @@ def trl_online(trainer="online_dpo", n=32, new=32):
     yield dict(tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said), answers=len(said), steps=made.state.global_step)
 
 # %% ../nbs/46_costs.ipynb #75bcc962
-def our_online(update="dpo", n=32, new=32, **settings):
+def our_online(update="dpo", n=16, new=32, **settings):
     "As `trl_online`: two answers a prompt, and four steps of DPO or of the policy gradient."
     base, policy, reference = _policies(**settings)
     yield

@@ -417,22 +417,29 @@ def _families(model, layers):
     names, families = {m: n for n, m in model.named_modules()}, {}
     for m in layers:
         stem, _, last = names[m].rpartition(".")
-        families.setdefault(next((stem + names_[0] for names_ in SAME_INPUT if last in names_), names[m]), []).append(m)
+        families.setdefault(next((stem + same[0] for same in SAME_INPUT if last in same), names[m]), []).append(m)
     return list(families.values())
 
 def _side_by_side(family, adapters, owners, dtype):
     "A forward for each layer of a family, with all `adapters`: they come out of one pair of products."
-    inner, first, second, widths = [_inner(m) for m in family], [], [torch.cat([_matrix(m, "base", dtype) for m in family])], []
-    for name in adapters:
-        pairs = [(m.lora_A[name].weight, m.scaling[name]*m.lora_B[name].weight) if isinstance(m, LoraLayer) and name in m.lora_A else
-                 (second[0].new_zeros(0, n.in_features), second[0].new_zeros(n.out_features, 0)) for m, n in zip(family, inner)]
-        first += [a.to(dtype) for a, _ in pairs]; second.append(torch.block_diag(*(b.to(dtype) for _, b in pairs)))
-        widths.append(sum(len(a) for a, _ in pairs))
-    first, second, sizes, last = torch.cat(first), torch.cat(second, 1), [n.out_features for n in inner], [None, None]
-    bias = None if all(n.bias is None for n in inner) else torch.cat([second.new_zeros(n.out_features) if n.bias is None else n.bias.to(dtype) for n in inner])
+    inner = [_inner(m) for m in family]; sizes, i = [n.out_features for n in inner], inner[0].in_features
+    def has(m, a): return isinstance(m, LoraLayer) and a in m.lora_A
+    widths = tuple(sum(len(m.lora_A[a].weight) for m in family if has(m, a)) for a in adapters)
+    first, second, column = [], torch.zeros(sum(sizes), i + sum(widths), dtype=dtype, device=inner[0].weight.device), i
+    rows = second.split(sizes)
+    for m, part in zip(family, rows): part[:, :i] = _matrix(m, "base", dtype)
+    for a in adapters:
+        for m, part in zip(family, rows):
+            if not has(m, a): continue
+            A, B = m.lora_A[a].weight, m.lora_B[a].weight
+            first.append(A.to(dtype)); part[:, column:column + len(A)] = m.scaling[a]*B; column += len(A)
+    first = torch.cat(first) if first else second.new_zeros(0, i)
+    bias = None if all(n.bias is None for n in inner) else torch.cat([second.new_zeros(n.out_features) if n.bias is None else n.bias.to(dtype)
+                                                                      for n in inner])
+    last = [None, None]
     def product(x):
         if last[0] is not x:
-            low = F.linear(x, first)*owners.gate(tuple(widths), x)
+            low = F.linear(x, first)*owners.gate(widths, x)
             last[:] = x, F.linear(torch.cat([x, low], -1), second, bias).split(sizes, -1)
         return last[1]
     return [lambda x, k=k: product(x)[k] for k in range(len(family))]
