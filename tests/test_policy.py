@@ -188,7 +188,7 @@ def test_long_rows_go_through_in_parts(policy, monkeypatch, limit, size, parts):
     rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
     result = sft(policy, rows)
     assert (seen["per_device_train_batch_size"], seen["gradient_accumulation_steps"]) == (size, parts) and len(result.losses) == 1
-    assert len(freed) == 1 + parts  # before the first one, and after each
+    assert len(freed) == 2 + parts  # before the first one, after each, and at the end
 
 
 # a common beginning is computed once
