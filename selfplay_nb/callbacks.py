@@ -59,8 +59,9 @@ def round_line(m: dict) -> str:
     "A round's metrics on a line."
     exam = f"held-out {_rate(m['accuracy'])}" if "accuracy" in m else ""
     if "win_rate" not in m: return f"start    {exam}"
+    gate = f"gate {m['gate']['verdict']}" if "gate" in m else ""
     return (f"round {m['round']:2} {m['pairs']:4} pairs  reward {m['reward']:.2f}  win rate{_rate(m['win_rate'])} "
-            f"{m['tokens_per_second']:4.0f} tok/s {m['seconds']:3.0f} s  {exam}".rstrip())
+            f"{m['tokens_per_second']:4.0f} tok/s {m['seconds']:3.0f} s  {exam}  {gate}".rstrip())
 
 # %% ../nbs/41_callbacks.ipynb #e9d63e13
 def plot_metrics(

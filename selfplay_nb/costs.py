@@ -131,7 +131,7 @@ def _two_models(packed: bool):
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
-def trl_online(trainer="online_dpo", n=16, new=32):
+def trl_online(trainer="online_dpo", n=32, new=32):
     "TRL's online DPO or GRPO."
     from datasets import Dataset
     base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5)
@@ -151,7 +151,7 @@ def trl_online(trainer="online_dpo", n=16, new=32):
     yield dict(tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said), answers=len(said), steps=made.state.global_step)
 
 # %% ../nbs/46_costs.ipynb #75bcc962
-def our_online(update="dpo", n=16, new=32, **settings):
+def our_online(update="dpo", n=32, new=32, **settings):
     "As `trl_online`: two answers a prompt, and four steps of DPO or of the policy gradient."
     base, policy, reference = _policies(**settings)
     yield
@@ -206,7 +206,7 @@ def trl_dpo(pairs, size=8, epochs=2, float32=False):
 # %% ../nbs/46_costs.ipynb #951bb892
 def _short(ids): return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
 
-def our_sampling(rows=32, new=32, policies=1, in_turn=False, **settings):
+def our_sampling(rows=32, new=64, policies=1, in_turn=False, **settings):
     base, policy, other = _policies(**settings); _fill(base.peft, "student"); _fill(base.peft, "reference")
     type(base).eos_ids = property(lambda self: set())
     asked = [(p, prompts(rows)[k::policies], 0) for k, p in enumerate([policy, other][:policies])]
@@ -214,7 +214,7 @@ def our_sampling(rows=32, new=32, policies=1, in_turn=False, **settings):
     said = [s for part in ([[a] for a in asked] if in_turn else [asked]) for s in sample_together(part, 1, new, temperature=0)]
     yield dict(tokens=sum(s.n_tokens for s in said), answers=[_short(a.token_ids) for s in said for r in s for a in r])
 
-def peft_sampling(rows=32, new=32, policies=1):
+def peft_sampling(rows=32, new=64, policies=1):
     from peft import get_peft_model
     base = Base.load(); model = get_peft_model(base.model, _lora(), adapter_name="student"); _fill(model, "student")
     if policies == 2: model.add_adapter("other", _lora()); _fill(model, "other")
@@ -228,7 +228,7 @@ def peft_sampling(rows=32, new=32, policies=1):
     yield dict(tokens=sum(map(len, ids)), answers=list(map(_short, ids)))
 
 # %% ../nbs/46_costs.ipynb #a69e5b2f
-def llama_cpp(rows=32, new=32):
+def llama_cpp(rows=32, new=64):
     "llama.cpp (package `xllamacpp`) with a slot for each row."
     import xllamacpp
     with tempfile.TemporaryDirectory() as folder:

@@ -464,9 +464,9 @@ def together(self: Base,
 @patch
 def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
     "Few rows on a CPU, and adapters that are no more than products?"
+    if self.device.type != "cpu" or rows > self.unpack_rows or new <= 4: return False
     products = set(self._products(*adapters))
-    return self.device.type == "cpu" and rows <= self.unpack_rows and new > 4 and all(
-        m in products for m in self.model.modules() if isinstance(m, LoraLayer) and any(a in m.lora_A for a in adapters))
+    return all(m in products for m in self.model.modules() if isinstance(m, LoraLayer) and any(a in m.lora_A for a in adapters))
 
 # %% ../nbs/02_policy.ipynb #6b288db7
 @patch

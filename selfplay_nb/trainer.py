@@ -61,8 +61,8 @@ class SelfPlayConfig:
     r: int = 16                    # LoRA rank
     opponents: str = "reference"   # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of `league.DISTRIBUTIONS`
     league_size: int = 8           # places in the league
-    renew_every: int = 1           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
-    gate: bool = False             # renew only if the current policy is shown to beat the reference
+    renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
+    gate: bool = True              # renew only if the current policy is shown to beat the reference; shown to be no better, it goes back to it
     gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less and 0.1 more, each wrong at most one time in twenty
     gate_prompts: int = 256        # at most
     exam_every: int = 3            # rounds between exams; the last round always has one
@@ -110,7 +110,8 @@ class SelfPlayTrainer:
         self.task = task or ArithmeticTask(config.level, shots=config.shots)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         self.task.problems("train", config.prompts_per_round)  # too few for a round? Better known now
-        self.reward = Guarded(self.task.reward if config.judge == "rule" else coin_flip(config.seed), config.judge_timeout or None)
+        coin = coin_flip(config.seed) if config.judge == "coin" else None
+        self.reward, self.referee = Guarded(coin or self.task.reward, config.judge_timeout or None), coin or self.task.verifier
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
         self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.drawn = {}, {}, "", None, 0, []
@@ -224,10 +225,10 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 # %% ../nbs/42_trainer.ipynb #4682480a
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
-    "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. Judged by the verifier."
+    "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. Judged by the task's verifier, or by coins in a control."
     c, seen = self.config, {json.dumps(p["prompt"]) for p in self.drawn}
     self.call("on_stage", stage="gate")
-    play = CompetitiveSelfPlay(self.student, self.reference, self.task.verifier, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
+    play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
     sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
@@ -241,13 +242,13 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
 # %% ../nbs/42_trainer.ipynb #6c800c58
 @patch
 def maybe_renew(self: SelfPlayTrainer) -> dict:
-    "Renew the reference if it is time to, and if the gate (where there is one) lets it pass."
+    "Renew the reference if it is time to and the gate (where there is one) lets the student pass; a rejected student goes back to the reference."
     if (self.round + 1) % self.config.renew_every: return {}
-    told = {"gate": self.ask_gate()} if self.config.gate else {}
-    if not told or told["gate"]["verdict"] == "accept":
-        self.renew_reference()
-        if told: self.marks["best"] = self.round + 1
-    return told
+    if not self.config.gate: self.renew_reference(); return {}
+    told = self.ask_gate()
+    if told["verdict"] == "accept": self.renew_reference(); self.marks["best"] = self.round + 1
+    if told["verdict"] == "reject": self.return_to_reference()
+    return {"gate": told}
 
 # %% ../nbs/42_trainer.ipynb #b0c2834b
 @patch
@@ -255,6 +256,11 @@ def renew_reference(self: SelfPlayTrainer):
     "The reference becomes what the student is now; where there is a league, it joins."
     self.reference.load_state(self.student.state()); self.fresh_reference = True
     if self.league: self.league.add(self.student)
+
+@patch
+def return_to_reference(self: SelfPlayTrainer):
+    "The student becomes what the reference is, and its optimizer begins anew."
+    self.student.load_state(self.reference.state()); self.optimizer, self.fresh_reference = None, True
 
 # %% ../nbs/42_trainer.ipynb #f5ee9e07
 @patch

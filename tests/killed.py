@@ -49,7 +49,7 @@ def run(base, folder, at=0):
         points = Points(folder, at); sys.addaudithook(points.hook)
         random.seed(1)
         config = SelfPlayConfig(str(folder), n_rounds=3, prompts_per_round=4, n_samples=4, max_new_tokens=12, exam_size=4, exam_every=2,
-                                opponents="league", league_size=2)
+                                opponents="league", league_size=2, renew_every=1, gate=False)
         SelfPlayTrainer(config, base=base, task=Letters(), callbacks=[points]).train()
         os.write(write, str(points.n).encode())
     except BaseException as e:

@@ -22,7 +22,7 @@ from selfplay_nb.tasks import ArithmeticTask
 from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.vitals import Vitals, alarms, vitals
 
-SMALL = dict(n_rounds=2, prompts_per_round=6, n_samples=6, max_new_tokens=12, exam_size=4, exam_every=1)
+SMALL = dict(n_rounds=2, prompts_per_round=6, n_samples=6, max_new_tokens=12, exam_size=4, exam_every=1, renew_every=1, gate=False)
 
 
 def make(run_dir, folder, reward=None, callbacks=(), **changes):
@@ -210,6 +210,32 @@ def test_a_gated_run_renews_only_what_passed(tmp_path, tiny_folder):
     assert [m["gate"]["verdict"] for m in trainer.history[1:]] == ["undecided"]*2 and trainer.history[1]["gate"]["prompts"] == 256
     assert all(torch.equal(v, start[k]) for k, v in trainer.reference.state().items()) and "best" not in trainer.marks
     assert not all(torch.equal(v, start[k]) for k, v in trainer.student.state().items())
+
+
+@pytest.mark.parametrize("verdict", ["accept", "reject", "undecided"])
+def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
+    monkeypatch.setattr(SelfPlayTrainer, "ask_gate", lambda self: dict(verdict=verdict))
+    trainer, seen = make(tmp_path/"run", tiny_folder, gate=True), []
+    class See:
+        def on_stage(self, trainer, stage):
+            if stage in ("sampling", "exam", "final"): seen.append([p.state() for p in (trainer.student, trainer.reference)])
+    trainer.callbacks.append(See()); trainer.train()
+    def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
+    (start, _), *after = seen[1:]  # the first exam is that of the start
+    for student, reference in after:
+        assert same(student, reference) == (verdict != "undecided") and same(reference, start) == (verdict != "accept")
+        assert same(student, start) == (verdict == "reject")
+    assert (trainer.optimizer is None) == (verdict == "reject") and trainer.marks.get("best") == (2 if verdict == "accept" else None)
+    again = make(tmp_path/"run", tiny_folder, gate=True); again.train()
+    assert same(again.student.state(), trainer.student.state()) and (again.optimizer is None) == (verdict == "reject")
+
+
+def test_the_gate_of_a_control_knows_nothing(tmp_path):
+    trainer = make(tmp_path/"run", None, gate=True, judge="coin")
+    trainer.student, trainer.reference = right_with(.9, "student"), right_with(.1, "reference")
+    told = []
+    for trainer.round in range(60): told.append(trainer.ask_gate()["verdict"])
+    assert told.count("accept") <= 60*.05 + 2*math.sqrt(60*.05*.95) and told.count("reject") > 50, told
 
 
 # vital signs

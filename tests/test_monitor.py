@@ -22,7 +22,7 @@ class Letters(ArithmeticTask):
 
 
 def trainer(folder, tiny_folder, **changes):
-    settings = dict(n_rounds=4, prompts_per_round=4, n_samples=4, max_new_tokens=12, exam_size=4, exam_every=1) | changes
+    settings = dict(n_rounds=4, prompts_per_round=4, n_samples=4, max_new_tokens=12, exam_size=4, exam_every=1, renew_every=1, gate=False) | changes
     base = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
     return SelfPlayTrainer(SelfPlayConfig(str(folder), **settings), base=base, task=Letters(), callbacks=[Live()])
 

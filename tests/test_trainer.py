@@ -17,7 +17,7 @@ from selfplay_nb.reward import as_reward, exact_number
 from selfplay_nb.tasks import ArithmeticTask
 from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 
-SMALL = dict(n_rounds=3, prompts_per_round=6, n_samples=6, max_new_tokens=30, exam_size=8, exam_every=1, temperature=1.)
+SMALL = dict(n_rounds=3, prompts_per_round=6, n_samples=6, max_new_tokens=30, exam_size=8, exam_every=1, temperature=1., renew_every=1, gate=False)
 
 
 class Letters(ArithmeticTask):
@@ -185,8 +185,13 @@ def test_a_task_that_is_too_small_is_known_before_anything_is_loaded(tmp_path):
         SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run"), level=1))
 
 
+def options(settings):
+    "Of the command line."
+    return [x for k, v in settings.items() for o in [k.replace("_", "-")] for x in ([f"--{o}" if v else f"--no-{o}"] if isinstance(v, bool) else [f"--{o}", str(v)])]
+
+
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, tiny_folder):
-    small = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    small = options(SMALL)
     def start(name): return subprocess.Popen([sys.executable, "-m", "selfplay_nb", "train", "--model-name", str(tiny_folder), "--run-dir",
                                               str(tmp_path/name), *small], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     whole = start("whole")
@@ -213,7 +218,7 @@ def test_bad_configuration_names_all_fields():
 
 
 def test_command_line(tmp_path, tiny_folder):
-    small = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    small = options(SMALL)
     command = [sys.executable, "-m", "selfplay_nb", "train", "--model-name", str(tiny_folder), "--run-dir", str(tmp_path/"run"), *small, "--n-rounds", "1"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0 and "before" in first.stdout, first.stderr
