@@ -187,7 +187,8 @@ def test_a_task_that_is_too_small_is_known_before_anything_is_loaded(tmp_path):
 
 def options(settings):
     "Of the command line."
-    return [x for k, v in settings.items() for o in [k.replace("_", "-")] for x in ([f"--{o}" if v else f"--no-{o}"] if isinstance(v, bool) else [f"--{o}", str(v)])]
+    named = [("--" + k.replace("_", "-"), v) for k, v in settings.items()]
+    return [x for o, v in named for x in ([o if v else "--no-" + o[2:]] if isinstance(v, bool) else [o, str(v)])]
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, tiny_folder):
