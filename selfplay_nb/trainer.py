@@ -242,7 +242,7 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
 # %% ../nbs/42_trainer.ipynb #6c800c58
 @patch
 def maybe_renew(self: SelfPlayTrainer) -> dict:
-    "If it is time to, renew the reference, where there is a gate only with a student that passes; a rejected one goes back to the reference."
+    "If it is time to, renew the reference (where there is a gate, only with a student that passes); a rejected one goes back to it."
     if (self.round + 1) % self.config.renew_every: return {}
     if not self.config.gate: self.renew_reference(); return {}
     told = self.ask_gate()
