@@ -225,7 +225,7 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 # %% ../nbs/42_trainer.ipynb #4682480a
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
-    "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. Judged by the task's verifier, or by coins in a control."
+    "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. The verifier judges, or coins in a control."
     c, seen = self.config, {json.dumps(p["prompt"]) for p in self.drawn}
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
