@@ -63,7 +63,7 @@ class SelfPlayConfig:
     league_size: int = 8           # places in the league
     renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
     gate: bool = True              # renew only if the current policy is shown to beat the reference; shown to be no better, it goes back to it
-    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less and 0.1 more, each wrong at most one time in twenty
+    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty) and 0.1 more (fails at one gate of twenty)
     gate_prompts: int = 256        # at most
     exam_every: int = 3            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems
@@ -229,7 +229,7 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
     c, seen = self.config, {json.dumps(p["prompt"]) for p in self.drawn}
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1), 0, 0
+    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/max(1, c.n_rounds//c.renew_every)), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
         problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice, and none just trained on
