@@ -1,7 +1,7 @@
 # make demo   a 4-bit model beats its own snapshot (goes on with runs/demo; FRESH=1 begins anew)
 # make test   everything that CI checks
 # make lab    JupyterLab at index.ipynb
-# make learning   the experiment behind the learning curve: three seeds, each with a control (forty minutes)
+# make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
 PYTHON ?= python3
 BIN = .venv/bin

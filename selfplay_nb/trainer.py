@@ -62,8 +62,8 @@ class SelfPlayConfig:
     opponents: str = "reference"   # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of `league.DISTRIBUTIONS`
     league_size: int = 8           # places in the league
     renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
-    gate: bool = True              # renew only if the current policy is shown to beat the reference; shown to be no better, it goes back to it
-    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty) and 0.1 more (fails at one gate of twenty)
+    gate: bool = True              # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
+    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in at most one run of twenty) and 0.1 more (rejected once in twenty)
     gate_prompts: int = 256        # at most
     exam_every: int = 3            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems
@@ -114,7 +114,7 @@ class SelfPlayTrainer:
         self.reward, self.referee = Guarded(coin or self.task.reward, config.judge_timeout or None), coin or self.task.verifier
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
-        self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.drawn = {}, {}, "", None, 0, []
+        self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.drawn, self.total = {}, {}, "", None, 0, [], config.n_rounds
         if config.gate: self.task.problems("train", min(32, config.gate_prompts))
         if config.refine_iterations and hasattr(self.task.reward, "compare"):
             raise ValueError("refine_iterations needs a reward that scores single answers; this task's judge compares two.")
@@ -147,7 +147,7 @@ def train(self: SelfPlayTrainer,
 ) -> list[dict]:                       # metrics, a dict a round
     "Play until `n_iterations` rounds are done, going on from what `run_dir` holds. Ctrl-C leaves a readable run."
     self.prompts = self.check_prompts(prompts)
-    total = self.config.n_rounds if n_iterations is None else n_iterations
+    total = self.total = self.config.n_rounds if n_iterations is None else n_iterations
     with self.running(total):
         if self.round == 0 and not self.history: self.finish_round({"round": 0, "seconds": 0.}, total)
         while self.round < total and not self.stopped:
@@ -229,13 +229,14 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
     c, seen = self.config, {json.dumps(p["prompt"]) for p in self.drawn}
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/max(1, c.n_rounds//c.renew_every)), 0, 0
+    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/max(1, self.total//c.renew_every)), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
-        problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice, and none just trained on
+        problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice, and none of this round
         if not problems: break
         prompts, columns = columns_of(problems)
-        scores = play.train_step(prompts, seed=seed_of("games", c.seed, self.round, look), **columns).scores
+        scores = play.train_step(prompts, seed=seed_of("games", c.seed, self.round, look), **columns,
+                                 progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens)).scores
         sprt.add([s for row in scores for s in row if s != .5]); played += len(problems)
     return {"verdict": sprt.verdict, "prompts": played, "decided": sprt.n, "win_rate": Rate(sum(sprt.scores), sprt.n).to_dict()}
 
