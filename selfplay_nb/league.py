@@ -523,10 +523,12 @@ def promote(self: LeagueTraining,
 @patch
 def reset(self: LeagueTraining,
     role: str, # of a learner
+    member: str | None = None, # that it is again, and whose rating it takes; by default it begins anew
 ):
-    "Forget the games and the rating of a learner, for one that begins anew. Its snapshots stay."
+    "Forget the games and the rating of a learner, for one that begins anew, or where a member stands. Its snapshots stay."
     self._mixture(role)
-    self.since[role] = len(self.rows); self.elo.ratings.pop(role, None)
+    self.elo.ratings[role] = self.elo[self[member].name] if member else self.elo.start
+    self.since[role] = len(self.rows)
     for pair in [p for p in self._live if p[0] == role]: del self._live[pair]
 
 # %% ../nbs/34_league.ipynb #78e4e15f

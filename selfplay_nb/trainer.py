@@ -114,7 +114,7 @@ class SelfPlayTrainer:
         self.reward, self.referee = Guarded(coin or self.task.reward, config.judge_timeout or None), coin or self.task.verifier
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
-        self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.drawn, self.total = {}, {}, "", None, 0, [], config.n_rounds
+        self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.prompts = {}, {}, "", None, 0, None
         if config.gate: self.task.problems("train", min(32, config.gate_prompts))
         if config.refine_iterations and hasattr(self.task.reward, "compare"):
             raise ValueError("refine_iterations needs a reward that scores single answers; this task's judge compares two.")
@@ -130,7 +130,7 @@ def play_round(self: SelfPlayTrainer) -> dict:
     "One round of self-play; returns its metrics."
     start, changed, self.marks_before = perf_counter(), self.apply_changes(), dict(self.marks)
     self.reward.reset()
-    problems = self.drawn = self.draw()
+    problems = self.draw(self.round)
     preferences = self.compete(problems) if self.config.compete else Preferences([], [], Counter(), [], [])
     refined, gains = self.refine(problems)
     self.check_survivors()
@@ -147,7 +147,7 @@ def train(self: SelfPlayTrainer,
 ) -> list[dict]:                       # metrics, a dict a round
     "Play until `n_iterations` rounds are done, going on from what `run_dir` holds. Ctrl-C leaves a readable run."
     self.prompts = self.check_prompts(prompts)
-    total = self.total = self.config.n_rounds if n_iterations is None else n_iterations
+    total = self.config.n_rounds if n_iterations is None else n_iterations
     with self.running(total):
         if self.round == 0 and not self.history: self.finish_round({"round": 0, "seconds": 0.}, total)
         while self.round < total and not self.stopped:
@@ -160,9 +160,9 @@ def train(self: SelfPlayTrainer,
 
 # %% ../nbs/42_trainer.ipynb #5dd0079a
 @patch
-def draw(self: SelfPlayTrainer) -> list[dict]:
-    "This round's problems."
-    n, seed = self.config.prompts_per_round, 1000*self.config.seed + self.round
+def draw(self: SelfPlayTrainer, round: int) -> list[dict]:
+    "The problems of the round after `round` rounds."
+    n, seed = self.config.prompts_per_round, 1000*self.config.seed + round
     if self.prompts is None: return self.task.problems("train", n, seed)
     return random.Random(seed).sample(self.prompts, min(n, len(self.prompts)))
 
@@ -226,13 +226,15 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
     "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. The verifier judges, or coins in a control."
-    c, seen = self.config, {json.dumps(p["prompt"]) for p in self.drawn}
+    c, gates = self.config, [m for m in self.history if "gate" in m]
+    parted = max([m["round"] for m in gates if m["gate"]["verdict"] != "undecided"], default=0)  # the student was the reference then
+    seen = {json.dumps(p["prompt"]) for round in range(parted, self.round + 1) for p in self.draw(round)}
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/max(1, self.total//c.renew_every)), 0, 0
+    k = len(gates) + 1; sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/(k*(k + 1))), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
-        problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice, and none of this round
+        problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice
         if not problems: break
         prompts, columns = columns_of(problems)
         scores = play.train_step(prompts, seed=seed_of("games", c.seed, self.round, look), **columns,
@@ -260,8 +262,9 @@ def renew_reference(self: SelfPlayTrainer):
 
 @patch
 def return_to_reference(self: SelfPlayTrainer):
-    "The student becomes what the reference is, and its optimizer begins anew."
+    "The student becomes what the reference is, and its optimizer begins anew; a league forgets its games."
     self.student.load_state(self.reference.state()); self.optimizer, self.fresh_reference = None, True
+    if self.league: self.league.reset("main", next((m.name for m in reversed(self.league.members) if m.role == "main"), None))
 
 # %% ../nbs/42_trainer.ipynb #f5ee9e07
 @patch

@@ -188,13 +188,13 @@ def test_an_update_in_halves_keeps_the_effective_batch(tiny, monkeypatch):
 
 def right_with(p, name): return Scripted(lambda prompt, rng: str(eval(prompt[-1]["content"].split("=")[0]) if rng.random() < p else -1), name)
 
-@pytest.mark.parametrize("p, q, true, most", [(.5, .5, .5, .05/4), (.14/.23, .4, .7, .05)])
+@pytest.mark.parametrize("p, q, true, most", [(.5, .5, .5, .05/2), (.14/.23, .4, .7, .05)])
 def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     assert abs(p*(1-q)/(p*(1-q) + q*(1-p)) - true) < 1e-9
     trainer = make(tmp_path/"run", None, gate=True, gate_prompts=640, n_rounds=12, renew_every=3)
     trainer.student, trainer.reference = right_with(p, "student"), right_with(q, "reference")
     told = []
-    for trainer.round in range(200): told.append(trainer.ask_gate())
+    for trainer.config.seed in range(200): told.append(trainer.ask_gate())
     def chance(share): return 200*share + 2*math.sqrt(200*share*(1 - share))  # as many as chance explains, had it the error it may have
     right, wrong = ("accept", "reject") if true > .6 else ("reject", "accept")
     assert sum(t["verdict"] != right for t in told) <= chance(.05) and sum(t["verdict"] == wrong for t in told) <= chance(most)
@@ -234,12 +234,27 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
     assert same(again.student.state(), trainer.student.state()) and (again.optimizer is None) == (verdict == "reject")
 
 
+def test_a_rejected_students_games_do_not_count_for_its_reference(tmp_path, tiny_folder, monkeypatch):
+    verdicts = iter(["accept", "reject", "undecided"]*3)
+    monkeypatch.setattr(SelfPlayTrainer, "ask_gate", lambda self: dict(verdict=next(verdicts)))
+    def play(name, *rounds):
+        for n in rounds:
+            trainer = make(tmp_path/name, tiny_folder, gate=True, opponents="league", n_rounds=n)
+            trainer.train()
+            if n == 2: assert trainer.league.elo["main"] == trainer.league.elo["league_0"] and set(trainer.league.win_rates("main")) == {.5}
+        return trainer
+    whole, parts = play("whole", 3), play("parts", 1, 2, 3)
+    assert whole.league.state() == parts.league.state() and [m.name for m in whole.league.members] == ["base", "league_0"]
+    games = [r for r in whole.league.rows if r["a"] == "main"]
+    assert len(games) == 18 and sum(map(len, whole.league._live.values())) == 6
+
+
 def test_the_gate_of_a_control_knows_nothing(tmp_path):
     trainer = make(tmp_path/"run", None, gate=True, judge="coin", n_rounds=12, renew_every=3)
     trainer.student, trainer.reference = right_with(.9, "student"), right_with(.1, "reference")
     told = []
-    for trainer.round in range(60): told.append(trainer.ask_gate()["verdict"])
-    assert told.count("accept") <= 60*.05/4 + 2*math.sqrt(60*.05/4) and told.count("reject") > 50, told
+    for trainer.config.seed in range(60): told.append(trainer.ask_gate()["verdict"])
+    assert told.count("accept") <= 60*.05/2 + 2*math.sqrt(60*.05/2) and told.count("reject") > 50, told
 
 
 # vital signs
