@@ -337,7 +337,7 @@ def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
     self.marks = self.marks_before; healthy, self.rollbacks = self.marks["healthy"], self.rollbacks + 1
     verify(folder := self.dir/"checkpoints"/f"round_{healthy:03d}"); self._load(folder)
     self.fresh_reference = json.loads((folder/"state.json").read_text())["fresh_reference"]
-    self.change(learning_rate=self.config.learning_rate/2)
+    self.change(learning_rate=self.adjustable()["learning_rate"]/2)
     if self.rollbacks % 3 == 0: self.stop(f"rolled back three times in a row: {'; '.join(why)}")
     return healthy
 
