@@ -157,13 +157,13 @@ def our_online(update="dpo", n=32, new=32, **settings):
     yield
     if update == "dpo":
         made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(prompts(n), seed=0); tokens = made.n_tokens
-        result = dpo(policy, list(made), reference, sampled_by_reference=True, learning_rate=1e-5, per_device_train_batch_size=max(1, len(made)//4))
+        result = dpo(policy, list(made), reference, sampled_by_reference=True, learning_rate=1e-5, per_device_train_batch_size=-(-len(made)//4))
     else:
         said = policy.sample(asked := prompts(n), 2, new, seed=0); tokens = said.n_tokens
         worth = [brevity(None, [a.text for a in row]) for row in said]
         rows = [dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=v - sum(w)/2)
                 for p, row, w in zip(asked, said, worth) if w[0] != w[1] for a, v in zip(row, w)]
-        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=max(1, len(rows)//4))
+        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=-(-len(rows)//4))
     yield dict(tokens=tokens, answers=2*n, steps=len(result.losses), rows=result.n_rows)
 
 # %% ../nbs/46_costs.ipynb #706bcdcd

@@ -194,7 +194,7 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
         try: trainer, trained = _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress); break
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e) or settings["per_device_train_batch_size"] < 2: raise
-        settings = _halved(settings)
+        settings = _warned(_smaller(settings))
     policy.load_state(trained); free_memory()
     return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter() - start, _get_moments(trainer.optimizer), dropped)
 
@@ -202,12 +202,14 @@ def _train(policy: Policy, trainer_class, config_class, rows, settings, optimize
 def _parted(base: Base, rows, settings) -> dict:
     lists = [r.get("prompt_ids", []) + r[k] for r in rows for k in ("chosen_ids", "rejected_ids", "completion_ids", "input_ids") if k in r]
     each = sum(len(row.tokens) for row in lay_out(lists, can_share(base.model.config))[0])/len(rows)
-    while settings["per_device_train_batch_size"] > 1 and settings["per_device_train_batch_size"]*each > base.max_train_tokens: settings = _half(settings)
+    while settings["per_device_train_batch_size"] > 1 and settings["per_device_train_batch_size"]*each > base.max_train_tokens: settings = _smaller(settings)
     return settings
 
-def _half(settings):
-    size, parts = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
-    return settings | dict(per_device_train_batch_size=-(-size//2), gradient_accumulation_steps=2*parts)
+def _smaller(settings):
+    "The next smaller part of which a whole number makes the same step."
+    size, step = settings["per_device_train_batch_size"], settings["per_device_train_batch_size"]*settings["gradient_accumulation_steps"]
+    part = max(k for k in range(1, size) if step % k == 0)
+    return settings | dict(per_device_train_batch_size=part, gradient_accumulation_steps=step//part)
 
 # %% ../nbs/11_update.ipynb #2bc07b8b
 def _then_free(compute_loss):
@@ -215,11 +217,10 @@ def _then_free(compute_loss):
     return then
 
 # %% ../nbs/11_update.ipynb #a88fdadb
-def _halved(settings):
-    half = _half(settings)
-    warnings.warn(f"out of memory: the update begins again with {half['per_device_train_batch_size']} rows at a time, "
-                  f"{half['gradient_accumulation_steps']} times a step.", stacklevel=4)
-    return half
+def _warned(settings):
+    warnings.warn(f"out of memory: the update begins again with {settings['per_device_train_batch_size']} rows at a time, "
+                  f"{settings['gradient_accumulation_steps']} times a step.", stacklevel=4)
+    return settings
 
 def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer, after_init, progress):
     base = policy.base

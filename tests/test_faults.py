@@ -184,6 +184,17 @@ def test_an_update_in_halves_keeps_the_effective_batch(tiny, monkeypatch):
     assert len(failed) == 2 and len(result.losses) == 1 and all(torch.equal(parts[k], halved[k]) for k in parts) and tiny.adapters == []
 
 
+@pytest.mark.parametrize("size, steps", [(5, 5), (6, 4), (7, 3)])
+def test_parts_of_any_batch_make_the_same_step(tiny, size, steps, monkeypatch):
+    rows = [dict(prompt=f"{i} + 1 =", completion=str(i + 1)) for i in range(21)]
+    def train(limit):
+        monkeypatch.setattr(tiny, "max_train_tokens", limit); student = Policy(tiny, "student", seed=0)
+        result = update.sft(student, rows, per_device_train_batch_size=size); state = student.state(); student.delete()
+        return result.losses, state
+    (whole, a), (parts, b) = train(10**6), train(40)
+    assert len(whole) == len(parts) == steps and parts == pytest.approx(whole, abs=1e-5) and all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
 # the gate
 
 def right_with(p, name): return Scripted(lambda prompt, rng: str(eval(prompt[-1]["content"].split("=")[0]) if rng.random() < p else -1), name)
