@@ -523,9 +523,9 @@ def promote(self: LeagueTraining,
 @patch
 def reset(self: LeagueTraining,
     role: str, # of a learner
-    member: str | None = None, # that it is again, and whose rating it takes; by default it begins anew
+    member: str | None = None, # that it goes back to, and whose rating it takes; by default it begins anew
 ):
-    "Forget the games and the rating of a learner, for one that begins anew, or where a member stands. Its snapshots stay."
+    "Forget the games and the rating of a learner, for one that begins anew or goes back. Its snapshots stay."
     self._mixture(role)
     self.elo.ratings[role] = self.elo[self[member].name] if member else self.elo.start
     self.since[role] = len(self.rows)

@@ -63,7 +63,7 @@ class SelfPlayConfig:
     league_size: int = 8           # places in the league
     renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
     gate: bool = True              # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
-    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in at most one run of twenty) and 0.1 more (rejected once in twenty)
+    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty) and 0.1 more (rejected once in twenty)
     gate_prompts: int = 256        # at most
     exam_every: int = 3            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems
@@ -226,12 +226,14 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
     "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. The verifier judges, or coins in a control."
-    c, gates = self.config, [m for m in self.history if "gate" in m]
-    parted = max([m["round"] for m in gates if m["gate"]["verdict"] != "undecided"], default=0)  # the student was the reference then
-    seen = {json.dumps(p["prompt"]) for round in range(parted, self.round + 1) for p in self.draw(round)}
+    c, gates, parted = self.config, sum("gate" in m for m in self.history), [0]  # after each round: when the student last was the reference
+    for m in self.history[1:]:
+        decided = m.get("gate", {}).get("verdict") in ("accept", "reject")
+        parted.append(parted[m["rolled_back_to"]] if "rolled_back_to" in m else m["round"] if decided else parted[-1])
+    seen = {json.dumps(p["prompt"]) for round in range(parted[-1], self.round + 1) for p in self.draw(round)}
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    k = len(gates) + 1; sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/(k*(k + 1))), 0, 0
+    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/((gates + 1)*(gates + 2))), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         problems = self.task.problems("train", min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look := look + 1))
         problems = [p for p in problems if (k := json.dumps(p["prompt"])) not in seen and not seen.add(k)]  # no game twice

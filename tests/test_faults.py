@@ -213,6 +213,29 @@ def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     assert abs(sum(t["win_rate"]["value"]*t["decided"] for t in told)/sum(t["decided"] for t in told) - true) < .05
 
 
+def round_of(n, verdict=None, **more): return {"round": n, **({"gate": {"verdict": verdict}} if verdict else {}), **more}
+
+@pytest.mark.parametrize("before, games", [(0, 11), (1, 15), (2, 17), (3, 18)])
+def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
+    trainer = make(tmp_path/"run", None, gate=True)
+    trainer.student, trainer.reference = right_with(1., "student"), right_with(0., "reference")
+    trainer.history = [round_of(0), *(round_of(n, "undecided") for n in range(1, before + 1))]; trainer.round = before
+    told = trainer.ask_gate()
+    assert told["verdict"] == "accept" and told["decided"] == games == math.ceil(math.log(.95*20*(before + 1)*(before + 2))/math.log(.7/.5))
+
+
+@pytest.mark.parametrize("later, parted", [
+    ([round_of(1), round_of(2, "undecided"), round_of(3)], 0), ([round_of(1), round_of(2, "accept"), round_of(3)], 2),
+    ([round_of(1), round_of(2, "reject"), round_of(3)], 2), ([round_of(1), round_of(2, "accept"), round_of(3, rolled_back_to=1)], 0)])
+def test_the_gate_asks_nothing_that_the_student_was_trained_on(tmp_path, later, parted):
+    trainer, asked = make(tmp_path/"run", None, gate=True, prompts_per_round=300), set()
+    trainer.student = trainer.reference = Scripted(lambda prompt, rng: asked.add(prompt[-1]["content"]) or "17", "draws")
+    trainer.history, trainer.round = [round_of(0), *later], 3
+    assert trainer.ask_gate()["prompts"] == len(asked) > 200
+    drawn = [{p["prompt"][-1]["content"] for p in trainer.draw(n)} for n in range(4)]
+    assert not any(asked & d for d in drawn[parted:]) and all(asked & d for d in drawn[:parted])
+
+
 def test_a_gated_run_renews_only_what_passed(tmp_path, tiny_folder):
     trainer = make(tmp_path/"run", tiny_folder, gate=True)
     start = None
