@@ -299,8 +299,9 @@ def test_vitals_of_a_new_policy(tiny):
     assert abs(start.kl.value) < 1e-5 and alarms(start, start) == [] and Vitals.from_dict(json.loads(json.dumps(start.to_dict()))) == start
 
 
-def test_vitals_tell_a_policy_that_breaks_from_one_that_learns(real):
-    problems = ArithmeticTask(2).problems("train", 16); prompts, start = [p["prompt"] for p in problems], None
+def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
+    "On the real model, in the number format of the machine."
+    real, problems = Base.load(device="cpu"), ArithmeticTask(2).problems("train", 16); prompts, start = [p["prompt"] for p in problems], None
     def after(completions, **settings):
         nonlocal start
         student = Policy(real, "student"); start = start or vitals(student, prompts[:8], 4, 8)

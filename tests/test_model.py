@@ -65,7 +65,7 @@ def test_a_folder_that_is_no_model_and_one_that_is_cut_off(tmp_path, tiny_folder
 
 
 def test_a_name_that_is_nowhere(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable of this name is read at import
     with pytest.raises(RuntimeError, match="neither a folder here"):
         load_model("nobody/no-such-model", device="cpu")
 

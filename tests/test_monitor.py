@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from selfplay_nb.__main__ import main
 from selfplay_nb.callbacks import Live, control, read_control
 from selfplay_nb.monitor import Background, Monitor, headline, run_state
 from selfplay_nb.policy import Base
@@ -84,14 +85,15 @@ def test_an_error_of_a_run_in_the_background_is_kept(tmp_path, tiny_folder):
     assert isinstance(run.error, ValueError) and "left alone" in str(run.error)
 
 
-def test_a_word_from_the_command_line(tmp_path, tiny_folder):
+def test_a_word_from_the_command_line(tmp_path, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)  # it is for good, and these are in this process
     done = trainer(tmp_path/"run", tiny_folder, n_rounds=1); done.train()
-    def tell(*args): return subprocess.run([sys.executable, "-m", "selfplay_nb", "control", *args], capture_output=True, text=True)
-    assert tell("--run-dir", str(tmp_path/"run"), "--pause", "--set", "learning_rate=1e-4").returncode == 0
+    def tell(*args): main(["control", *args])
+    tell("--run-dir", str(tmp_path/"run"), "--pause", "--set", "learning_rate=1e-4")
     assert read_control(tmp_path/"run") == {"pause": True, "set": {"learning_rate": 1e-4}}
-    assert tell("--run-dir", str(tmp_path/"run"), "--no-pause", "--stop").returncode == 0
+    tell("--run-dir", str(tmp_path/"run"), "--no-pause", "--stop")
     assert read_control(tmp_path/"run") == {"stop": True, "set": {"learning_rate": 1e-4}}
-    for args, says in [(["--run-dir", str(tmp_path)], "holds no run"), (["--set", "x"], "expected NAME=NUMBER")]:
-        other = tell(*args)
-        assert other.returncode and says in other.stderr and "Traceback" not in other.stderr
+    with pytest.raises(SystemExit, match="holds no run"): tell("--run-dir", str(tmp_path))
+    with pytest.raises(SystemExit): tell("--set", "x")
+    assert "expected NAME=NUMBER" in capsys.readouterr().err
     control(tmp_path/"run", set=None)

@@ -8,7 +8,7 @@ import torch
 
 from selfplay_nb import pipeline
 from selfplay_nb.pipeline import METHODS, RLHFOrchestrator, combine, group_advantages, load_rows, sppo, win_probability
-from selfplay_nb.policy import Policy
+from selfplay_nb.policy import Base, Policy
 from selfplay_nb.tasks import ArithmeticTask
 
 
@@ -459,9 +459,9 @@ def test_bars_are_told_of_each_step(make, monkeypatch):
     for b in bars: assert b.n == b.total > 0, b.desc
 
 
-def test_the_stages_on_the_real_model(real, tmp_path):
-    "Alone: pytest -k the_stages_on_the_real_model"
-    task = ArithmeticTask(2); problems = task.problems("train", 40, seed=1)
+def test_the_stages_on_the_real_model(tmp_path):
+    "In the number format of the machine. Alone: pytest -k the_stages_on_the_real_model"
+    real, task = Base.load(device="cpu"), ArithmeticTask(2); problems = task.problems("train", 40, seed=1)
     o = RLHFOrchestrator(tmp_path/"r", real, task, exam_size=40, progress=False)
     o.run_sft([dict(prompt=p["prompt"], completion=str(p["answer"])) for p in problems])
     pref = [dict(prompt=p["prompt"], chosen=str(p["answer"]), rejected=str(p["answer"] + 40)) for p in problems]

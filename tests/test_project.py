@@ -2,6 +2,7 @@
 import ast
 import configparser
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -83,9 +84,18 @@ def test_mechanisms_need_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def run_notebook(notebook, log):
+    from nbdev.test import test_nb as run
+    with open(log, "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    os.chdir(notebook.parent)
+    sys.exit(not run(notebook, skip_flags=["notest", "gpu", "slow"])[0])
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(notebook):
-    code = ("import sys; from pathlib import Path; from nbdev.test import test_nb as run; "
-            f"sys.exit(not run(Path({str(notebook)!r}), skip_flags=['notest', 'gpu', 'slow'])[0])")
-    r = subprocess.run([sys.executable, "-c", code], cwd=notebook.parent, capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout[-4000:] + r.stderr[-4000:]
+def test_notebook_runs(notebook, tmp_path):
+    "In a process of its own, forked from one that has imported the libraries, which takes longer than many a page."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nbdev.test", "matplotlib.pyplot", "selfplay_nb.pipeline", "selfplay_nb.costs"])
+    process = context.Process(target=run_notebook, args=(notebook, tmp_path/"log"))
+    process.start(); process.join()
+    assert process.exitcode == 0, (tmp_path/"log").read_text()[-8000:]
