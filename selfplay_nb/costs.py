@@ -66,7 +66,7 @@ def measure(
 def prompts(n: int = 32) -> list: return [p["prompt"] for p in ArithmeticTask(2, shots=0).problems("train", n, seed=0)]
 
 def luck(prompts, completions, **columns) -> list[float]:
-    "Of every text another number, in no order that could be learned; in TRL's convention."
+    "A number for each text that says nothing about it, so that nothing can be learned from it; in TRL's convention."
     return [-zlib.crc32(text_of(c).encode())/2**32 for c in completions]
 
 def brevity(prompts, completions, **columns) -> list[float]:

@@ -63,7 +63,7 @@ class SelfPlayConfig:
     league_size: int = 8           # places in the league
     renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
     gate: bool = True              # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
-    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty) and 0.1 more (rejected once in twenty)
+    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty at most) and 0.1 more (rejected once in twenty)
     gate_prompts: int = 256        # at most
     exam_every: int = 3            # rounds between exams; the last round always has one
     exam_size: int = 200           # held-out problems

@@ -1,7 +1,14 @@
+import gc
+
 import pytest
 
 from selfplay_nb.model import tiny_model_folder
 from selfplay_nb.policy import Base, Policy
+
+
+def pytest_collection_finish():
+    "Updates collect garbage again and again: let them not look through all that was imported each time."
+    gc.collect(); gc.freeze()
 
 
 @pytest.fixture(scope="session")

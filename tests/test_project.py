@@ -1,6 +1,8 @@
 "The project itself: library, README and notebooks in step, floors respected, every notebook runs."
 import ast
+import atexit
 import configparser
+import gc
 import json
 import multiprocessing
 import os
@@ -85,10 +87,12 @@ def test_mechanisms_need_no_torch(module):
 
 
 def run_notebook(notebook, log):
+    with open(log, "a") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
     from nbdev.test import test_nb as run
-    with open(log, "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
-    os.chdir(notebook.parent)
-    sys.exit(not run(notebook, skip_flags=["notest", "gpu", "slow"])[0])
+    os.chdir(notebook.parent); gc.freeze()
+    try: right = run(notebook, skip_flags=["notest", "gpu", "slow"])[0]
+    finally: atexit._run_exitfuncs()  # multiprocessing does not
+    sys.exit(not right)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -96,6 +100,7 @@ def test_notebook_runs(notebook, tmp_path):
     "In a process of its own, forked from one that has imported the libraries, which takes longer than many a page."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nbdev.test", "matplotlib.pyplot", "selfplay_nb.pipeline", "selfplay_nb.costs"])
-    process = context.Process(target=run_notebook, args=(notebook, tmp_path/"log"))
+    (log := tmp_path/"log").touch()
+    process = context.Process(target=run_notebook, args=(notebook, log))
     process.start(); process.join()
-    assert process.exitcode == 0, (tmp_path/"log").read_text()[-8000:]
+    assert process.exitcode == 0, log.read_text()[-8000:]
