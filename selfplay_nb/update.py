@@ -357,7 +357,7 @@ class _SharedSFT(SFTTrainer):
         with _beginnings_once(core, mask, start): return super().compute_loss(model, {**inputs, "labels": labels[:, start:]}, *args, **kwargs)
 
 # %% ../nbs/11_update.ipynb #98e8c613
-SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16)
+SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16, completion_only_loss=True)
 
 def sft(
     policy: Policy,    # the adapter to train
@@ -373,7 +373,8 @@ def sft(
         fault = "empty" if not text_of(row["completion"]).strip() else "over-long" if len(prompt + answer) > policy.base.context_length else None
         if fault: dropped[fault] += 1
         else: tokens.append({"input_ids": prompt + answer, "completion_mask": [0]*len(prompt) + [1]*len(answer)})
-    return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped)
+    def count_tokens(trainer): trainer.model_accepts_loss_kwargs = True  # TRL divides by a step's tokens, whatever the model
+    return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped, count_tokens)
 
 # %% ../nbs/11_update.ipynb #88fb2ebe
 class _Reinforce(Trainer):
