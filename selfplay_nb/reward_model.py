@@ -27,7 +27,7 @@ from trl import RewardConfig, RewardTrainer
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
-from .update import COMMON, UpdateResult, _machine, _own_progress, _quietly, _same_random_state, tokenize_pairs
+from .update import COMMON, UpdateResult, _machine, _own_progress, _quietly, _same_random_state, _WholeSteps, tokenize_pairs
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
 class _Scorer(PreTrainedModel):
@@ -95,6 +95,14 @@ def __call__(self: RewardModel,
     return out
 
 # %% ../nbs/25_reward_model.ipynb #4d6f063a
+class _Pairwise(_WholeSteps, RewardTrainer):
+    "TRL's trainer, with the mean over a step's pairs as the loss."
+    def sizes(self, part): return [len(part["input_ids"])//2]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        [weight] = self.weights(inputs)
+        return weight*super().compute_loss(model, inputs)
+
 REWARD = dict(learning_rate=4e-4, per_device_train_batch_size=16)
 
 @patch
@@ -116,7 +124,7 @@ def train(self: RewardModel,
         if args.n_gpu > 1: args._n_gpu = 1
         b.peft.set_adapter(name); self.head.requires_grad_(True)
         try:
-            trainer = RewardTrainer(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
+            trainer = _Pairwise(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
             _own_progress(trainer, progress)
             trainer.train()
             losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]

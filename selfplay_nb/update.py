@@ -211,6 +211,24 @@ def _smaller(settings):
     part = max(k for k in range(1, size) if step % k == 0)
     return settings | dict(per_device_train_batch_size=part, gradient_accumulation_steps=step//part)
 
+# %% ../nbs/11_update.ipynb #1049d803
+class _WholeSteps:
+    "Beside a `Trainer`: the weights with which its parts add up to the mean over a step."
+    def get_batch_samples(self, *args):
+        parts, n_items = super().get_batch_samples(*args)
+        self.step_sizes, self.n_parts = [self.sizes(part) for part in parts], len(parts)
+        return parts, n_items
+
+    def sizes(self,
+        part, # what the data collator made
+    ) -> list[int]: # how many there are in it of whatever the loss is a mean of
+        raise NotImplementedError
+
+    def weights(self, part) -> list[float]:
+        "By what the means over `part` have to be multiplied, for each of `sizes`; 1 if all parts are equal."
+        in_step = map(sum, zip(*self.step_sizes))
+        return [self.n_parts*here/all_parts for here, all_parts in zip(self.sizes(part), in_step)]
+
 # %% ../nbs/11_update.ipynb #2bc07b8b
 def _then_free(compute_loss):
     def then(*args, **kwargs): loss = compute_loss(*args, **kwargs); free_memory(); return loss
@@ -315,10 +333,17 @@ class _ByPrompt(torch.utils.data.Sampler):
         return (i for g in groups for i in g)
 
 # %% ../nbs/11_update.ipynb #c5121a9d
-class _Tokenized(DPOTrainer):
+class _Tokenized(_WholeSteps, DPOTrainer):
     "TRL's trainer on rows that are tokenized and have reference columns."
     def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
+    def sizes(self, part):
+        chosen, _ = part["completion_mask"].chunk(2)
+        return [len(chosen), int(chosen.sum())]  # rows, and tokens of the `sft` term
+
     def _compute_loss(self, model, inputs, return_outputs):
+        rows, tokens = self.weights(inputs)
+        of_terms = self.args.loss_weights or [1.]*len(self.loss_types)
+        self.loss_weights = [w*(tokens if term == "sft" else rows) for term, w in zip(self.loss_types, of_terms, strict=True)]
         core = self.model.get_base_model()
         with _beginnings_once(core, inputs["completion_mask"]) if can_share(core.config) else nullcontext():
             return super()._compute_loss(model, inputs, return_outputs)
@@ -377,8 +402,10 @@ def sft(
     return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped, count_tokens)
 
 # %% ../nbs/11_update.ipynb #88fb2ebe
-class _Reinforce(Trainer):
+class _Reinforce(_WholeSteps, Trainer):
     "Mean of -advantage times summed log-probability; beginnings are computed once, and logits in tiles, as for DPO."
+    def sizes(self, part): return [len(part["rows"])]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows, core, pad = inputs["rows"], self.model.get_base_model(), self.processing_class.pad_token_id
         parts = [(r["prompt_ids"], r["completion_ids"]) for r in rows]; L = max(len(p) + len(c) for p, c in parts)
@@ -387,7 +414,9 @@ class _Reinforce(Trainer):
         with _beginnings_once(core, completion) if can_share(core.config) else nullcontext():
             said = model(input_ids=ids, attention_mask=padded(lambda p, c: [1]*len(p + c), 0),
                          labels=ids.masked_fill(completion == 0, -100), fused_lm_head=True)
-        return -(said.log_probs.sum(1)*torch.tensor([r["advantage"] for r in rows], device=core.device)).mean()
+        gain = (said.log_probs.sum(1)*torch.tensor([r["advantage"] for r in rows], device=core.device)).mean()
+        [weight] = self.weights(inputs)
+        return -weight*gain
 
 # %% ../nbs/11_update.ipynb #e71c9eff
 REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, remove_unused_columns=False, weight_decay=0.)
