@@ -30,7 +30,8 @@ def test_a_held_out_question_is_found_in_every_spelling(held):
     assert all(asks(p) for p in SAME) and not any(asks(p) for p in OTHER)
 
 
-@pytest.mark.parametrize("a, b", [("Wie groß?", "WIE GROSS?"), ("é = 1", "e\u0301 = 1"), ("5 − 3", "5 - 3"), ("“a”", '"a"'), ("x\u00ady", "xy"), ("ﬁve", "five")])
+@pytest.mark.parametrize("a, b", [
+    ("Wie groß?", "WIE GROSS?"), ("é = 1", "e\u0301 = 1"), ("5 − 3", "5 - 3"), ("“a”", '"a"'), ("x\u00ady", "xy"), ("ﬁve", "five")])
 def test_spellings_of_unicode(a, b):
     assert same_questions([a])(b) and same_questions([b])(a) and question(a) == question(b) and question_key(a) == question_key([U(b)])
 
@@ -79,8 +80,9 @@ def test_calls_of_tools_are_kept_or_refused():
     assert row["prompt"] == [turns[0], turns[1] | dict(content=""), turns[2]] and row["completion"] == "Cold."
     [pair] = load_rows([dict(chosen=[*turns, A("Cold.")], rejected=[*turns, A("Hot.")])], "preference")
     assert pair["prompt"] == row["prompt"]
-    calls = dict(sft=[dict(messages=turns[:2]), dict(prompt="x", completion=[turns[1]])], preference=[dict(prompt="x", chosen=[turns[1]], rejected="y")])
-    for kind, bad in [(kind, bad) for kind in calls for bad in calls[kind]]:
+    calls = [("sft", dict(messages=turns[:2])), ("sft", dict(prompt="x", completion=[turns[1]])),
+             ("preference", dict(prompt="x", chosen=[turns[1]], rejected="y"))]
+    for kind, bad in calls:
         with pytest.raises(ValueError, match="row 0, column '(completion|chosen)' has an answer with 'tool_calls'"): load_rows([bad], kind)
     with pytest.raises(ValueError, match="row 0, column 'tools' is"): load_rows([dict(prompt="x", completion="y", tools=[dict(name="weather")])], "sft")
     assert load_rows([dict(prompt="x", completion="y", tools=[])], "sft")
