@@ -284,10 +284,11 @@ def _is_ids(x): return x is None or isinstance(x, list | tuple) and all(isinstan
 _PROMPT = "a text, or a list of {'role', 'content'} messages", lambda x: isinstance(x, str) or is_messages(x)
 _ANSWER = "a text, or a list of one message of the assistant", _is_answer
 _NUMBER = "a number, or no such column", lambda x: isinstance(x, Real)
+_PROBABILITY = "a number from 0 to 1, or no such column", lambda x: isinstance(x, Real) and 0 <= x <= 1
 _IDS = "a list of token ids, or no such column", _is_ids
 
 _PAIR = {"prompt": _PROMPT, "chosen": _ANSWER, "rejected": _ANSWER}
-_PAIR_TOO = {"margin": _NUMBER, "chosen_ids": _IDS, "rejected_ids": _IDS}
+_PAIR_TOO = {"margin": _NUMBER, "probability": _PROBABILITY, "chosen_ids": _IDS, "rejected_ids": _IDS}
 
 # %% ../nbs/11_update.ipynb #c599959e
 def _check_trainable(policy: Policy):

@@ -51,12 +51,14 @@ def test_an_odd_row_is_named_with_its_column(policy, update, row, said):
 @pytest.mark.parametrize("update", ["dpo", "sft", "reinforce", "reward model"])
 def test_a_plain_prompt_without_a_token_is_refused(tiny_folder, update):
     policy = Policy(Base.load(tiny_folder, dtype=torch.float32, device="cpu", chat=False))
-    with pytest.raises(ValueError, match="(row|pair) 1, column 'prompt' is '': expected at least one token"): UPDATES[update](policy, [ROW, ROW | dict(prompt="")])
+    with pytest.raises(ValueError, match="(row|pair) 1, column 'prompt' is '': expected at least one token"):
+        UPDATES[update](policy, [ROW, ROW | dict(prompt="")])
 
 
 def test_conversations_and_extra_columns_are_taken(policy):
-    said = ROW | dict(prompt=[dict(role="user", content="1 + 2 =")], chosen=[dict(role="assistant", content="3")], completion=[dict(role="assistant", content="3")],
-                      rejected=[dict(role="assistant", content="five")], chosen_ids=None, completion_ids=None, question=None, extra=object())
+    says = lambda role, text: [dict(role=role, content=text)]
+    said = ROW | dict(prompt=says("user", "1 + 2 ="), chosen=says("assistant", "3"), completion=says("assistant", "3"),
+                      rejected=says("assistant", "five"), chosen_ids=None, completion_ids=None, question=None, extra=object())
     for kind in "dpo", "sft", "reinforce":
         start = policy.state()
         losses = [UPDATES[kind](policy, rows).losses for rows in ([ROW], [said]) if not policy.load_state(start)]
@@ -109,7 +111,8 @@ def test_an_answer_that_was_cut_off_is_not_taught_to_end(policy):
 
 SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
              bos_token_id=1, eos_token_id=2, pad_token_id=2)
-MIXTURES = {"qwen2": lambda n: Qwen2MoeConfig(vocab_size=n, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2, **SMALL),
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+MIXTURES = {"qwen2": lambda n: Qwen2MoeConfig(vocab_size=n, **EXPERTS, **SMALL),
             "mixtral": lambda n: MixtralConfig(vocab_size=n, num_local_experts=4, num_experts_per_tok=2, **SMALL)}
 
 @pytest.fixture(params=MIXTURES)
