@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, pstdev
 
 # %% ../nbs/45_pipeline.ipynb #ace273b2
 from fastcore.basics import patch
@@ -233,14 +234,20 @@ def sppo(
 
 # %% ../nbs/45_pipeline.ipynb #779e9a14
 def group_advantages(
-    rewards: list[list[float]], # for each prompt the rewards of its answers
+    rewards: list[list[float | None]], # for each prompt the rewards of its answers
 ) -> list[list[float]]:
-    "(r - mean)/std within each group (population std, plus 1e-6); zeros for a group of equal rewards."
-    out = []
-    for row in rewards:
-        mean = sum(row)/len(row); std = math.sqrt(sum((r - mean)**2 for r in row)/len(row))
-        out.append([(r - mean)/(std + 1e-6) if std > 1e-9 else 0. for r in row])
-    return out
+    """(r - mean)/std within each group (population std, plus 1e-6); zeros for a group of equal rewards, up to a millionth.
+
+    A reward that is None or not finite abstains: it counts in neither mean nor std, and its answer has 0."""
+    return [_normalized(row) for row in rewards]
+
+def _abstains(reward: float | None) -> bool: return reward is None or not math.isfinite(reward)
+
+def _normalized(row: list[float | None]) -> list[float]:
+    known = [float(r) for r in row if not _abstains(r)]
+    if not known or max(known) - min(known) <= 1e-6*max(1., *map(abs, known)): return [0.]*len(row)
+    mean, std = fmean(known), pstdev(known)
+    return [0. if _abstains(r) else (r - mean)/(std + 1e-6) for r in row]
 
 # %% ../nbs/45_pipeline.ipynb #710765ba
 def _shown(rate: dict | None) -> str: return f"{100*rate['value']:.1f} % [{100*rate['low']:.1f}, {100*rate['high']:.1f}]" if rate else ""
@@ -805,43 +812,51 @@ def _grpo_rows(self: RLHFOrchestrator, data, settings) -> tuple[list[dict], Coun
     "The problems of a stage, after a check of the settings."
     _check_whole({k: settings[k] for k in ("n_prompts", "group", "prompts_per_step")}, group=2)
     if not settings["kl"] >= 0: raise ValueError(f"kl is {settings['kl']!r}: expected a number of at least 0.")
+    if settings.get("num_train_epochs", 1) != 1 or settings.get("max_steps", -1) > 1:
+        raise ValueError("grpo takes one step on each batch of its own samples: give a larger n_prompts, not num_train_epochs or max_steps.")
     self._judge(settings["judge"])
     return self._draw(settings["n_prompts"], data)
 
 # %% ../nbs/45_pipeline.ipynb #30345283
 @patch
-def _group_rows(self: RLHFOrchestrator, batch, reward, snapshot, group: int, kl: float, seed: int) -> tuple[list[dict], float]:
-    "Samples of one step with rewards and advantages, and the mean reward."
+def _group_rows(self: RLHFOrchestrator, batch, reward, group: int, seed: int) -> list[dict]:
+    "Samples of one step with rewards, None where the reward abstained, and advantages."
     prompts, columns = columns_of(batch)
     said = self.policy.sample(prompts, n_samples=group, max_new_tokens=self.max_new_tokens, seed=seed)
-    rewards = worth = score_samples(reward, prompts, said, **columns)
-    if kl:
-        old = iter(snapshot.logprobs([p for p in prompts for _ in range(group)], [s.token_ids for row in said for s in row]).tolist())
-        worth = [[r - kl*(sum(s.logprobs) - next(old)) for r, s in zip(rs, row)] for rs, row in zip(rewards, said)]
-    rows = [dict(prompt=p, completion=s.text, completion_ids=s.token_ids, truncated=s.truncated, reward=r, advantage=a, source="grpo")
-            for p, row, rs, adv in zip(prompts, said, rewards, group_advantages(worth)) for s, r, a in zip(row, rs, adv)]
-    return rows, sum(r["reward"] for r in rows)/len(rows)
+    scores = score_samples(reward, prompts, said, **columns)
+    rewards = [[None if _abstains(r) else r for r in row] for row in scores]
+    return [dict(prompt=p, completion=s.text, completion_ids=s.token_ids, truncated=s.truncated, reward=r, advantage=a, source="grpo")
+            for p, row, rs, adv in zip(prompts, said, rewards, group_advantages(rewards)) for s, r, a in zip(row, rs, adv)]
 
 # %% ../nbs/45_pipeline.ipynb #cd146da7
-def _weighed(made: list[dict]) -> list[dict]:
-    "The rows that teach something, with advantages for `reinforce`."
-    live = [r for r in made if r["advantage"]]
-    return [r | {"advantage": r["advantage"]/len(r["completion_ids"])*len(live)/len(made)} for r in live]
+def _weighed(scored: list[dict], kl: float) -> list[dict]:
+    "The rows that teach something, weighed for `reinforce`; none if no answer of the step has an advantage."
+    if not any(r["advantage"] for r in scored): return []
+    live = [r for r in scored if r["advantage"] or kl]
+    return [r | {"weight": len(live)/len(scored)/len(r["completion_ids"])} for r in live]
+
+def _one_step(rows: list[dict], settings: dict) -> dict:
+    "`settings` with which all `rows` are one step, in parts of the size that was asked for."
+    size = min(settings.get("per_device_train_batch_size", len(rows)), len(rows))
+    return settings | dict(per_device_train_batch_size=size, gradient_accumulation_steps=math.ceil(len(rows)/size))
 
 @patch
 def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
     k, group, kl, judge, _ = (settings.pop(x) for x in ("prompts_per_step", "group", "kl", "judge", "n_prompts"))
     reward, batches, n = self._judge(judge)(), [rows[i:i+k] for i in range(0, len(rows), k)], self.done + 1
-    done = UpdateResult([], 0, 0., moments or {}); done.metrics = dict(reward=[])
+    done = UpdateResult([], 0, 0., moments or {})
+    done.metrics = dict(reward=[])
     with self._snapshot() as snapshot:
         for i, batch in enumerate(batches):
-            made, mean = self._group_rows(batch, reward, snapshot, group, kl, seed_of("grpo", self.seed, n, i))
-            self._ledgers[1].append([r | {"round": n} for r in made]); done.metrics["reward"].append(mean)
-            live = _weighed(made); one_step = dict(per_device_train_batch_size=len(live)) | settings
-            if live: _add(done, reinforce(self.policy, live, done.optimizer or None, **one_step))
-            if len(live) < len(made): done.dropped["no advantage"] += len(made) - len(live)
+            made = self._group_rows(batch, reward, group, seed_of("grpo", self.seed, n, i))
+            self._ledgers[1].append([r | {"round": n} for r in made])
+            scored = [r for r in made if r["reward"] is not None]
+            live = _weighed(scored, kl)
+            done.dropped += Counter({"abstained": len(made) - len(scored), "no advantage": len(scored) - len(live)})
+            if scored: done.metrics["reward"].append(fmean(r["reward"] for r in scored))
+            if live: _add(done, reinforce(self.policy, live, done.optimizer or None, snapshot, kl, **_one_step(live, settings)))
             progress(i + 1, len(batches))
-    if not done.n_rows: raise ValueError("nothing to train on: in no group did the rewards differ.")
+    if not done.n_rows: raise ValueError(f"nothing to train on: in no group did the rewards differ; left out: {dict(done.dropped)}.")
     return done
 
 # %% ../nbs/45_pipeline.ipynb #940ef2cc
