@@ -157,7 +157,7 @@ def _settle(q, tasks, uid):
     if libc.prctl(1, 9, 0, 0, 0): raise OSError(ctypes.get_errno(), "to die with the supervisor: refused")
     if libc.prctl(38, 1, 0, 0, 0): raise OSError(ctypes.get_errno(), "no new privileges: refused")
     if q["enclose"]: _enclose(*q["enclose"])
-    if not os.geteuid(): os.setresuid(uid, -1, -1)      # the kernel never limits how many processes root may have
+    if uid: os.setresuid(uid, -1, -1)       # a real user number of its own: the kernel never limits how many processes root may have
     _limit(*q["limits"], tasks)
     if libc.prctl(22, 2, ctypes.byref(filter_), 0, 0): raise OSError(ctypes.get_errno(), "seccomp: refused")
     os.write(1, q["word"].encode())
@@ -209,11 +209,12 @@ def _start(q):
     import os
     import subprocess
     tasks = 4*q["processes"] + 32               # a hard stop for bombs that are faster than the watch
-    if os.geteuid():                            # the kernel counts all tasks of a user together
+    with open("/proc/self/uid_map") as f: everybody = "4294967295" in f.read()
+    uid = 2_000_000_000 + os.getpid() if everybody and not os.geteuid() else None
+    if uid is None:                             # the kernel counts all tasks of a user together
         for p in filter(str.isdigit, os.listdir("/proc")):
             try: tasks += len(os.listdir(f"/proc/{p}/task")) if os.stat(f"/proc/{p}").st_uid == os.geteuid() else 0
             except OSError: pass
-    uid = 2_000_000_000 + os.getpid()
 
     def ready():
         try: _settle(q, tasks, uid)
@@ -284,6 +285,7 @@ def _watch(q, pid, pipes):
     def broken():
         "The limit that is broken, as status and reason, or None."
         below = _descendants(os.getpid())
+        if len(below) > q["processes"]: return "killed", f"more than {q['processes']} processes"
         tasks, resident, hidden = 0, 0, {}
         for p in below:
             more, bytes_, files = _held(p, q["limits"][3])
@@ -291,7 +293,6 @@ def _watch(q, pid, pipes):
             resident += bytes_
             hidden |= files
         names, size = _kept(q["folder"], most)
-        if len(below) > q["processes"]: return "killed", f"more than {q['processes']} processes"
         if tasks > 4*q["processes"] + 32: return "killed", f"more than {4*q['processes'] + 32} threads"
         if resident + size + sum(hidden.values()) > q["limits"][1]: return "memory", f"more than {q['limits'][1] >> 20} MB"
         if names > most: return "killed", f"more than {most} files, or folders that cannot be looked into"
