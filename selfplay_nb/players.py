@@ -91,8 +91,11 @@ class Scripted:
     def generate(self, prompts, n_samples: int = 1, seed: int | list[int] | None = None, **sampling):
         "Answer as a policy does; `seed` None is 0, other sampling settings mean nothing to it."
         prompts, single = as_prompts(prompts)
+        if n_samples < 1: raise ValueError(f"n_samples is {n_samples!r}: expected a whole number of at least 1.")
+        seeds = seed if isinstance(seed, list) else [seed or 0]*len(prompts)
+        if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
         seen, rows = Counter(), []
-        for s, text in zip(seed if isinstance(seed, list) else [seed or 0]*len(prompts), map(prompt_text, prompts)):
+        for s, text in zip(seeds, map(prompt_text, prompts)):
             rows.append([random.Random(f"{s} {seen[s, text] + k} {text}") for k in range(n_samples)])
             seen[s, text] += n_samples  # a repeated prompt goes on counting
         rows = [[self.fn(p, rng) for rng in row] for p, row in zip(prompts, rows)]
@@ -114,17 +117,26 @@ def answers_of(
     prompts: list,          # n prompts
     n_samples: int = 1,     # answers for each
     progress=None,          # called by a `Policy` as `progress(finished answers, new tokens)`
-    **sampling,             # settings and seed, handed on
+    **sampling,             # settings and seed (one for each prompt, if it is a list), handed on
 ) -> tuple[list, float, int]: # `Answer`s or `Sample`s (n, n_samples); seconds; tokens
     "Ask a player, whatever it is; raises `ValueError` if it answers in another shape."
     if hasattr(policy, "sample"):
         s = policy.sample(prompts, n_samples=n_samples, **sampling, **({"progress": progress} if progress else {}))
         return s, s.seconds, s.n_tokens
+    seed = sampling.get("seed")
+    if isinstance(seed, (list, tuple)) and not getattr(policy, "takes_seeds", False):  # then each prompt is asked by itself, with its own
+        if len(seed) != len(prompts): raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
+        alone = [answers_of(policy, [p], n_samples, progress, **sampling | {"seed": s}) for p, s in zip(prompts, seed)]
+        return [rows[0] for rows, *_ in alone], sum(s for _, s, _ in alone), sum(n for *_, n in alone)
     texts = policy.generate(prompts, n_samples=n_samples, **sampling)
+    shape = f"expected {'a text' if n_samples == 1 else f'a list of {n_samples} texts'} for each of {len(prompts)} prompts"
+    if not isinstance(texts, (list, tuple)): raise ValueError(f"{type(policy).__name__}.generate gave {texts!r:.60}: {shape}.")
     if n_samples == 1: texts = [[t] for t in texts]
-    if [len(row) for row in texts] != [n_samples]*len(prompts):
-        raise ValueError(f"{type(policy).__name__}.generate gave {[len(r) for r in texts][:5]} answers: "
-                         f"expected {n_samples} for each of {len(prompts)} prompts.")
+    counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in texts]
+    if counts != [n_samples]*len(prompts): raise ValueError(f"{type(policy).__name__}.generate gave {counts[:5]} answers: {shape}.")
+    for row in texts:
+        for t in row:
+            if not isinstance(t, str): raise ValueError(f"{type(policy).__name__}.generate gave the answer {t!r:.60}: {shape}.")
     return [[Answer(t) for t in row] for row in texts], 0., 0
 
 # %% ../nbs/01_players.ipynb #28350d80
