@@ -46,14 +46,14 @@ class Progress:
 
     def on_round_end(self, trainer, metrics):
         if "accuracy" in metrics: self.facts["accuracy"] = f"{100*metrics['accuracy']['value']:.0f}%"
-        if "win_rate" in metrics: self.facts["win rate"] = f"{100*metrics['win_rate']['value']:.0f}%"
+        if metrics.get("win_rate", {}).get("n"): self.facts["win rate"] = f"{100*metrics['win_rate']['value']:.0f}%"
         self.bar.write(round_line(metrics))
 
     def on_interrupt(self, trainer): self.bar.write(f"Stopped. Rounds up to {trainer.round} are saved in {trainer.dir}; the same call goes on from there.")
     def on_train_end(self, trainer): self.bar.close()
 
 # %% ../nbs/41_callbacks.ipynb #e8d64591
-def _rate(r): return f"{100*r['value']:5.1f} % [{100*r['low']:4.1f}, {100*r['high']:4.1f}]"
+def _rate(r): return f"{100*r['value']:5.1f} % [{100*r['low']:4.1f}, {100*r['high']:4.1f}]" if r["n"] else " no games"
 
 def round_line(m: dict) -> str:
     "A round's metrics on a line."

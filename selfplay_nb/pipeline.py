@@ -138,7 +138,7 @@ def _normalized(row: list[float | None]) -> list[float]:
     return [0. if _abstains(r) else (r - mean)/(std + 1e-6) for r in row]
 
 # %% ../nbs/45_pipeline.ipynb #710765ba
-def _shown(rate: dict | None) -> str: return f"{100*rate['value']:.1f} % [{100*rate['low']:.1f}, {100*rate['high']:.1f}]" if rate else ""
+def _shown(rate: dict | None) -> str: return f"{100*rate['value']:.1f} % [{100*rate['low']:.1f}, {100*rate['high']:.1f}]" if rate and rate["n"] else ""
 
 @dataclass
 class Stage:
