@@ -120,7 +120,7 @@ def convert_gguf(
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.config._name_or_path = ""
     model.to(torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

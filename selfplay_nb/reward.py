@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAKEN', 'is_judge', 'as_reward', 'conversational', 'BadReward', 'as_number', 'rewards_of', 'score', 'score_samples',
-           'is_single', 'rows_of', 'last_number', 'exact_number', 'near_number', 'finished', 'format_reward',
-           'WeightedReward', 'coin_flip', 'Guarded', 'ModelInTime']
+           'is_single', 'rows_of', 'exact_number', 'near_number', 'finished', 'format_reward', 'WeightedReward',
+           'coin_flip', 'Guarded', 'ModelInTime', 'check_columns']
 
 # %% ../nbs/03_reward.ipynb #faaf2f66
 import hashlib
@@ -17,9 +17,11 @@ import re
 import threading
 from collections import Counter
 from decimal import Decimal
+from fractions import Fraction
 
 from fastcore.basics import patch
 
+from .answers import gold_numbers, last_number
 from .players import is_messages, name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
@@ -190,31 +192,27 @@ def rows_of(
         if len(values) != len(rows): raise ValueError(f"column {name!r} has {len(values)} values for {len(rows)} prompts.")
     return rows, columns
 
-# %% ../nbs/03_reward.ipynb #094a618c
-_NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
-
-def last_number(text: str) -> Decimal | None:
-    "The last number in `text` (thousands commas allowed), or None."
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
-
 # %% ../nbs/03_reward.ipynb #3bb1d6f2
 def _numbers(completions, truncated): return [None if t else last_number(text_of(c)) for c, t in zip(completions, truncated or [False]*len(completions))]
 
 # %% ../nbs/03_reward.ipynb #b9e52d93
 def exact_number(prompts, completions, answer, truncated=None, **columns) -> list[float]:
-    "1 where the last number equals the column `answer`, else 0."
-    return [float(n is not None and n == Decimal(str(a))) for n, a in zip(_numbers(completions, truncated), answer)]
+    "1 where `last_number` equals the column `answer`, else 0. Raises `ValueError` for a right answer that is no number, whatever was said."
+    return [float(n == right) for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
+
+exact_number.check_columns = lambda answer, **columns: gold_numbers(answer)
 
 # %% ../nbs/03_reward.ipynb #6a29b2e0
 def near_number(
     width: float = 20, # errors of this size and more earn nothing
 ):
-    "A reward that falls from 1 (exact) to 0 (an error of `width` or more, or no number)."
-    if not width > 0: raise ValueError(f"width is {width!r}: expected a positive number.")
+    "A reward that falls from 1 (exact) to 0 (an error of `width` or more, or no number). It raises as `exact_number` does."
+    if not (width > 0 and math.isfinite(width)): raise ValueError(f"width is {width!r}: expected a positive number.")
     def near(prompts, completions, answer, truncated=None, **columns):
-        return [0. if n is None else max(0., 1 - float(min(abs(n - Decimal(str(a))), Decimal(str(width)))) / width)
-                for n, a in zip(_numbers(completions, truncated), answer)]
+        errors = [None if n is None else min(abs(n - right), Fraction(width))
+                  for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
+        return [0. if e is None else max(0., 1 - float(e)/width) for e in errors]
+    near.check_columns = exact_number.check_columns
     return near
 
 # %% ../nbs/03_reward.ipynb #7e518ceb
@@ -363,3 +361,19 @@ def _in_time(timeout, fn, kwargs):
     except queue.Empty: raise TimeoutError(f"no reply in {timeout:g} s") from None
     if not good: raise value
     return value
+
+# %% ../nbs/03_reward.ipynb #688b7df6
+def check_columns(
+    reward,    # a reward in TRL's convention
+    **columns, # lists of n values
+):
+    "Let a reward look at its columns. Raises `ValueError` for values that it cannot read; a reward without `check_columns` is taken at its word."
+    look = getattr(reward, "check_columns", None)
+    if look: look(**columns)
+
+@patch
+def check_columns(self: WeightedReward, **columns):
+    for reward in self.rewards.values(): check_columns(reward, **columns)
+
+@patch
+def check_columns(self: Guarded, **columns): check_columns(self.reward, **columns)

@@ -27,7 +27,8 @@ from trl import RewardConfig, RewardTrainer
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
-from .update import COMMON, UpdateResult, _machine, _own_progress, _quietly, _same_random_state, tokenize_pairs
+from .update import (COMMON, _PAIR, _PAIR_TOO, UpdateResult, _checked, _machine, _own_progress, _quietly,
+                                _same_random_state, _WholeSteps, tokenize_pairs)
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
 class _Scorer(PreTrainedModel):
@@ -39,6 +40,9 @@ class _Scorer(PreTrainedModel):
         self.model = core.base_model
         self.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=core.device)
         torch.nn.init.zeros_(self.score.weight)
+    @classmethod
+    def _can_set_experts_implementation(cls): return True  # the layers are the base's, and chosen already
+
     def forward(self, input_ids, attention_mask, use_cache=False, **kwargs):
         share = can_share(self.model.config)
         rows, places = lay_out([ids[:n] for ids, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist())], share)
@@ -95,6 +99,14 @@ def __call__(self: RewardModel,
     return out
 
 # %% ../nbs/25_reward_model.ipynb #4d6f063a
+class _Pairwise(_WholeSteps, RewardTrainer):
+    "TRL's trainer, with the mean over a step's pairs as the loss."
+    def sizes(self, part): return [len(part["input_ids"])//2]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        [weight] = self.weights(inputs)
+        return weight*super().compute_loss(model, inputs)
+
 REWARD = dict(learning_rate=4e-4, per_device_train_batch_size=16)
 
 @patch
@@ -110,13 +122,13 @@ def train(self: RewardModel,
     if not pairs: raise ValueError(f"nothing to train on: expected at least one good pair; dropped {dict(dropped) or 'none'}.")
     rows = [{f"{k}_ids": t["prompt_ids"] + t[f"{k}_ids"] for k in ("chosen", "rejected")} for t in tokens]
     before = self.policy.state(), self.head.detach().clone()
-    scorer, config = self._scorer, b.model.config.to_dict()
+    scorer = self._scorer
     with _quietly(), _same_random_state(), tempfile.TemporaryDirectory() as out:
         args = RewardConfig(output_dir=out, **_machine(b), **(COMMON | REWARD | settings))
         if args.n_gpu > 1: args._n_gpu = 1
         b.peft.set_adapter(name); self.head.requires_grad_(True)
         try:
-            trainer = RewardTrainer(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
+            trainer = _Pairwise(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
             _own_progress(trainer, progress)
             trainer.train()
             losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
@@ -126,7 +138,6 @@ def train(self: RewardModel,
             self.policy.load_state(before[0]); self.head.data.copy_(before[1]); raise
         finally:
             vars(scorer).pop("forward", None); self.head.requires_grad_(False); b.peft.requires_grad_(False).eval(); scorer.eval()
-    assert b.model.config.to_dict() == config
     return UpdateResult(trainer.state.log_history, len(rows), time.perf_counter()-start, {}, dropped)
 
 # %% ../nbs/25_reward_model.ipynb #28e27650
@@ -153,6 +164,7 @@ def scores(self: RewardModel,
     pairs: list[dict], # judged pairs, best not those it was trained on
 ) -> Scores:
     "Rewards of both answers of each pair."
+    pairs = _checked(pairs, _PAIR, _PAIR_TOO, "pair")
     prompts = [p["prompt"] for p in pairs]
     r = {k: np.array(self(prompts, [p[k] for p in pairs], [p.get(f"{k}_truncated", False) for p in pairs])) for k in ("chosen", "rejected")}
     return Scores(r["chosen"], r["rejected"], np.array([[len(text_of(p[k])) for k in r] for p in pairs]), [json.dumps(p) for p in prompts])

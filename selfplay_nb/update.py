@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 # %% ../nbs/11_update.ipynb #35170c74
@@ -34,7 +35,7 @@ from trl.trainer import utils as trl_utils
 
 from .pairs import validate_pairs
 from .policy import Base, Policy, can_share, free_memory, is_product, lay_out, out_of_memory, pack
-from .players import text_of
+from .players import is_messages, text_of
 
 # %% ../nbs/11_update.ipynb #9dc0b86c
 @contextmanager
@@ -63,7 +64,8 @@ def _nothing_left_behind(base: Base):
     "Remove the scratch adapters and put back what TRL and accelerate change on the model."
     models = [base.model, base.peft]
     before = [(m, dict(vars(m))) for m in models]
-    settings = [(c, dict(vars(c))) for c in (base.model.config, base.model.generation_config)]
+    config = base.model.config
+    settings = [(c, dict(vars(c))) for c in (config, config.get_text_config(), base.model.generation_config)]
     try: yield
     finally:
         for a in {"default", "ref"} & set(base.adapters): Policy.resident(base, a).delete()
@@ -186,7 +188,6 @@ def _own_progress(trainer, progress):
 
 # %% ../nbs/11_update.ipynb #2c544365
 def _train(policy: Policy, trainer_class, config_class, rows, settings, optimizer, dropped, after_init=lambda t: None) -> UpdateResult:
-    if policy.frozen: raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
     if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
     start, settings = time.perf_counter(), _parted(policy.base, rows, {"gradient_accumulation_steps": 1} | settings); progress = settings.pop("progress", None)
     free_memory()
@@ -211,6 +212,24 @@ def _smaller(settings):
     part = max(k for k in range(1, size) if step % k == 0)
     return settings | dict(per_device_train_batch_size=part, gradient_accumulation_steps=step//part)
 
+# %% ../nbs/11_update.ipynb #1049d803
+class _WholeSteps:
+    "Beside a `Trainer`: the weights with which its parts add up to the mean over a step."
+    def get_batch_samples(self, *args):
+        parts, n_items = super().get_batch_samples(*args)
+        self.step_sizes, self.n_parts = [self.sizes(part) for part in parts], len(parts)
+        return parts, n_items
+
+    def sizes(self,
+        part, # what the data collator made
+    ) -> list[int]: # how many there are in it of whatever the loss is a mean of
+        raise NotImplementedError
+
+    def weights(self, part) -> list[float]:
+        "By what the means over `part` have to be multiplied, for each of `sizes`; 1 if all parts are equal."
+        in_step = map(sum, zip(*self.step_sizes))
+        return [self.n_parts*here/all_parts for here, all_parts in zip(self.sizes(part), in_step)]
+
 # %% ../nbs/11_update.ipynb #2bc07b8b
 def _then_free(compute_loss):
     def then(*args, **kwargs): loss = compute_loss(*args, **kwargs); free_memory(); return loss
@@ -234,6 +253,7 @@ def _try_to_train(policy, trainer_class, config_class, rows, settings, optimizer
             _own_progress(trainer, progress)
             if args.use_cpu: trainer.compute_loss = _then_free(trainer.compute_loss)
             after_init(trainer)
+            trl_utils.disable_dropout_in_model(base.model)  # what learns is what answered
             _load_scratch(policy)
             if optimizer: trainer.create_optimizer(); _set_moments(trainer.optimizer, optimizer)
             with _inputs_only(base, "default"): trainer.train()
@@ -256,23 +276,86 @@ def _machine(base: Base) -> dict:
     return dict(use_cpu=not cuda, bf16=cuda and base.model.dtype == torch.bfloat16, fp16=cuda and base.model.dtype == torch.float16)
 
 # %% ../nbs/11_update.ipynb #bc6ba3fe
+def _is_answer(x): return isinstance(x, str) or (
+    is_messages(x) and len(x) == 1 and x[0]["role"] == "assistant" and isinstance(x[0].get("content"), str))
+
+def _is_ids(x): return x is None or isinstance(x, list | tuple) and all(isinstance(i, int) for i in x)
+
+_PROMPT = "a text, or a list of {'role', 'content'} messages", lambda x: isinstance(x, str) or is_messages(x)
+_ANSWER = "a text, or a list of one message of the assistant", _is_answer
+_NUMBER = "a number, or no such column", lambda x: isinstance(x, Real)
+_PROBABILITY = "a number from 0 to 1, or no such column", lambda x: isinstance(x, Real) and 0 <= x <= 1
+_IDS = "a list of token ids, or no such column", _is_ids
+
+_PAIR = {"prompt": _PROMPT, "chosen": _ANSWER, "rejected": _ANSWER}
+_PAIR_TOO = {"margin": _NUMBER, "probability": _PROBABILITY, "chosen_ids": _IDS, "rejected_ids": _IDS}
+
+# %% ../nbs/11_update.ipynb #c599959e
+def _check_trainable(policy: Policy):
+    if policy.frozen:
+        raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
+
+def _checked(rows, needed: dict, optional: dict, kind: str = "row") -> list[dict]:
+    "`rows` as a list. Raises `ValueError`, with row and column, unless all columns are `needed` or `optional` has them."
+    rows, columns = list(rows), ", ".join(map(repr, needed))
+    columns = " and".join(columns.rsplit(",", 1))
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{kind} {i} is {row!r:.60}: expected a dict with {columns}.")
+        missing = [c for c in needed if c not in row]
+        if missing:
+            raise ValueError(f"{kind} {i} lacks {missing}; {kind} {i} has {sorted(map(str, row))}: expected {columns}.")
+        for column, (expected, is_good) in (needed | optional).items():
+            if column in row and not is_good(row[column]):
+                raise ValueError(f"{kind} {i}, column {column!r} is {row[column]!r:.60}: expected {expected}.")
+    return rows
+
+# %% ../nbs/11_update.ipynb #29d7efb6
+def _prompt_ids(base: Base, rows: list[dict], kind: str = "row") -> list[list[int]]:
+    "Token ids of each row's prompt; equal prompts are encoded once."
+    known = {}
+    for i, row in enumerate(rows):
+        key = repr(row["prompt"])
+        if key not in known:
+            known[key] = base.encode(row["prompt"])
+        if not known[key]:
+            raise ValueError(f"{kind} {i}, column 'prompt' is {row['prompt']!r:.60}: expected at least one token.")
+    return [known[repr(row["prompt"])] for row in rows]
+
+def _answer_ids(base: Base, row: dict, column: str, truncated: str) -> list[int]:
+    "Token ids of an answer: those in the row, or its text's."
+    ids = row.get(f"{column}_ids")
+    return list(ids) if ids else base.completion_ids(text_of(row[column]), finished=not row.get(truncated))
+
+# %% ../nbs/11_update.ipynb #6cbb8fab
 def tokenize_pairs(
     base: Base,        # whose tokenizer and context
     pairs: list[dict], # `{"prompt", "chosen", "rejected"}`, and what `dpo` takes beside them
 ) -> tuple[list[dict], list[dict], Counter]: # the good pairs, for each `prompt_ids`, `chosen_ids` and `rejected_ids`, and the dropped by reason
-    "Drop faulty and over-long pairs, and tokenize the others."
-    def ids(p, which): return p.get(f"{which}_ids") or base.completion_ids(text_of(p[which]), finished=not p.get(f"{which}_truncated", False))
+    "Drop faulty and over-long pairs, and tokenize the others. Raises `ValueError` for a row that is no pair, with its column."
+    pairs = _checked(pairs, _PAIR, _PAIR_TOO, "pair")
+    _prompt_ids(base, pairs, "pair")
     pairs, dropped = validate_pairs(pairs)
-    known = {key: base.encode(prompt) for key, prompt in {repr(p["prompt"]): p["prompt"] for p in pairs}.items()}
-    rows = [dict(prompt_ids=known[repr(p["prompt"])], chosen_ids=ids(p, "chosen"), rejected_ids=ids(p, "rejected")) for p in pairs]
+    rows = [{"prompt_ids": prompt} | {f"{k}_ids": _answer_ids(base, p, k, f"{k}_truncated") for k in ("chosen", "rejected")}
+            for p, prompt in zip(pairs, _prompt_ids(base, pairs))]
     fits = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= base.context_length for r in rows]
     if not all(fits): dropped["over-long"] += fits.count(False)
     return [p for p, ok in zip(pairs, fits) if ok], [r for r, ok in zip(rows, fits) if ok], dropped
 
 # %% ../nbs/11_update.ipynb #4b5c3a47
 def _known(pair, k):
-    if k not in pair: raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; it has {sorted(pair)}.")
+    if k not in pair:
+        raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; it has {sorted(pair)}.")
+    if not (isinstance(pair[k], Real) and math.isfinite(pair[k])):
+        raise ValueError(f"a pair's {k!r} is {pair[k]!r}: expected the reference's log-probability, a finite number.")
     return pair[k]
+
+# %% ../nbs/11_update.ipynb #02221e1c
+def _check_reference(policy: Policy, reference: Policy):
+    if reference.base is not policy.base:
+        raise ValueError("policy and reference are on different bases: expected adapters of one Base.")
+    if reference.name != "base" and reference.name not in policy.base.adapters:
+        raise ValueError(f"unknown adapter {reference.name!r}; resident: {policy.base.adapters}.")
 
 # %% ../nbs/11_update.ipynb #435d166a
 def reference_logprobs(
@@ -315,17 +398,26 @@ class _ByPrompt(torch.utils.data.Sampler):
         return (i for g in groups for i in g)
 
 # %% ../nbs/11_update.ipynb #c5121a9d
-class _Tokenized(DPOTrainer):
+class _Tokenized(_WholeSteps, DPOTrainer):
     "TRL's trainer on rows that are tokenized and have reference columns."
     def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
+    def sizes(self, part):
+        chosen, _ = part["completion_mask"].chunk(2)
+        return [len(chosen), int(chosen.sum())]  # rows, and tokens of the `sft` term
+
     def _compute_loss(self, model, inputs, return_outputs):
+        rows, tokens = self.weights(inputs)
+        of_terms = self.args.loss_weights or [1.]*len(self.loss_types)
+        self.loss_weights = [w*(tokens if term == "sft" else rows) for term, w in zip(self.loss_types, of_terms, strict=True)]
         core = self.model.get_base_model()
-        with _beginnings_once(core, inputs["completion_mask"]) if can_share(core.config) else nullcontext():
+        share = can_share(core.config) and not self.aux_loss_enabled
+        with _beginnings_once(core, inputs["completion_mask"]) if share else nullcontext():
             return super()._compute_loss(model, inputs, return_outputs)
     def _get_train_sampler(self, train_dataset=None): return _ByPrompt(self.train_dataset["prompt_ids"], self.args.seed)
 
 # %% ../nbs/11_update.ipynb #e7829ca6
-DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2])
+DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2],
+           router_aux_loss_coef=0.)
 
 def dpo(
     policy: Policy,     # the adapter to train
@@ -339,9 +431,8 @@ def dpo(
 
     Empty, identical, non-finite, truncated and over-long pairs are dropped and counted in the result.
     Raises `ValueError` for a frozen policy, no good pairs, or a reference on another base, `FloatingPointError` if training diverged."""
-    if reference.base is not policy.base: raise ValueError("policy and reference are on different bases: expected adapters of one Base.")
-    if reference.name != "base" and reference.name not in policy.base.adapters:
-        raise ValueError(f"unknown adapter {reference.name!r}; resident: {policy.base.adapters}.")
+    _check_trainable(policy)
+    _check_reference(policy, reference)
     pairs, rows, dropped = tokenize_pairs(policy.base, pairs)
     if sampled_by_reference: rows = [r | {f"ref_{k}": _known(p, k) for k in ("chosen_logps", "rejected_logps")} for r, p in zip(rows, pairs)]
     elif rows: rows = reference_logprobs(reference, rows)
@@ -351,66 +442,92 @@ def dpo(
 # %% ../nbs/11_update.ipynb #eebd03ab
 class _SharedSFT(SFTTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
-        core, labels = self.model.get_base_model(), inputs["labels"]; mask = (labels != -100).long()
-        if not can_share(core.config): return super().compute_loss(model, inputs, *args, **kwargs)
+        core, labels = self.model.get_base_model(), inputs["labels"]
+        if not can_share(core.config) or self.aux_loss_enabled: return super().compute_loss(model, inputs, *args, **kwargs)
+        mask = (labels != -100).long()
         start = max(0, mask.argmax(1).min().item() - 1)  # no logits where no row has a completion
         with _beginnings_once(core, mask, start): return super().compute_loss(model, {**inputs, "labels": labels[:, start:]}, *args, **kwargs)
 
 # %% ../nbs/11_update.ipynb #98e8c613
-SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16)
+SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16, completion_only_loss=True, router_aux_loss_coef=0.)
 
 def sft(
     policy: Policy,    # the adapter to train
-    rows: list[dict],  # `{"prompt", "completion"}`
+    rows: list[dict],  # `{"prompt", "completion"}`; `completion_ids` if they were sampled, `truncated` if it was cut off
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
     **settings,        # any field of TRL's `SFTConfig`, over the defaults in `SFT`; `progress`, called as `progress(step, steps)`
 ) -> UpdateResult:
     "Train `policy` to give the completions; empty and over-long ones are dropped and counted. Raises as `dpo` does."
+    _check_trainable(policy)
+    rows = _checked(rows, {"prompt": _PROMPT, "completion": _ANSWER}, {"completion_ids": _IDS})
     tokens, dropped = [], Counter()
-    for i, row in enumerate(rows):
-        if not {"prompt", "completion"} <= set(row): raise ValueError(f"row {i} has {sorted(row)}: expected 'prompt' and 'completion'.")
-        prompt, answer = policy.base.encode(row["prompt"]), policy.base.completion_ids(text_of(row["completion"]))
-        fault = "empty" if not text_of(row["completion"]).strip() else "over-long" if len(prompt + answer) > policy.base.context_length else None
-        if fault: dropped[fault] += 1
+    for row, prompt in zip(rows, _prompt_ids(policy.base, rows)):
+        answer = _answer_ids(policy.base, row, "completion", "truncated")
+        if not text_of(row["completion"]).strip(): dropped["empty"] += 1
+        elif len(prompt + answer) > policy.base.context_length: dropped["over-long"] += 1
         else: tokens.append({"input_ids": prompt + answer, "completion_mask": [0]*len(prompt) + [1]*len(answer)})
-    return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped)
+    def count_tokens(trainer): trainer.model_accepts_loss_kwargs = True  # TRL divides by a step's tokens, whatever the model
+    return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped, count_tokens)
 
 # %% ../nbs/11_update.ipynb #88fb2ebe
-class _Reinforce(Trainer):
+class _Reinforce(_WholeSteps, Trainer):
     "Mean of -advantage times summed log-probability; beginnings are computed once, and logits in tiles, as for DPO."
+    def sizes(self, part): return [len(part["rows"])]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows, core, pad = inputs["rows"], self.model.get_base_model(), self.processing_class.pad_token_id
-        parts = [(r["prompt_ids"], r["completion_ids"]) for r in rows]; L = max(len(p) + len(c) for p, c in parts)
-        def padded(made, filler): return torch.tensor([made(p, c) + [filler]*(L - len(p) - len(c)) for p, c in parts], device=core.device)
-        ids, completion = padded(lambda p, c: p + c, pad), padded(lambda p, c: [0]*len(p) + [1]*len(c), 0)
+        rows, core = inputs["rows"], self.model.get_base_model()
+        longest = max(len(r["prompt_ids"] + r["completion_ids"]) for r in rows)
+        def padded(before, within, filler=0): # a value for each token of the prompts, of the completions, and of the padding
+            lists = [before(r) + within(r) for r in rows]
+            return torch.tensor([values + [filler]*(longest - len(values)) for values in lists], device=core.device)
+        def zeros(r): return [0]*len(r["prompt_ids"])
+        def ones(r): return [1]*len(r["completion_ids"])
+        def numbers(column): return torch.tensor([r[column] for r in rows], device=core.device)
+        ids = padded(lambda r: r["prompt_ids"], lambda r: r["completion_ids"], self.processing_class.pad_token_id)
+        real, completion = padded(lambda r: [1]*len(r["prompt_ids"]), ones), padded(zeros, ones)
         with _beginnings_once(core, completion) if can_share(core.config) else nullcontext():
-            said = model(input_ids=ids, attention_mask=padded(lambda p, c: [1]*len(p + c), 0),
-                         labels=ids.masked_fill(completion == 0, -100), fused_lm_head=True)
-        return -(said.log_probs.sum(1)*torch.tensor([r["advantage"] for r in rows], device=core.device)).mean()
+            said = model(input_ids=ids, attention_mask=real, labels=ids.masked_fill(completion == 0, -100), fused_lm_head=True)
+        losses = -numbers("advantage")*said.log_probs.sum(1)
+        if self.kl:
+            gap = padded(zeros, lambda r: r["ref_logps"])[:, 1:] - said.log_probs  # 0 outside of completions
+            losses = losses + self.kl*(gap.exp() - gap - 1).sum(1)
+        [share] = self.weights(inputs)
+        return share*(numbers("weight")*losses).mean()
 
 # %% ../nbs/11_update.ipynb #e71c9eff
 REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, remove_unused_columns=False, weight_decay=0.)
 
 def reinforce(
     policy: Policy,    # the adapter to train
-    rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `completion_ids` if they were sampled, `truncated` if it was cut off
+    rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `completion_ids` if they were sampled, `truncated` if it was cut off, `weight`
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
+    reference: Policy | None = None, # a snapshot on the same base, or the base itself, if there is a `kl`
+    kl: float = 0.,    # what a nat of divergence from `reference` costs, for each token
     **settings,        # any field of Transformers' `TrainingArguments`, over the defaults in `REINFORCE`; `progress`, as in `dpo`
 ) -> UpdateResult:
     """Raise the probability of completions with a positive advantage, lower that of the others (Williams, 1992).
 
-    The loss is the mean over rows of -advantage times the completion's summed log-probability. Rows that are empty, over-long, or have
-    an advantage of 0 or none that is finite, are dropped and counted. Raises as `dpo` does."""
+    The loss is the mean over a step's rows of `weight` (by default 1) times: -advantage times the completion's summed log-probability,
+    and `kl` times its tokens' k3 estimates of the divergence from `reference` (Shao et al., 2024). Rows that are empty, over-long, have an
+    advantage that is not finite, or without `kl` one of 0, are dropped and counted. Raises as `dpo` does."""
+    _check_trainable(policy)
+    if not (isinstance(kl, Real) and 0 <= kl < math.inf): raise ValueError(f"kl is {kl!r}: expected a number of at least 0.")
+    if kl and reference is None: raise ValueError(f"kl is {kl} without a reference: expected a snapshot on the same base, or the base itself.")
+    if kl: _check_reference(policy, reference)
+    rows = _checked(rows, {"prompt": _PROMPT, "completion": _ANSWER, "advantage": _NUMBER}, {"completion_ids": _IDS, "weight": _NUMBER})
     good, dropped = [], Counter()
-    for i, row in enumerate(rows):
-        if not {"prompt", "completion", "advantage"} <= set(row):
-            raise ValueError(f"row {i} has {sorted(row)}: expected 'prompt', 'completion' and 'advantage'.")
-        ids = row.get("completion_ids") or policy.base.completion_ids(text_of(row["completion"]), finished=not row.get("truncated", False))
-        prompt, a = policy.base.encode(row["prompt"]), float(row["advantage"])
-        fault = ("non-finite" if not math.isfinite(a) else "no advantage" if a == 0 else "empty" if not ids else
-                 "over-long" if len(prompt + ids) > policy.base.context_length else None)
-        if fault: dropped[fault] += 1
-        else: good.append({"prompt_ids": prompt, "completion_ids": list(ids), "advantage": a})
+    for row, prompt in zip(rows, _prompt_ids(policy.base, rows)):
+        ids, advantage, weight = _answer_ids(policy.base, row, "completion", "truncated"), float(row["advantage"]), float(row.get("weight", 1))
+        if not math.isfinite(advantage*weight): dropped["non-finite"] += 1
+        elif not advantage and not kl: dropped["no advantage"] += 1
+        elif not ids: dropped["empty"] += 1
+        elif len(prompt + ids) > policy.base.context_length: dropped["over-long"] += 1
+        else: good.append({"prompt_ids": prompt, "completion_ids": ids, "advantage": advantage, "weight": weight})
+    if kl and good:
+        scored = policy.base._score(reference.name, [r["prompt_ids"] for r in good], [r["completion_ids"] for r in good])
+        good = [r | {"ref_logps": logps.tolist()} for r, (logps, _) in zip(good, scored)]
     make = partial(_Reinforce, data_collator=lambda rows: {"rows": rows})
-    def fuse(trainer): trl_utils.add_fused_lm_head(trainer.model.get_base_model())
-    return _train(policy, make, SFTConfig, good, REINFORCE | settings, optimizer, dropped, fuse)
+    def prepare(trainer):
+        trainer.kl = kl
+        trl_utils.add_fused_lm_head(trainer.model.get_base_model())
+    return _train(policy, make, SFTConfig, good, REINFORCE | settings, optimizer, dropped, prepare)

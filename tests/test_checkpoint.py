@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,26 @@ from pathlib import Path
 import pytest
 
 from selfplay_nb import checkpoint
-from selfplay_nb.checkpoint import locked, newest_whole, numbered, prune, random_states, set_random_states, verify, writing
+from selfplay_nb.checkpoint import (
+    content,
+    differences,
+    forget_run,
+    locked,
+    newest_whole,
+    numbered,
+    prune,
+    random_states,
+    read_record,
+    run_record,
+    set_random_states,
+    signals_interrupt,
+    verify,
+    weights_sum,
+    write_record,
+    writing,
+)
+from selfplay_nb.reward import WeightedReward, as_reward, exact_number, near_number
+from selfplay_nb.tasks import ArithmeticTask
 
 HERE = Path(__file__).parent
 
@@ -144,3 +164,117 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, tiny_folder
 def test_no_warning_for_a_healthy_run(tmp_path):
     for n in range(3): put(tmp_path, n)
     with warnings.catch_warnings(): warnings.simplefilter("error"); assert newest_whole(tmp_path).name == "round_2"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[" * 100_000,
+                                  '{"a": {"bytes": "x", "sha256": 3}}', '{"a": {"bytes": -5, "sha256": ""}}', '{"a\\u0000": {"bytes": 1, "sha256": ""}}',
+                                  '{"/etc/passwd": {"bytes": 1, "sha256": ""}}', '{"sub": {"bytes": 0, "sha256": ""}}'])
+def test_a_manifest_that_says_nothing_true(tmp_path, text):
+    for n in 1, 2: put(tmp_path, n)
+    (tmp_path/"round_2"/"manifest.json").write_text(text)
+    with pytest.warns(UserWarning, match="round_2"): assert newest_whole(tmp_path).name == "round_1"
+
+
+def test_only_plain_numbers_count(tmp_path):
+    for name in "round_1", "round_²", "round_١", "round_1e5", "round_", "_3": (tmp_path/name).mkdir()
+    assert [f.name for f in numbered(tmp_path)] == ["round_1"]
+
+
+# what a run is
+
+def words(some, weight=1.):
+    def reward(prompts, completions, **columns): return [weight*sum(w in c for w in some) for c in completions]
+    return reward
+
+HELPER = 3
+def helped(prompts, completions, **columns): return [_helper(c)*HELPER for c in completions]
+def _helper(c): return len(c)
+
+class Judge:
+    def __init__(self, model, strict=False): self.model, self._strict, self.calls = model, strict, 0
+    def compare(self, prompts, a, b, **columns): self.calls += 1; return [.5]*len(a)
+
+
+def same(a, b): return content(a) == content(b)
+
+def test_equal_content_is_equal():
+    assert same(words(["a", "b"]), words(["a", "b"])) and same(Judge("m"), Judge("m")) and same(as_reward(len), as_reward(len))
+    judge = Judge("m"); before = content(judge); judge.compare([], [], []); judge.cache = {1: 2}
+    assert content(judge) == before and json.loads(json.dumps(before)) == before
+    assert same(ArithmeticTask(2).reward, ArithmeticTask(2).reward) and same({1, 2, 3}, {3, 2, 1})
+
+
+@pytest.mark.parametrize("a, b", [
+    (words(["a"]), words(["b"])), (words(["a"]), words(["a"], 2.)), (Judge("m"), Judge("n")), (Judge("m"), Judge("m", True)),
+    (near_number(20), near_number(30)),
+    (as_reward(lambda p, r: len(r)), as_reward(lambda p, r: len(p))), (lambda x: x + 1, lambda x: x + 2), (lambda x: x in {1, 2}, lambda x: x in {1, 3}),
+    (ArithmeticTask(2), ArithmeticTask(3)), (ArithmeticTask(2), ArithmeticTask(2, system="Add.")), (Judge("m").compare, Judge("n").compare), (b"1", b"2"),
+    (WeightedReward(dict(a=exact_number), dict(a=1.)), WeightedReward(dict(a=exact_number), dict(a=2.))), (lambda x=1: x, lambda x=2: x)])
+def test_other_content_is_other(a, b):
+    assert not same(a, b) and differences(dict(it=content(a)), dict(it=content(b)))
+
+
+def test_what_a_function_calls_is_part_of_it(monkeypatch):
+    before = content(helped)
+    with monkeypatch.context() as m: m.setitem(globals(), "HELPER", 4); assert content(helped) != before
+    with monkeypatch.context() as m: m.setitem(globals(), "_helper", lambda c: len(c) + 1); assert content(helped) != before
+    assert content(helped) == before
+
+
+def test_content_is_the_same_in_another_process(tmp_path):
+    (tmp_path/"mine.py").write_text("class Task:\n    words = 'a', 'b'\n    def reward(self, x): return x in {'a', 'b', 'c'} and self.verifier(x)\n"
+                                    "    @property\n    def verifier(self): return lambda x: [c for c in x]\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mine; from selfplay_nb.checkpoint import content; print(content(mine.Task()))"
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "123"}
+    assert len(said) == 1 and "code" in said.pop()
+
+
+def test_a_model_is_known_by_its_weights(tiny_folder, tmp_path):
+    import torch
+
+    from selfplay_nb.model import tiny_model_folder
+    from selfplay_nb.policy import Base, Policy
+    def load(folder): return Base.load(folder, dtype=torch.float32, device="cpu")
+    shutil.copytree(tiny_folder, tmp_path/"moved"); base = load(tmp_path/"moved")
+    plain = weights_sum(base.model)
+    assert plain == weights_sum(load(tiny_folder).model)
+    policy = Policy(base, "p"); assert weights_sum(base.model) == plain
+    policy.delete(); assert weights_sum(load(tiny_model_folder(tmp_path/"other", seed=5)).model) != plain
+
+
+def test_a_record_is_ours_whole_and_of_this_version(tmp_path):
+    file = tmp_path/"config.json"; write_record(file, {"a": 1})
+    assert read_record(file) == {"a": 1} == run_record(tmp_path) and run_record(tmp_path/"nowhere") is None
+    ours = json.loads(file.read_text())
+    for text, said in [("{", "damaged"), ("[]", "lacks the mark"), ('{"model_type": "llama"}', "lacks the mark"), ("\xff", "damaged"),
+                       (json.dumps(ours | {"format": 99}), "format 99")]:
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=said): read_record(file)
+
+
+def test_only_runs_are_forgotten_and_only_what_they_made(tmp_path):
+    def run(name, *others):
+        folder = tmp_path/name; write_record((folder.mkdir(), folder)[1]/"config.json", {}); (folder/"checkpoints").mkdir(); (folder/".git").mkdir()
+        for o in others: (folder/o).write_text("mine")
+        return folder
+    forget_run(whole := run("whole", "pairs.jsonl"), ["checkpoints", "pairs.jsonl"]); assert [f.name for f in whole.iterdir()] == [".git"]
+    with pytest.raises(ValueError, match="thesis.txt"): forget_run(other := run("other", "thesis.txt"), ["checkpoints"])
+    assert (other/"checkpoints").exists() and (other/"thesis.txt").exists()
+    linked = run("linked"); (linked/"checkpoints").rmdir(); (linked/"checkpoints").symlink_to(other); forget_run(linked, ["checkpoints"])
+    assert (other/"checkpoints").exists() and not (linked/"checkpoints").is_symlink()
+    (tmp_path/"system").mkdir(); (tmp_path/"system"/".DS_Store").write_text("x"); (tmp_path/"system"/"lost+found").mkdir()
+    assert run_record(tmp_path/"system") is None
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path/"victim").write_text("precious"); (tmp_path/"run").mkdir(); (tmp_path/"run"/".lock").symlink_to(tmp_path/"victim")
+    with pytest.raises(ValueError, match="link"), locked(tmp_path/"run"): pass
+    assert (tmp_path/"victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_interrupt(name):
+    number = getattr(signal, name); before = signal.getsignal(number)
+    if before is not signal.SIG_DFL: pytest.skip(f"{name} has another use here")
+    with pytest.raises(KeyboardInterrupt), signals_interrupt(): signal.raise_signal(number)
+    assert signal.getsignal(number) is before

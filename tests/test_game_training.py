@@ -61,13 +61,68 @@ def test_each_game_has_a_baseline_of_its_own():
     for b in {}, {"baseline": SeatBaseline()}: assert [r["advantage"] for r in advantages(mixed, **b)] == [0]*8
 
 
+def match(name, outcome, *prompts, seats=None):
+    "A match in which the seats take turns at `prompts`."
+    seats = seats or [k % 2 for k in range(len(prompts))]
+    return Transcript(name, 0, ["a", "b"], turns=[Turn(s, p, "x", "x") for s, p in zip(seats, prompts)], outcome=[outcome, 1 - outcome])
+
+def found(matches, **settings): return [r["advantage"] for r in advantages(Played(matches), **settings)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_what_was_expected_knows_nothing_of_the_match_itself(n):
+    won = n//2
+    assert found([match("g", float(k < won), "p") for k in range(n)]) == [pytest.approx(float(k < won) - (won - (k < won))/(n - 1)) for k in range(n)]
+    # whatever a match's own outcome is, the same was expected of it
+    for o in 0., 1.: assert found([match("g", o, "p"), match("g", .5, "p"), match("g", 1., "p")])[0] == o - .75
+
+
+def test_a_position_that_came_up_once_is_held_against_its_seat():
+    matches = [match("g", 1., "p", "only here"), match("g", 0., "p", "q"), match("g", 1., "p", "q"), match("h", 1., "p", "q")]
+    assert found(matches) == [.5, -.5, -1., 1., .5, -1., 0, 0]  # of h there is no other match
+    assert found([match("g", 1., "p", "q")]) == [0, 0]
+
+
+def test_the_turns_of_a_match_do_not_stand_in_for_each_other():
+    again = [match("g", 1., *"pqpqpq"), match("g", 0., "p", "q")]  # three times in the same position, with one outcome
+    assert found(again) == [1., -1.]*3 + [-1., 1.]
+    both = [match("g", 1., "p", "p"), match("g", 0., "p", "p")]  # both seats see the same, and one's win is the other's loss
+    assert found(both) == [.5, -.5, -.5, .5]
+
+
+def test_a_long_match_counts_once_for_its_seat():
+    b = SeatBaseline(decay=.5)
+    found([match("g", 1., *"pqpqpqpq"), match("g", 0., "p", "q")], baseline=b)
+    assert b.means == {("g", 0): .5, ("g", 1): .5}
+    found([match("g", 1., *"pqpqpqpq"), match("g", 0., "p", "q"), match("g", 0., "p", "q")], baseline=b)
+    assert b.means == {("g", 0): pytest.approx(.5*.5 + .5/3), ("g", 1): pytest.approx(.5*.5 + .5*2/3)}
+
+
+@pytest.mark.parametrize("baseline", [None, SeatBaseline])
+def test_equal_matches_leave_no_rounding_behind(baseline):
+    settings = {"baseline": baseline()} if baseline else {}
+    assert found([match("g", .1, "p", "q")]*7, **settings) == [0.]*14
+
+
+def test_the_gradient_is_unbiased(games):
+    "The mean advantage of a move over all pairs of matches is what the move is worth, and not a half of it."
+    moves = [(g, t) for g in games for t in g.turns if t.prompt == games[0].turns[0].prompt]
+    worth = {m: mean(g.outcome[t.seat] for g, t in moves if t.answer == m) for m in "123"}
+    def alone(g, t): return Transcript("pick", 0, g.players, turns=[t], outcome=g.outcome)
+    rng, seen = random.Random(0), {m: [] for m in "123"}
+    for _ in range(4000):
+        pair = rng.sample(moves, 2)
+        for (_, t), a in zip(pair, found([alone(*x) for x in pair])): seen[t.answer].append(a)
+    for m in "123": assert mean(seen[m]) == pytest.approx(worth[m] - mean(g.outcome[t.seat] for g, t in moves), abs=.04)
+
+
 def test_surprise_is_paid():
     def game(answer, logprobs): return Transcript("g", 0, ["a", "b"], turns=[Turn(0, "p", answer, answer, logprobs=logprobs)], outcome=[.5, .5])
     rows = advantages(Played([game("x", [-1., -2.]), game("y", [-.5])]), entropy=.1)
-    assert [r["advantage"] for r in rows] == pytest.approx([.125, -.125])
+    assert [r["advantage"] for r in rows] == pytest.approx([.25, -.25])  # each against the other
     assert [r["advantage"] for r in advantages(Played([game("x", [-1., -2.]), game("y", [-.5])]))] == [0, 0]
     odd = game("z", [-9.]); odd.turns[0].legal = False  # nonsense is always a surprise
-    assert advantages(Played([game("x", [-1., -2.]), odd]), entropy=.1)[1]["advantage"] == pytest.approx(-.15)
+    assert advantages(Played([game("x", [-1., -2.]), odd]), entropy=.1)[1]["advantage"] == pytest.approx(-.3)
 
 
 def test_pairs_prefer_what_did_better_in_the_same_position(games):

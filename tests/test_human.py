@@ -65,7 +65,7 @@ def test_a_torn_line_costs_that_line_only(tmp_path, ratings):
     for cut in range(len(whole) + 1):
         (tmp_path/"cut.jsonl").write_bytes(whole[:cut])
         again = HumanRatings(tmp_path/"cut.jsonl", ITEMS)
-        expected = states[whole[:cut].count(b"\n")]
+        expected = states[whole[:cut + 1].count(b"\n")]  # a line that lacks its end alone is whole
         assert again.given() == expected
         again.rate("skip")
         assert HumanRatings(tmp_path/"cut.jsonl", ITEMS).given() == [*expected, "skip"]

@@ -79,9 +79,10 @@ def test_ledger_survives_a_torn_line_at_every_byte(tmp_path):
     first = whole.index(b"\n") + 1
     for cut in range(len(whole)):
         (tmp_path/"b.jsonl").write_bytes(whole[:cut])
-        assert len(Ledger(tmp_path/"b.jsonl")) == (cut >= first)
+        assert len(Ledger(tmp_path/"b.jsonl")) == (cut >= first - 1) + (cut == len(whole) - 1)  # without its end, a whole line is a row
+        assert (tmp_path/"b.jsonl").read_bytes() == whole[:cut]
         Ledger(tmp_path/"b.jsonl").append([PAIR])
-        assert Ledger(tmp_path/"b.jsonl").rows()[-1] == PAIR
+        assert Ledger(tmp_path/"b.jsonl").rows() == ledger.rows()[:(cut >= first - 1) + (cut == len(whole) - 1)] + [PAIR]
 
 
 def test_ledger_refuses_damage_elsewhere_and_rewinds(tmp_path):

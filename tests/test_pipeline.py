@@ -181,6 +181,20 @@ def test_group_advantages():
     assert b == [0.]*4 and sum(a) == pytest.approx(0, abs=1e-9) and sum(x*x for x in a)/4 == pytest.approx(1, abs=1e-4) and a[0] > 0 > a[1]
 
 
+@pytest.mark.parametrize("none", [None, math.nan, math.inf, -math.inf])
+def test_a_reward_that_abstains_is_no_part_of_its_group(none):
+    assert group_advantages([[1., none, 0.]])[0] == [pytest.approx(1, abs=1e-5), 0, pytest.approx(-1, abs=1e-5)]
+    assert group_advantages([[none, 2., 2.], [none]*3, [none, none, 5.]]) == [[0.]*3]*3
+    row = [.1, .7, .4, .4]
+    for at in range(5):
+        [got] = group_advantages([row[:at] + [none] + row[at:]]); assert got.pop(at) == 0 and [got] == group_advantages([row])
+
+
+def test_rounding_is_no_difference_between_rewards():
+    assert group_advantages([[.1 + .2, .3], [1.0000001, 1.], [1000., 1000.0005]]) == [[0., 0.]]*3
+    assert group_advantages([[.301, .3], [-1., -1.001], [1001., 1000.], [1e-3, 0.]]) == [[pytest.approx(1, abs=.01), pytest.approx(-1, abs=.01)]]*4
+
+
 # --- stages
 
 def test_arguments_are_checked_as_a_whole_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -360,7 +374,7 @@ def test_grpo_takes_the_gradient_of_the_paper(make, monkeypatch):
     o.run_policy_optimization("grpo", n_prompts=2, group=4, prompts_per_step=2)
     samples = o._ledgers[1].rows()
     expected = [s["advantage"]/len(s["completion_ids"])/len(samples) for s in samples if s["advantage"]]   # mean over all answers of A/|answer|
-    assert [r["advantage"]/len(seen[0]) for r in seen[0]] == pytest.approx(expected)
+    assert [r["weight"]*r["advantage"]/len(seen[0]) for r in seen[0]] == pytest.approx(expected)
     for i in range(0, 8, 4): assert sum(s["advantage"] for s in samples[i:i+4]) == pytest.approx(0, abs=1e-6)
 
 
@@ -372,19 +386,54 @@ def test_grpo_learns_what_is_rewarded(make):
     assert stage.metrics["reward"][-1] > stage.metrics["reward"][0] + .1
 
 
-def test_grpo_with_kl_holds_back(make, monkeypatch):
-    o = make(); o.run_sft(SFT_DATA[:4])
-    with o._snapshot() as s:
-        old = o.policy.state(); g = torch.Generator().manual_seed(0)
-        o.policy.load_state({k: v + .05*torch.randn(v.shape, generator=g) for k, v in old.items()})
-        problems = Letters().problems("train", 2)
-        zero = lambda prompts, completions, **k: [0.]*len(prompts)
-        rows, _ = o._group_rows(problems, zero, s, 4, 1., seed=0)
-        free, _ = o._group_rows(problems, zero, s, 4, 0., seed=0)
-        drift = (o.policy.logprobs(["q0"]*4, [r["completion_ids"] for r in rows[:4]]) - s.logprobs(["q0"]*4, [r["completion_ids"] for r in rows[:4]])).tolist()
-    assert not any(r["advantage"] for r in free)
-    order = sorted(range(4), key=lambda i: drift[i])
-    assert [rows[i]["advantage"] for i in order] == sorted((r["advantage"] for r in rows[:4]), reverse=True)
+def test_grpo_with_kl_holds_back(make):
+    def moved(kl):
+        o = make(f"kl {kl}"); o.run_sft(SFT_DATA[:4]); old = o.policy.state()
+        o.run_policy_optimization("grpo", n_prompts=32, group=4, prompts_per_step=4, kl=kl, optim="sgd", learning_rate=.3, max_grad_norm=0.)
+        far = sum((v - old[k]).square().sum().item() for k, v in o.policy.state().items()); o.close(); return far
+    free, held = moved(0.), moved(2.)
+    assert 0 < held < .8*free
+
+
+def test_equal_rewards_teach_nothing_whatever_the_kl(make):
+    class Same(Letters):
+        def reward(self, prompts, completions, **columns): return [.3]*len(prompts)
+    for kl in 0., 1.:
+        o = make(f"kl {kl}"); o.task = Same()
+        with pytest.raises(ValueError, match="in no group did the rewards differ.*'no advantage': 16"):
+            o.run_policy_optimization("grpo", n_prompts=4, group=4, kl=kl)
+        o.close()
+
+
+class Moody(Letters):
+    "Abstains on answers of an odd length."
+    def reward(self, prompts, completions, **columns):
+        return [None if len(c) % 2 else len(set(c))/8 for c in completions]
+
+def unchecked(reward, prompts, answers, **columns):
+    flat = [(p, a.text) for p, row in zip(prompts, answers) for a in row]
+    r = iter(reward([p for p, _ in flat], [a for _, a in flat], **columns))
+    return [[next(r) for _ in row] for row in answers]
+
+def test_answers_on_which_the_reward_abstains_are_left_out_and_counted(make, monkeypatch):
+    monkeypatch.setattr(pipeline, "score_samples", unchecked)  # lets them through, as `Guarded` does
+    seen, original = [], pipeline.reinforce
+    monkeypatch.setattr(pipeline, "reinforce", lambda policy, rows, *a, **k: seen.append(rows) or original(policy, rows, *a, **k))
+    o = make(); o.task = Moody()
+    stage = o.run_policy_optimization("grpo", n_prompts=8, group=4, prompts_per_step=8)
+    samples = o._ledgers[1].rows(); scored = [s for s in samples if s["reward"] is not None]
+    assert len(samples) == 32 and all((s["reward"] is None) == bool(len(s["completion"]) % 2) for s in samples) and 0 < len(scored) < 32
+    assert stage.dropped["abstained"] == 32 - len(scored) and stage.metrics["reward"] == [pytest.approx(sum(s["reward"] for s in scored)/len(scored))]
+    expected = [s["advantage"]/len(s["completion_ids"])/len(scored) for s in scored if s["advantage"]]
+    assert [r["weight"]*r["advantage"]/len(seen[0]) for r in seen[0]] == pytest.approx(expected)
+
+
+def test_grpo_takes_one_step_on_each_batch_of_samples(make):
+    for k, settings in enumerate([{}, dict(per_device_train_batch_size=3)]):
+        o = make(f"run {k}"); stage = o.run_policy_optimization("grpo", n_prompts=8, group=4, prompts_per_step=4, **FAST, **settings)
+        assert stage.metrics["steps"] == 2; o.close()
+    for more in dict(num_train_epochs=2), dict(max_steps=3):
+        with pytest.raises(ValueError, match="one step on each batch"): make("epochs").run_policy_optimization("grpo", **more)
 
 
 def test_consecutive_stages_of_a_method_go_on_with_the_optimizer(make, monkeypatch):

@@ -53,7 +53,8 @@ def test_versions_agree():
 
 
 # A module imports only from the floors below its own.
-FLOORS = [{"model", "players", "rates", "templates", "sandbox", "checkpoint"}, {"policy", "reward", "pairs", "ratings"}, {"update", "tasks", "judge", "games"},
+FLOORS = [{"checks"}, {"answers", "model", "players", "rates", "templates", "sandbox", "checkpoint"}, {"policy", "reward", "pairs", "ratings"},
+          {"update", "tasks", "judge", "games"},
           {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional", "skill", "adversarial",
            "code_tasks", "reasoning", "creative", "game_training"},
           {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks"},
@@ -75,8 +76,8 @@ def test_floors():
             assert set(imports(module)) <= set().union(*FLOORS[:i]), module
 
 
-TORCHLESS = ["players", "templates", "reward", "pairs", "rates", "ratings", "tasks", "judge", "competitive", "evaluation", "diversity", "retention", "human",
-             "widgets", "scoreboard", "refinement", "constitutional", "stepper", "card", "skill", "adversarial", "league", "board",
+TORCHLESS = ["answers", "checks", "players", "templates", "reward", "pairs", "rates", "ratings", "tasks", "judge", "competitive", "evaluation", "diversity",
+             "retention", "human", "widgets", "scoreboard", "refinement", "constitutional", "stepper", "card", "skill", "adversarial", "league", "board",
              "sandbox", "code_tasks", "reasoning", "creative", "games", "debate", "game_training", "viewer", "checkpoint", "callbacks", "monitor"]
 
 
