@@ -22,7 +22,7 @@ from importlib.util import find_spec
 
 from .players import text_of
 from .reward import WeightedReward
-from .sandbox import Result, missing, run, run_many, source_of
+from .sandbox import Result, SandboxUnavailable, _enclose, missing, run, run_many, source_of
 from .tasks import held_out
 
 # %% ../nbs/14_code.ipynb #7d8b5dd5
@@ -51,7 +51,7 @@ def _server():
 
 # %% ../nbs/14_code.ipynb #d98c38f1
 def _harness():
-    "The tests' process: a job in the first line of standard input; on standard output a line with the token for each test."
+    "The tests' process: a job in the first line of standard input; at the end the token and the counts on standard output."
     import ast
     import ctypes
     import json
@@ -59,12 +59,19 @@ def _harness():
     import random
     import subprocess
     import sys
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)                              # PR_SET_DUMPABLE
     q = json.loads(sys.stdin.readline())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    child = subprocess.Popen([sys.executable, "-I", "-S", "-c", q["server"]], stdin=-1, stdout=-1, text=True, encoding="utf-8")
+    counts, libc = {True: 0, False: 0}, ctypes.CDLL(None)
+    def say(*words): os.write(1, " ".join(map(str, ["\n" + q["token"], *words, "\n"])).encode())
+    has_scopes = libc.syscall(444, None, 0, 1) >= 6
+    def apart(): _enclose([], ["/"], ["/"]) if has_scopes else None
+    try:
+        if not has_scopes and libc.prctl(4, 0, 0, 0, 0): raise OSError("PR_SET_DUMPABLE")
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", q["server"]], stdin=-1, stdout=-1, text=True, encoding="utf-8",
+                                 preexec_fn=apart)
+    except (OSError, subprocess.SubprocessError) as e: return say("refused", type(e).__name__)
 
-    def say(word): os.write(1, f"{q['token']} {word}\n".encode())
+    def note(ok): counts[bool(ok)] += 1
     def send(x): child.stdin.write(repr(x) + "\n"); child.stdin.flush()
     def candidate(*args, **kwargs):
         send((args, kwargs))
@@ -81,20 +88,20 @@ def _harness():
 
     tree, space = ast.fix_missing_locations(Notes().visit(ast.parse(q["tests"]))), {"__name__": "tests"}
     exec(q["helpers"], space)
-    space |= {q["entry_point"]: candidate, "_note": lambda ok: say("passed" if ok else "failed")}
+    space |= {q["entry_point"]: candidate, "_note": note}
     exec(compile(tree, "tests", "exec"), space)
     random.seed(0)
     try:
         send((q["code"], q["entry_point"]))
         space["check"](candidate)
-        say("end")
+        say(counts[True], counts[False])
     finally: child.kill()
 
 # %% ../nbs/14_code.ipynb #95af1795
 @dataclass(frozen=True)
 class Verdict:
     "What the tests say about a program."
-    passed: int    # tests (asserts that ran) that held
+    passed: int    # tests (asserts that ran) that held; none if the tests did not run to their end
     total: int     # all tests
     ended: bool    # whether the tests ran to their end
     result: Result # of the sandbox
@@ -116,16 +123,19 @@ def check_many(
     **limits,               # other arguments of `run`
 ) -> list[Verdict]:         # in the jobs' order
     "Run each program against its tests. The tests are trusted, the code is not; the same seed of `random` for every run of the tests."
-    program, server = source_of(_harness) + "\n_harness()", source_of(_server) + "\n_server()"
+    program, server = source_of(_enclose, _harness) + "\n_harness()", source_of(_server) + "\n_server()"
     jobs = [{"helpers": ""} | j | {"token": secrets.token_hex(16)} for j in jobs]
     programs = [dict(program=program, stdin=json.dumps(j | {"server": server}) + "\n") for j in jobs]
     results = run_many(programs, workers, progress, tier=tier, seconds=seconds, **limits)
     verdicts = []
     for j, r in zip(jobs, results):
-        said = re.findall(rf"^{j['token']} (passed|failed|end)$", r.stdout, re.MULTILINE)
+        if refused := re.search(rf"^{j['token']} refused (\w+)", r.stdout, re.MULTILINE):
+            raise SandboxUnavailable(f"The tests' process could not be kept apart from the code: {refused[1]}. {r.stderr[-500:]}")
+        counts = re.findall(rf"^{j['token']} (\d+) (\d+) $", r.stdout, re.MULTILINE)
+        ended = r.ok and len(counts) == 1
+        passed, failed = map(int, counts[0]) if ended else (0, 1)
         asserts = sum(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in ast.walk(ast.parse(j["tests"])))
-        passed, ended = said.count("passed"), said[-1:] == ["end"]
-        verdicts.append(Verdict(passed, max(asserts, passed + said.count("failed") + (not ended)), ended, r))
+        verdicts.append(Verdict(passed, max(asserts, passed + failed), ended, r))
     return verdicts
 
 def check_code(code, entry_point, tests, helpers="", **options) -> Verdict:

@@ -351,7 +351,11 @@ SIDES = ("for", "against")
 class DebateState:
     "One debate. Its outcome is the judge's."
     legal = None  # free text
-    def __init__(self, game, motion: Motion): self.game, self.motion, self.said, self.p_for = game, motion, [], None
+    def __init__(self, game, motion: Motion):
+        self.game, self.motion, self.said = game, motion, []
+        self.verdict = []   # P(for won), once it is judged; copies of a debate share it, until one of them goes on
+    @property
+    def p_for(self) -> float | None: return self.verdict[0] if self.verdict else None
     @property
     def seat(self) -> int | None: return len(self.said) % 2 if len(self.said) < 2*self.game.rounds else None
     def move(self, text: str):
@@ -359,6 +363,7 @@ class DebateState:
         if self.seat is None: raise ValueError("the debate is over.")
         if not text.strip(): raise ValueError("an empty statement: expected some words.")
         self.said.append(text.strip()[:self.game.max_chars])
+        self.verdict = []
     @property
     def prompt(self) -> str:
         side, n = SIDES[len(self.said) % 2], len(self.said)//2 + 1
@@ -370,7 +375,9 @@ class DebateState:
         "All that a side said, as the judge reads it."
         return "\n".join([f"I speak {SIDES[seat]} the motion.", *(f"Round {k + 1}: {t}" for k, t in enumerate(self.said[seat::2]))])
     @property
-    def outcome(self) -> list[float] | None: return self.game.settle([self])[0] if self.seat is None else None
+    def outcome(self) -> list[float] | None:
+        "By seat, once `Debate.settle` has asked the judge."
+        return None if self.p_for is None else [self.p_for, 1 - self.p_for]
     def copy(self):
         new = copy.copy(self); new.said = [*self.said]
         return new
@@ -410,12 +417,14 @@ class Debate:
     def settle(self,
         states: list, # debates that are over
     ) -> list[list[float]]: # their outcomes by seat
-        "Judge those of `states` that are not judged yet, in one batch."
-        new = [s for s in states if s.p_for is None]
+        "Judge those of `states` that are not judged yet, in one batch. Raises `ValueError` for a debate that is not over."
+        for s in states:
+            if s.seat is not None: raise ValueError(f"the debate on {s.motion.text!r:.60} is not over: {SIDES[s.seat]} is to speak.")
+        new = list({id(s.verdict): s for s in states if s.p_for is None}.values())
         if new:
             self.verdicts = judge_debate(new, self.judge)
-            for s, p in zip(new, self.verdicts): s.p_for = float(p)
-        return [[s.p_for, 1 - s.p_for] for s in states]
+            for s, p in zip(new, self.verdicts): s.verdict.append(float(p))
+        return [s.outcome for s in states]
 
 # %% ../nbs/37_debate.ipynb #cf4a0685
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'words', 'distinct', 'adjusted_distinct', 'self_bleu', 'compression_ratio', 'vendi', 'embed', 'Entropy',
-           'entropy', 'Diversity', 'diversity', 'Alarm', 'collapse_alarm', 'plot_strip']
+           'entropy', 'Diversity', 'diversity', 'Alarm', 'has_diversity', 'collapse_alarm', 'plot_strip']
 
 # %% ../nbs/22_diversity.ipynb #11047370
 import math
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
+
+from .rates import ratio_interval
 
 # %% ../nbs/22_diversity.ipynb #f55af2c5
 def words(text: str) -> list[str]:
@@ -97,26 +99,26 @@ def embed(
 # %% ../nbs/22_diversity.ipynb #bdd2438b
 @dataclass(frozen=True)
 class Entropy:
-    "Monte-Carlo estimate of a policy's entropy per token, with a 95 % bootstrap interval over prompts."
+    "Monte-Carlo estimate of a policy's entropy per token, with a 95 % interval over prompts."
     value: float  # nats a token
-    low: float
+    low: float    # nan for one prompt
     high: float
     n_tokens: int # sampled tokens that it rests on
 
-    def __repr__(self): return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] nats a token (n={self.n_tokens})"
+    def __repr__(self):
+        interval = "no interval: one prompt" if math.isnan(self.low) else f"{self.low:.2f}, {self.high:.2f}"
+        return f"{self.value:.2f} [{interval}] nats a token (n={self.n_tokens})"
 
 # %% ../nbs/22_diversity.ipynb #a05ca65e
 def entropy(
-    samples,       # for each prompt a list of records with `logprobs`, sampled at temperature 1 and top_p 1
-    seed: int = 0, # of the bootstrap
+    samples, # for each prompt a list of records with `logprobs`, sampled at temperature 1 and top_p 1
 ) -> Entropy:
     """Mean −log p of sampled tokens. At another temperature the same number is *not* the policy's entropy: the tokens are then drawn from one distribution
     and scored with another. Raises `ValueError` for samples without tokens."""
     s, n = (np.array([sum(f(x) for x in row) for row in samples], float) for f in (lambda x: -sum(x.logprobs), lambda x: len(x.logprobs)))
     if not n.sum(): raise ValueError("no tokens: expected samples with their log-probabilities.")
-    i = np.random.default_rng(seed).integers(len(n), size=(2000, len(n)))
-    low, high = np.quantile(s[i].sum(1)/np.maximum(n[i].sum(1), 1), [.025, .975])
-    return Entropy(float(s.sum()/n.sum()), float(low), float(high), int(n.sum()))
+    low, high = ratio_interval(s, n)
+    return Entropy(float(s.sum()/n.sum()), low, high, int(n.sum()))
 
 # %% ../nbs/22_diversity.ipynb #9d145975
 MEASURES = {"distinct-2": distinct, "adjusted distinct-1": adjusted_distinct, "self-BLEU": self_bleu, "compression ratio": compression_ratio}
@@ -141,7 +143,6 @@ def _mean(measure, sets):
 def diversity(
     samples,               # for each prompt a list of k answers: `Samples` as a policy gives them, or texts; a flat list of texts is one answer a prompt
     embeddings=None,       # (answers, d) in the order of the answers, for the Vendi score
-    seed: int = 0,         # of the bootstrap of the entropy
 ) -> Diversity:
     "Measure answers within and across prompts. Raises `ValueError` for none, rows of different length, or embeddings that do not fit."
     rows = [[r] if isinstance(r, str) else list(r) for r in samples]
@@ -157,7 +158,7 @@ def diversity(
         within["Vendi"], across["Vendi"] = _mean(vendi, e), _mean(vendi, e.swapaxes(0, 1))
     flat = [t for r in texts for t in r]; top, count = Counter(t.strip() for t in flat).most_common(1)[0]
     scored = all(hasattr(x, "logprobs") for r in rows for x in r)
-    return Diversity(within, across, m, k, float(np.mean([len(words(t)) for t in flat])), (top, count/len(flat)), entropy(rows, seed) if scored else None)
+    return Diversity(within, across, m, k, float(np.mean([len(words(t)) for t in flat])), (top, count/len(flat)), entropy(rows) if scored else None)
 
 # %% ../nbs/22_diversity.ipynb #e3a693cd
 @patch
@@ -185,6 +186,13 @@ class Alarm:
                 f"{100*self.within:.0f} % within{evidence}")
 
 # %% ../nbs/22_diversity.ipynb #2c3d782c
+def has_diversity(
+    d: Diversity, # of a policy
+) -> bool:
+    "Whether different prompts have different answers, so that there is something to lose: 1 − self-BLEU across prompts of at least 0.1."
+    return 1 - d.across["self-BLEU"] >= .1
+
+# %% ../nbs/22_diversity.ipynb #b042c4f7
 def collapse_alarm(
     now: Diversity,         # of the policy
     reference: Diversity,   # of the same prompts and as many samples, at the start of the run and the same temperature
@@ -198,7 +206,8 @@ def collapse_alarm(
     if sizes[0] != sizes[1]: raise ValueError(f"{sizes[0]} prompts and samples now, {sizes[1]} in the reference: expected the same; the measures depend on it.")
     new = lambda d: (1 - d.within["self-BLEU"], 1 - d.across["self-BLEU"])
     (within, across), (had_within, had_across) = new(now), new(reference)
-    if not had_across >= .1: raise ValueError(f"1 − self-BLEU of the reference across prompts is {had_across:.2f}: expected at least 0.1, something to lose.")
+    if not has_diversity(reference):
+        raise ValueError(f"1 − self-BLEU of the reference across prompts is {had_across:.2f}: expected at least 0.1, something to lose.")
     return Alarm(within/had_within if had_within > 0 else math.nan, across/had_across, threshold, now.commonest)
 
 # %% ../nbs/22_diversity.ipynb #da7d499f

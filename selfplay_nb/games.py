@@ -20,30 +20,38 @@ from html import escape
 
 from fastcore.basics import patch
 
+from .answers import denied
 from .pairs import Ledger
 from .players import Answer, answers_together, name_of
 from .rates import Rate, win_rate
 from .ratings import html_table, text_table
+from .templates import escape_special, fill
 
 # %% ../nbs/36_games.ipynb #e95fb578
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+_QUOTES = re.compile(r'"([^"\n]*)"|`([^`\n]*)`|(?<!\w)\'([^\'\n]*)\'|\*\*([^*\n]*)\*\*')
+_BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"   # a move that goes on there is another one
+
 def find_move(
     answer: str,       # of a player
     legal: list[str],  # the legal moves
 ) -> str:              # one of them
     "The move that an answer means; raises `ValueError` saying why there is none."
     key = str.casefold if len({m.casefold() for m in legal}) == len(legal) else str
-    moves, text = {key(m): m for m in legal}, answer.strip()
+    moves, text = {key(m): m for m in legal}, key(answer.strip())
     if not text: raise ValueError("the answer is empty")
-    if key(text) in moves: return moves[key(text)]
-    for whole, inner in re.findall(r"(\[([^\[\]]*)\])", text)[-1:]:
-        for x in inner.strip(), whole:
-            if key(x) in moves: return moves[key(x)]
+    if text in moves: return moves[text]
+    brackets = [m for m in _BRACKETS.finditer(text) if not denied(text, *m.span())]
+    if brackets:
+        whole, inner = brackets[-1][0], brackets[-1][1].strip()
+        if inner in moves or whole in moves: return moves[inner if inner in moves else whole]
         raise ValueError(f"{whole:.80} is not a legal move")
-    quoted = [key(x.strip()) for found in re.findall(r'"([^"\n]*)"|`([^`\n]*)`|(?<!\w)\'([^\'\n]*)\'|\*\*([^*\n]*)\*\*', text) for x in found]
-    for x in reversed(quoted):
-        if x in moves: return moves[x]
+    for m in reversed(list(_QUOTES.finditer(text))):
+        inner = next(x for x in m.groups() if x is not None).strip()
+        if inner in moves and not denied(text, *m.span()): return moves[inner]
     words = "|".join(re.escape(m) for m in sorted(moves, key=len, reverse=True))   # the longest first: "take 10" is not "take 1"
-    found = list(dict.fromkeys(re.findall(rf"(?<!\w)(?:{words})(?!\w|\.\d)", key(text)))) if moves else []
+    named = re.finditer(rf"{_BEFORE}(?:{words}){_AFTER}", text) if moves else []
+    found = list(dict.fromkeys(m[0] for m in named if not denied(text, *m.span())))
     if len(found) == 1: return moves[found[0]]
     if found: raise ValueError(f"the answer names several legal moves ({', '.join(moves[m] for m in found[:5])}): it must say which one is meant")
     raise ValueError("the answer contains no legal move")
@@ -187,12 +195,16 @@ class LiveGame:
         "What the player to move is shown; after an illegal answer with the reason."
         p = self.state.prompt
         if not self.reason: return p
-        said = self.transcript.turns[-1].answer; again = f"This was not accepted: {self.reason}. Answer again."
-        if isinstance(p, str): return f"{p}\n\nYour answer was: {said}\n{again}"
-        return [*p, dict(role="assistant", content=said), dict(role="user", content=again)]
+        said = self.transcript.turns[-1].answer
+        again = f"This was not accepted: {escape_special(self.reason)}. Answer again."
+        template = "{prompt}\n\nYour answer was:\n{said}\n{again}"
+        if isinstance(p, str): return fill(template, max_chars=2000, trusted=dict(prompt=p, again=again), said=said)[0]
+        return [*p, dict(role="assistant", content=escape_special(said)), dict(role="user", content=again)]
 
     def _end(self):
-        if self.state.seat is None and not self.over: self.transcript.outcome = [float(o) for o in self.state.outcome]
+        if self.state.seat is None and not self.over:
+            if self.state.outcome is None: self.game.settle([self.state])   # it needs a judge
+            self.transcript.outcome = [float(o) for o in self.state.outcome]
         if self.over: self.transcript.end, self.transcript.record = str(self.state), getattr(self.state, "record", None)
 
 # %% ../nbs/36_games.ipynb #48d81486
@@ -647,7 +659,9 @@ class TextArenaState:
         try: return do(*args, **kw)
         finally: self._luck = random.getstate(); random.setstate(outside)
 
-    def _look(self): self.seat, self.prompt = self.env.get_observation()
+    def _look(self):
+        self.seat, prompt = self.env.get_observation()
+        self.prompt = escape_special(str(prompt))   # it quotes what the others said
     def copy(self): return TextArenaState(self.game, self.seed, list(self.moves))
     @property
     def record(self) -> list[str]: return list(self.moves)
@@ -688,6 +702,7 @@ def replay(
             if turn.move is not None: state.move(turn.move)
         except ValueError as e: raise ValueError(f"turn {i} of this transcript of {transcript.game} is no move in {game.name}: {e}") from None
         out.append(state.copy())
-    if transcript.forfeit is None and transcript.outcome != (state.outcome and [float(o) for o in state.outcome]):
+    unjudged = state.seat is None and state.outcome is None   # its outcome is a judge's, who is not asked again
+    if transcript.forfeit is None and not unjudged and transcript.outcome != (state.outcome and [float(o) for o in state.outcome]):
         raise ValueError(f"{game.name} ends with {state.outcome}, the transcript with {transcript.outcome}: it is another game, or another version of it.")
     return out

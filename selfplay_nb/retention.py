@@ -10,12 +10,11 @@ __all__ = ['PASSAGES', 'ITEMS', 'Perplexity', 'perplexity', 'Estimate', 'perplex
 import math
 from copy import copy
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from fastcore.basics import patch
 
-from .rates import Rate
+from .rates import Rate, ratio_interval
 
 # %% ../nbs/23_retention.ipynb #359b4866
 PASSAGES = [" ".join(p.split()) for p in """
@@ -108,7 +107,8 @@ class Perplexity:
     tokens: list[int]  # of each passage
 
     @property
-    def value(self) -> float: return math.exp(sum(self.nats)/sum(self.tokens))
+    def value(self) -> float:
+        with np.errstate(over="ignore"): return float(np.exp(sum(self.nats)/sum(self.tokens)))
     def __repr__(self): return f"perplexity {self.value:.2f} ({len(self.nats)} passages, {sum(self.tokens)} tokens)"
 
 # %% ../nbs/23_retention.ipynb #c049b054
@@ -127,22 +127,22 @@ def perplexity(
 class Estimate:
     "A number with its 95 % interval."
     value: float
-    low: float
+    low: float   # nan where there is no interval
     high: float
-    def __repr__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    def __repr__(self):
+        interval = "no interval" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.value:.3f} [{interval}]"
 
 # %% ../nbs/23_retention.ipynb #2b109a95
 def perplexity_ratio(
     before: Perplexity, # of the same passages
     after: Perplexity,  # of a policy on the same base
-    seed: int = 0,      # of the bootstrap
-) -> Estimate:          # above 1 is worse
-    "after/before, with a bootstrap interval over passages. Raises `ValueError` if the passages have different tokens."
+) -> Estimate:          # above 1 is worse; without an interval for one passage
+    "after/before, with an interval over passages. Raises `ValueError` if the passages have different tokens."
     if before.tokens != after.tokens: raise ValueError("the passages have different numbers of tokens: expected the same passages and tokenizer.")
     d, n = np.subtract(after.nats, before.nats), np.array(before.tokens)
-    i = np.random.default_rng(seed).integers(len(n), size=(2000, len(n)))
-    low, high = np.exp(np.quantile(d[i].sum(1)/n[i].sum(1), [.025, .975]))
-    return Estimate(float(np.exp(d.sum()/n.sum())), float(low), float(high))
+    logs = d.sum()/n.sum(), *ratio_interval(d, n)
+    with np.errstate(over="ignore"): return Estimate(*np.exp(logs).tolist())
 
 # %% ../nbs/23_retention.ipynb #36f4a04f
 _ITEMS = """
@@ -246,9 +246,11 @@ def paired_change(
     level: float = 0.95, # of confidence
 ) -> Estimate:           # in [-1, 1]; below 0 is worse
     "Change in accuracy with the adjusted Wald interval for matched pairs."
+    from scipy.special import stdtrit
     gained, lost = sum(b > a for a, b in zip(before, after)), sum(a > b for a, b in zip(before, after))
-    n, z = len(before) + 2, NormalDist().inv_cdf(.5 + level/2)
-    mid, half = (gained - lost)/n, z*math.sqrt(max(gained + lost + 1 - (gained - lost)**2/n, 0))/n
+    n = len(before) + 2
+    t = float(stdtrit(n - 1, .5 + level/2))
+    mid, half = (gained - lost)/n, t*math.sqrt(max(gained + lost + 1 - (gained - lost)**2/n, 0))/n
     return Estimate((gained - lost)/len(before), max(-1., mid - half), min(1., mid + half))
 
 # %% ../nbs/23_retention.ipynb #b11af37a
@@ -292,7 +294,6 @@ def retention(
     before,                  # a policy, or its `Capability` from then
     after,                   # a policy, or its `Capability`
     tolerance: float = 0.1,  # relative rise in perplexity, and loss in accuracy, that is accepted
-    seed: int = 0,           # of the bootstrap
     **data,                  # `passages` and `items` for `capability`
 ) -> Retention:
     "Compare a policy before and after training. Raises `ValueError` if the two were asked different things, or for a tolerance that is not positive."
@@ -301,7 +302,7 @@ def retention(
     asked, right = ([[r[k] for r in c.probe.rows] for c in (before, after)] for k in ("prompt", "right"))
     if asked[0] != asked[1]: raise ValueError("the probes have different items: expected the same, in the same order.")
     change = paired_change(*right)
-    return Retention(before, after, perplexity_ratio(before.perplexity, after.perplexity, seed), change, tolerance)
+    return Retention(before, after, perplexity_ratio(before.perplexity, after.perplexity), change, tolerance)
 
 # %% ../nbs/23_retention.ipynb #ae08f988
 @patch

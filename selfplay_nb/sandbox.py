@@ -6,10 +6,13 @@
 __all__ = ['TIERS', 'Result', 'SandboxUnavailable', 'source_of', 'missing', 'run', 'run_many']
 
 # %% ../nbs/13_sandbox.ipynb #e25f81e2
+import ctypes
 import inspect
 import json
 import math
 import os
+import secrets
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from importlib.util import find_spec
 
 # %% ../nbs/13_sandbox.ipynb #11a924bd
 def _limit(cpu, memory, files, file_size, tasks):
@@ -31,6 +33,134 @@ def _limit(cpu, memory, files, file_size, tasks):
         hard = r.getrlimit(what)[1]
         n = n if hard == r.RLIM_INFINITY else min(n, hard)
         r.setrlimit(what, (n, n))
+
+# %% ../nbs/13_sandbox.ipynb #6a1b2cd7
+_CALLS = """
+    read=0/63 write=1/64 readv=19/65 writev=20/66 pread64=17/67 pwrite64=18/68 preadv=295/69 pwritev=296/70
+    preadv2=327/286 pwritev2=328/287 open=2/ openat=257/56 close=3/57 close_range=436/436 creat=85/
+    lseek=8/62 dup=32/23 dup2=33/ dup3=292/24 pipe=22/ pipe2=293/59 stat=4/ lstat=6/ fstat=5/80
+    newfstatat=262/79 statx=332/291 statfs=137/43 fstatfs=138/44 access=21/ faccessat=269/48
+    faccessat2=439/439 readlink=89/ readlinkat=267/78 getcwd=79/17 chdir=80/49 fchdir=81/50
+    getdents64=217/61 umask=95/166 mkdir=83/ mkdirat=258/34 rmdir=84/ unlink=87/ unlinkat=263/35 rename=82/
+    renameat=264/38 renameat2=316/276 link=86/ linkat=265/37 symlink=88/ symlinkat=266/36 truncate=76/45
+    ftruncate=77/46 fsync=74/82 fdatasync=75/83 fadvise64=221/223 sendfile=40/71 copy_file_range=326/285
+    poll=7/ ppoll=271/73 select=23/ pselect6=270/72 epoll_create=213/ epoll_create1=291/20 epoll_ctl=233/21
+    epoll_wait=232/ epoll_pwait=281/22 epoll_pwait2=441/441 eventfd2=290/19 timerfd_create=283/85
+    timerfd_settime=286/86 timerfd_gettime=287/87 signalfd4=289/74 recvfrom=45/207 shutdown=48/210
+    getsockname=51/204 getpeername=52/205 getsockopt=55/209 munmap=11/215 mprotect=10/226 mremap=25/216
+    brk=12/214 madvise=28/233 msync=26/227 membarrier=324/283 rseq=334/293 futex=202/98
+    set_robust_list=273/99 set_tid_address=218/96 restart_syscall=219/128 rt_sigaction=13/134
+    rt_sigprocmask=14/135 rt_sigreturn=15/139 rt_sigsuspend=130/133 rt_sigpending=127/136
+    rt_sigtimedwait=128/137 sigaltstack=131/132 kill=62/129 tkill=200/130 tgkill=234/131 alarm=37/ pause=34/
+    setitimer=38/103 getitimer=36/102 nanosleep=35/101 clock_nanosleep=230/115 clock_gettime=228/113
+    clock_getres=229/114 gettimeofday=96/169 time=201/ fork=57/ vfork=58/ execve=59/221 exit=60/93
+    exit_group=231/94 wait4=61/260 waitid=247/95 getpid=39/172 getppid=110/173 gettid=186/178 getuid=102/174
+    geteuid=107/175 getgid=104/176 getegid=108/177 getresuid=118/148 getresgid=120/150 getgroups=115/158
+    getpgrp=111/ getpgid=121/155 getsid=124/156 setpgid=109/154 setsid=112/157 getrlimit=97/163
+    setrlimit=160/164 getrusage=98/165 times=100/153 uname=63/160 sysinfo=99/179 sched_yield=24/124
+    getcpu=309/168 getrandom=318/278 arch_prctl=158/ capget=125/90 landlock_create_ruleset=444/444
+    landlock_add_rule=445/445 landlock_restrict_self=446/446 mmap=9/222 clone=56/220 clone3=435/435 prctl=157/167 fcntl=72/25
+    ioctl=16/29 prlimit64=302/261 sendto=44/206 socketpair=53/199 sched_getaffinity=204/123
+"""   # name=number on x86_64/number on aarch64, which has no second form of some calls
+
+_ANY = 0xFFFFFFFF
+_RULES = {   # call: (half of an argument, bits, values, whether they are the allowed or the refused ones); argument n has halves 2n, 2n + 1
+    "mmap": [(6, 0x21, [0x21], False), (6, 0x40000, [0x40000], False)],         # no shared anonymous memory, no huge pages: in no count
+    "clone": [(0, 0x7E02A000, [0], True), (0, 0x10400, [0x10000], False)],      # no namespaces; threads share their files
+    "prctl": [(0, _ANY, [3, 15, 16, 23, 39], True)],                            # names, and what only asks
+    "fcntl": [(2, _ANY, [*range(8), 1030, 1032], True)],                        # duplicates, flags, locks; no owner, lease or pipe size
+    "ioctl": [(2, _ANY, [0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451], True)],   # is it a terminal, how much is there
+    "prlimit64": [(0, _ANY, [0], True)],                                        # of itself
+    "sched_getaffinity": [(0, _ANY, [0], True)],
+    "kill": [(0, _ANY, [_ANY], False)],                                         # not everybody at once
+    "socketpair": [(0, _ANY, [1], True), (2, 0xF, [1], True)],                  # a pipe in both directions, which has no address
+    "sendto": [(8, _ANY, [0], True), (9, _ANY, [0], True)],                     # along that pipe, to no address
+}
+
+# %% ../nbs/13_sandbox.ipynb #a5bcfa75
+def _filter(
+    machine, # "x86_64" or "aarch64"
+    scopes,  # whether the kernel has Landlock's scopes; without them the process with the tests has to hide itself by `prctl`
+):
+    "The filter for a machine in the kernel's form, 8 bytes an instruction, as hexadecimal text."
+    rules = _RULES if scopes else _RULES | {"prctl": [(0, _ANY, [3, 4, 15, 16, 23, 39], True)]}
+    load, equal, mask, give = 0x20, 0x15, 0x54, 0x06
+    allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+    column = ["x86_64", "aarch64"].index(machine)
+    code = [(load, 0, 0, 4), (equal, 1, 0, [0xC000003E, 0xC00000B7][column]), (give, 0, 0, kill), (load, 0, 0, 0)]
+    for call in _CALLS.split():
+        name, numbers = call.split("=")
+        number = numbers.split("/")[column]
+        if not number: continue
+        block = []
+        for half, bits, values, allowed in rules.get(name, []):
+            block += [(load, 0, 0, 16 + 4*half), (mask, 0, 0, bits)]
+            if allowed: block += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)] + [(give, 0, 0, refuse)]
+            else: block += [step for v in values for step in ((equal, 0, 1, v), (give, 0, 0, refuse))]
+        block.append((give, 0, 0, absent if name == "clone3" else allow))
+        code += [(equal, 0, len(block), int(number)), *block]
+    code.append((give, 0, 0, refuse))
+    return b"".join(struct.pack("=HBBI", *step) for step in code).hex()
+
+# %% ../nbs/13_sandbox.ipynb #39e6fcfd
+def _enclose(listed, readable, writable):
+    "Give up all of the file system but `listed` (names only), `readable` and `writable`, all TCP, and all signals to the outside."
+    import ctypes
+    import os
+    import struct
+    libc = ctypes.CDLL(None, use_errno=True)
+    execute, write, read, names, cut, all_ = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 14, (1 << 16) - 1
+    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13      # remove and make folders, files and symlinks; move them
+    rules = libc.syscall(444, struct.pack("=QQQ", all_, 3, 3), 24, 0)
+    if rules < 0: raise OSError(ctypes.get_errno(), "Landlock: refused")
+    rights = [(path, names) for path in listed] + [(path, execute | read | names) for path in readable]
+    rights += [(path, write | read | names | cut | changes) for path in writable]
+    for path, right in rights:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not os.path.isdir(path): right &= execute | write | read | cut
+        if libc.syscall(445, rules, 1, struct.pack("=Qi", right, place), 0):
+            raise OSError(ctypes.get_errno(), f"Landlock refused a rule: {path}")
+        os.close(place)
+    if libc.syscall(446, rules, 0): raise OSError(ctypes.get_errno(), "Landlock: refused")
+    os.close(rules)
+
+# %% ../nbs/13_sandbox.ipynb #5ee85755
+@lru_cache
+def _layout(python):
+    "The folders of a Python's standard library, and all that it needs to be read."
+    look = """
+import ctypes, glob, json, os, sys, sysconfig
+folders = [d for d in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")} if os.path.isdir(d)]
+def ours(name): return name.split(".")[0] in {*sys.stdlib_module_names, "lib-dynload", "__pycache__"} or name.startswith("_sysconfigdata")
+read = [os.path.join(d, name) for d in folders for name in os.listdir(d) if ours(name)]
+for extension in [*(f for d in folders for f in glob.glob(d + "/lib-dynload/*.so")), "libgcc_s.so.1"]:
+    try: ctypes.CDLL(extension)
+    except OSError: pass
+with open("/proc/self/maps") as f: read += {line[line.index("/"):-1] for line in f if "/" in line}
+here = os.path.dirname(sys.executable)
+read += [sys.executable, here + "/pyvenv.cfg", here + "/../pyvenv.cfg", "/etc/ld.so.cache", "/dev/urandom"]
+print(json.dumps([folders, [p for p in read if os.path.exists(p)]]))
+"""
+    shown = subprocess.run([python, "-I", "-S", "-c", look], capture_output=True, text=True, check=True).stdout
+    return json.loads(shown)
+
+# %% ../nbs/13_sandbox.ipynb #43260b50
+def _settle(q, tasks, uid):
+    "In the program's process, before the program: take all from it that request `q` says, then write the word that all of it holds."
+    import ctypes
+    import os
+    libc = ctypes.CDLL(None, use_errno=True)
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+    code = bytes.fromhex(q["filter"])
+    filter_ = Program(len(code)//8, code)
+    if libc.prctl(1, 9, 0, 0, 0): raise OSError(ctypes.get_errno(), "to die with the supervisor: refused")
+    if libc.prctl(38, 1, 0, 0, 0): raise OSError(ctypes.get_errno(), "no new privileges: refused")
+    if q["enclose"]: _enclose(*q["enclose"])
+    if uid: os.setresuid(uid, -1, -1)       # a real user number of its own: the kernel never limits how many processes root may have
+    _limit(*q["limits"], tasks)
+    if libc.prctl(22, 2, ctypes.byref(filter_), 0, 0): raise OSError(ctypes.get_errno(), "seccomp: refused")
+    os.write(1, q["word"].encode())
 
 # %% ../nbs/13_sandbox.ipynb #eb7430a9
 def _descendants(pid):
@@ -62,129 +192,183 @@ def _kill_all(seconds=5):
         time.sleep(.002)
     return False
 
-# %% ../nbs/13_sandbox.ipynb #d4753a89
-def _start_process(q, libc):
-    "Start the program of request `q` in the plain tier: pid and the two pipes."
-    import ctypes
+def _remove(folder):
+    "Remove a folder that a program has left, however deep or locked it is."
+    import os
+    import shutil
+    import subprocess
+    try: shutil.rmtree(folder)
+    except FileNotFoundError: pass
+    except (OSError, RecursionError):
+        if not os.path.islink(folder): subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+
+# %% ../nbs/13_sandbox.ipynb #2bb6ba5e
+def _start(q):
+    "Start the program of request `q`."
     import os
     import subprocess
     tasks = 4*q["processes"] + 32               # a hard stop for bombs that are faster than the watch
-    if os.geteuid():                            # the kernel counts all tasks of a user together
+    with open("/proc/self/uid_map") as f: everybody = "4294967295" in f.read()
+    uid = 2_000_000_000 + os.getpid() if everybody and not os.geteuid() else None
+    if uid is None:                             # the kernel counts all tasks of a user together
         for p in filter(str.isdigit, os.listdir("/proc")):
             try: tasks += len(os.listdir(f"/proc/{p}/task")) if os.stat(f"/proc/{p}").st_uid == os.geteuid() else 0
             except OSError: pass
-    libc.prctl(4, 0, 0, 0, 0)                   # not dumpable: the program cannot look into this process
-    uid = 2_000_000_000 + os.getpid()
+
     def ready():
-        _limit(*q["limits"], tasks)
-        libc.prctl(1, 9, 0, 0, 0)               # die with the supervisor
-        libc.prctl(38, 1, 0, 0, 0)              # no new privileges
-        scope = (ctypes.c_uint64*3)(0, 0, 3)    # Landlock: signals and abstract sockets stay inside
-        fd = libc.syscall(444, scope, 24, 0)
-        if fd >= 0: libc.syscall(446, fd, 0)
-        if not os.geteuid():
-            try: os.setresuid(uid, -1, -1)
-            except OSError: pass                # a container without such a user
-    p = subprocess.Popen(q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={}, start_new_session=True, preexec_fn=ready)
-    return p.pid, p.stdout.fileno(), p.stderr.fileno(), p
+        try: _settle(q, tasks, uid)
+        except BaseException as e:
+            os.write(2, f"{type(e).__name__}: {e}".encode())
+            os._exit(1)
 
-# %% ../nbs/13_sandbox.ipynb #13baeeee
-_DENIED = ["fchmodat", "fchownat", "utimensat", "setxattr", "lsetxattr", "removexattr", "lremovexattr",
-           *(["chmod", "chown", "lchown", "utime", "utimes", "futimesat"] if os.uname().machine == "x86_64" else [])] if hasattr(os, "uname") else []
+    return subprocess.Popen(q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={}, start_new_session=True, preexec_fn=ready)
 
-def _start_strong(q, libc):
-    "Start the program of request `q` under sandlock: pid and the two pipes."
-    import json
+# %% ../nbs/13_sandbox.ipynb #f3ae2b55
+def _held(pid, file_size):
+    "What a process holds: tasks, bytes of resident memory, and the sizes of its files without a name, by file."
     import os
-    import sys
-    sys.path.append(q["packages"])
-    from sandlock import Sandbox, StdioMode
-    box = Sandbox(fs_readable=[p for p in q["readable"] if os.path.exists(p)], fs_writable=[q["folder"], "/dev/null"], cwd=q["folder"],
-                  clean_env=True, no_coredump=True, max_processes=4*q["processes"] + 32, extra_deny_syscalls=q["denied"])
-    first = q["limit"] + "\nimport json, os, sys\n_limit(*json.loads(sys.argv[1]), None)\nos.execve(sys.argv[2], sys.argv[2:], {})"
-    command = [q["command"][0], "-I", "-S", "-c", first, json.dumps(q["limits"]), *q["command"]]
-    p = box.popen(command, stdin=StdioMode.INHERIT, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)
-    return p.pid, p.stdout.fileno(), p.stderr.fileno(), (p, box)
+    import stat
+    hidden, resident, tasks = {}, 0, []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+        for task in tasks:
+            here = f"/proc/{pid}/task/{task}"
+            with open(f"{here}/statm") as f: resident = int(f.read().split()[1])*os.sysconf("SC_PAGE_SIZE")
+            if resident: break
+        else: return len(tasks), 0, {}
+        with open(f"{here}/maps") as f: mapped = [line.split() for line in f if line.endswith("(deleted)\n")]
+        for _, _, _, device, inode, *_ in mapped:
+            major, minor = (int(n, 16) for n in device.split(":"))
+            hidden[os.makedev(major, minor), int(inode)] = file_size      # at most: a part of it may be mapped
+        for fd in os.listdir(f"{here}/fd"):
+            s = os.stat(f"{here}/fd/{fd}")
+            if stat.S_ISREG(s.st_mode) and not s.st_nlink: hidden[s.st_dev, s.st_ino] = s.st_blocks*512
+    except OSError: pass                                                  # it ended, or closed a file, while we looked
+    return len(tasks), resident, hidden
 
-# %% ../nbs/13_sandbox.ipynb #ee62ef54
+def _kept(folder, most):
+    "How many names are in a folder, up to a few more than `most`, and their bytes."
+    import os
+    names, size, todo = 0, 0, [folder]
+    while todo and names <= most:
+        try:
+            with os.scandir(todo.pop()) as entries:
+                for e in entries:
+                    names += 1
+                    if names > most: break
+                    size += e.stat(follow_symlinks=False).st_blocks*512
+                    if e.is_dir(follow_symlinks=False): todo.append(e.path)
+        except FileNotFoundError: pass                                    # removed while we looked
+        except OSError: return most + 1, size                             # too deep to be looked into, or locked
+    return names, size
+
+# %% ../nbs/13_sandbox.ipynb #73bb6703
 def _watch(q, pid, pipes):
     "Watch the program until it ends or breaks a limit: status, reason, exit code and the bytes of both pipes."
     import os
     import select
     import sys
     import time
-    page, deadline, tick = os.sysconf("SC_PAGE_SIZE"), time.monotonic() + q["seconds"], 0
+    deadline, tick, most, word = time.monotonic() + q["seconds"], 0, 1000, q["word"].encode()
     poll, data, status, why, code = select.poll(), {fd: b"" for fd in pipes}, None, "", None
     ended = os.pidfd_open(pid)
     for fd in (*pipes, ended): poll.register(fd, select.POLLIN)
     for fd in pipes: os.set_blocking(fd, False)
 
+    def too_much(): return sum(map(len, data.values())) > q["output"] + len(word)
     def read(fd):
         try: new = os.read(fd, 1 << 16)
         except BlockingIOError: return False
         data[fd] += new
-        return bool(new) and sum(map(len, data.values())) <= q["output"]
+        return bool(new) and not too_much()
+    def broken():
+        "The limit that is broken, as status and reason, or None."
+        below = _descendants(os.getpid())
+        if len(below) > q["processes"]: return "killed", f"more than {q['processes']} processes"
+        tasks, resident, hidden = 0, 0, {}
+        for p in below:
+            more, bytes_, files = _held(p, q["limits"][3])
+            tasks += more
+            resident += bytes_
+            hidden |= files
+        names, size = _kept(q["folder"], most)
+        if tasks > 4*q["processes"] + 32: return "killed", f"more than {4*q['processes'] + 32} threads"
+        if resident + size + sum(hidden.values()) > q["limits"][1]: return "memory", f"more than {q['limits'][1] >> 20} MB"
+        if names > most: return "killed", f"more than {most} files, or folders that cannot be looked into"
 
     while status is None:
         now = time.monotonic()
         if now > deadline: status, why = "timeout", f"more than {q['seconds']:g} s"
         elif now > tick:
-            tick = now + .02
             if os.getppid() != q["parent"]: sys.exit(1)
-            below, resident = _descendants(os.getpid()), 0
-            for p in below:
-                try:
-                    with open(f"/proc/{p}/statm") as f: resident += int(f.read().split()[1])*page
-                except OSError: pass
-            if len(below) > q["processes"]: status, why = "killed", f"more than {q['processes']} processes"
-            elif resident > q["limits"][1]: status, why = "memory", f"more than {q['limits'][1] >> 20} MB"
+            status, why = broken() or (None, "")
+            tick = time.monotonic() + .02
         ready = [fd for fd, _ in poll.poll(20)]
         for fd in ready:
             if fd != ended and not read(fd): poll.unregister(fd)
-        if sum(map(len, data.values())) > q["output"]: status, why = "output", f"more than {q['output']} bytes"
+        if too_much(): status, why = "output", f"more than {q['output']} bytes"
         elif ended in ready and status is None:
             end = os.waitid(os.P_PIDFD, ended, os.WEXITED | os.WNOWAIT)
             status, code = "ended", end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
     _kill_all()
     for fd in pipes:
         while read(fd): pass
-    if status == "ended" and sum(map(len, data.values())) > q["output"]: status, why = "output", f"more than {q['output']} bytes"
+    if status == "ended" and too_much(): status, why = "output", f"more than {q['output']} bytes"
     return status, why, code, *data.values()
 
-# %% ../nbs/13_sandbox.ipynb #f3ae2b55
+# %% ../nbs/13_sandbox.ipynb #e3b78896
 def _supervise():
     "The supervisor's main: a request on standard input, a report on standard output."
     import ctypes
     import json
     import os
     import resource
-    import shutil
     import signal
     import sys
     import time
     q = json.load(sys.stdin)
     libc = ctypes.CDLL(None)
-    libc.prctl(36, 1, 0, 0, 0)                          # PR_SET_CHILD_SUBREAPER
-    for capability in range(64): libc.prctl(24, capability, 0, 0, 0)   # root's program keeps no capability, nor can it raise a limit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    given = os.memfd_create("stdin"); os.write(given, q["stdin"].encode()); os.lseek(given, 0, 0)
-    os.dup2(given, 0); os.close(given)
+    given = os.memfd_create("stdin")
+    os.write(given, q["stdin"].encode())
+    os.lseek(given, 0, 0)
+    os.dup2(given, 0)
+    os.close(given)
+
+    def refused():
+        "The first protection of this process that the kernel refuses, or None."
+        if libc.prctl(36, 1, 0, 0, 0): return "PR_SET_CHILD_SUBREAPER"   # all orphans below come to this process
+        if libc.prctl(4, 0, 0, 0, 0): return "PR_SET_DUMPABLE"           # nobody looks into it
+        for capability in range(64): libc.prctl(24, capability, 0, 0, 0)
+        libc.prctl(47, 4, 0, 0, 0)
+        with open("/proc/self/status") as f: status = dict(line.split(":", 1) for line in f)
+        handed_on = "CapAmb" if os.geteuid() else "CapBnd"               # root's program keeps no capability, nor can it raise a limit
+        if int(status[handed_on], 16): return f"capabilities would be handed on: {handed_on} {status[handed_on].strip()}"
+
     try:
         t = time.monotonic()
-        try: pid, out, err, keep = (_start_strong if q["tier"] == "strong" else _start_process)(q, libc)
+        try:
+            if why := refused(): raise OSError(why)
+            p = _start(q)
         except Exception as e: return print(json.dumps({"unavailable": f"{type(e).__name__}: {e}"}))
-        status, why, code, out, err = _watch(q, pid, (out, err))
+        status, why, code, out, err = _watch(q, p.pid, (p.stdout.fileno(), p.stderr.fileno()))
         seconds = time.monotonic() - t
     finally:
         clean = _kill_all()
-        if os.getppid() != q["parent"]: shutil.rmtree(q["folder"], ignore_errors=True)   # the caller is gone, and cannot clean up
+        if os.getppid() != q["parent"]: _remove(q["folder"])             # the caller is gone, and cannot clean up
+    word = q["word"].encode()
+    settled, out = out.startswith(word), out.removeprefix(word)
     out, err = ((s[:q["output"]]).decode(errors="replace").replace(q["folder"] + "/", "") for s in (out, err))
+    if status == "ended" and not settled:
+        last = err.strip().rsplit("\n", 1)[-1]
+        return print(json.dumps({"unavailable": f"the program's process could not be confined: {last or f'exit code {code}'}"}))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     if status == "ended":
         if code == 0: status = "ok"
         elif err.rstrip().rsplit("\n", 1)[-1].startswith("MemoryError"): status, why = "memory", f"more than {q['limits'][1] >> 20} MB"
         elif code in (-9, -24) and used.ru_utime + used.ru_stime > q["limits"][0] - .2: status, why = "timeout", f"more than {q['limits'][0]} s of CPU"
-        elif code < 0: status, why = "killed", f"by {signal.Signals(-code).name}"
+        elif code < 0: status, why = "killed", "by " + next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
         else: status = "error"
     if not clean: status, why = "killed", "but processes are left behind"
     print(json.dumps(dict(status=status, why=why, code=code, stdout=out, stderr=err, seconds=seconds)))
@@ -217,13 +401,20 @@ class SandboxUnavailable(RuntimeError):
 
 TIERS = ("strong", "process")
 
+def _landlock():
+    "The kernel's version of Landlock, or -1."
+    return ctypes.CDLL(None).syscall(444, None, 0, 1)
+
 def _lacks(tier):
     "The first thing that is plainly missing for a tier, or None."
     if tier not in TIERS: raise ValueError(f"tier {tier!r}: expected one of {TIERS}.")
     if sys.platform != "linux": return f"the sandbox needs Linux; this is {sys.platform}"
+    machine = os.uname().machine
+    if machine not in ("x86_64", "aarch64"): return f"the list of system calls is for x86_64 and aarch64; this is {machine}"
     if not hasattr(os, "pidfd_open") or not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
         return "the sandbox needs pidfds and /proc/PID/task/TID/children of the Linux kernel (5.3 or newer)"
-    if tier == "strong" and not find_spec("sandlock"): return 'sandlock is not installed: pip install "selfplay_nb[code]"'
+    if tier == "strong" and (abi := _landlock()) < 6:
+        return f"the strong tier needs version 6 of Landlock (Linux 6.12, and Landlock among its security modules); this kernel has {max(abi, 0) or 'none'}"
 
 # %% ../nbs/13_sandbox.ipynb #e60b4c97
 @lru_cache
@@ -234,15 +425,16 @@ def source_of(*functions) -> str:
 # %% ../nbs/13_sandbox.ipynb #fa73c16a
 def _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin):
     if lacks := _lacks(tier): raise SandboxUnavailable(f"No {tier!r} tier: {lacks}.")
-    source = source_of(_limit, _descendants, _kill_all, _start_process, _start_strong, _watch, _supervise) + "\n_supervise()"
+    source = source_of(_limit, _enclose, _settle, _descendants, _kill_all, _remove, _start, _held, _kept, _watch, _supervise) + "\n_supervise()"
     python = os.path.realpath(sys.executable)
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-        folder = os.path.realpath(folder)
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
+    try:
         with open(f"{folder}/main.py", "w", encoding="utf-8", errors="surrogatepass") as f: f.write(program)
+        scopes = _landlock() >= 6
+        enclose = [*_layout(python), [folder, "/dev/null"]] if tier == "strong" else [[], ["/"], ["/"]] if scopes else None
         q = dict(tier=tier, folder=folder, command=[python, "-I", "-S", "main.py"], seconds=seconds, processes=processes, output=output,
-                 limits=[cpu or math.ceil(seconds), memory << 20, files, file_size << 20], stdin=stdin, parent=os.getpid(), limit=source_of(_limit),
-                 readable=[os.path.join(sys.base_prefix, "lib"), python, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom"],
-                 denied=_DENIED, packages=os.path.dirname(os.path.dirname(find_spec("sandlock").origin)) if tier == "strong" else "")
+                 limits=[cpu or math.ceil(seconds), memory << 20, files, file_size << 20], stdin=stdin, parent=os.getpid(),
+                 filter=_filter(os.uname().machine, scopes), word=secrets.token_hex(16), enclose=enclose)
         t = time.monotonic()
         p = subprocess.Popen([python, "-I", "-S", "-c", source], stdin=-1, stdout=-1, stderr=-1, cwd="/", env={}, start_new_session=True, text=True)
         try: report, errors = p.communicate(json.dumps(q), timeout=seconds + 10)
@@ -252,12 +444,24 @@ def _run(program, tier, seconds, cpu, memory, processes, files, file_size, outpu
                 p.terminate()
                 try: p.wait(6)
                 except subprocess.TimeoutExpired: p.kill()
+    finally: _remove(folder)
     if not report: return Result("killed", None, "", errors[-2000:], time.monotonic() - t, "the supervisor was", tier)
     report = json.loads(report)
     if "unavailable" in report: raise SandboxUnavailable(f"No {tier!r} tier here: {report['unavailable']}")
     return Result(**report, tier=tier)
 
 # %% ../nbs/13_sandbox.ipynb #a4d792f0
+_TRIAL = """
+import os, resource, socket
+tries = dict(file=lambda: open({path!r}), network=socket.socket, memory=lambda: os.memfd_create("x"),
+             process=lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CORE))
+for name, attempt in tries.items():
+    try: attempt()
+    except OSError: continue
+    print(name)
+print("end")
+"""
+
 @lru_cache
 def missing(
     tier: str = "strong", # "strong" or "process"
@@ -266,10 +470,11 @@ def missing(
     if lacks := _lacks(tier): return lacks
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
         f.write("secret"); f.flush()
-        try: r = _run(f"open({os.path.realpath(f.name)!r})", tier, 10, None, 256, 8, 64, 10, 10_000, "")
+        try: r = _run(_TRIAL.format(path=os.path.realpath(f.name)), tier, 10, None, 256, 8, 64, 10, 10_000, "")
         except SandboxUnavailable as e: return str(e)
-    if tier == "strong" and "PermissionError" not in r.stderr: return f"a program could read outside its folder, or could not start: {r}"
-    if tier == "process" and not r.ok: return f"a program could not start: {r.stderr or r}"
+    if not r.ok or not r.stdout.endswith("end\n"): return f"a program could not start: {r.stderr or r}"
+    reached = set(r.stdout.split()) - {"end"} - ({"file"} if tier == "process" else set())
+    if reached: return f"a program could reach what it must not: {', '.join(sorted(reached))}"
 
 # %% ../nbs/13_sandbox.ipynb #6a2d634d
 def run(
@@ -277,7 +482,7 @@ def run(
     tier: str = "strong",    # "strong" or, weaker, "process"
     seconds: float = 5.,     # of wall time
     cpu: int | None = None,  # seconds of CPU time for each process; None: as many as of wall time, rounded up
-    memory: int = 256,       # MB of address space for each process, and of resident memory for all
+    memory: int = 256,       # MB of address space for each process; for all, of resident memory and files together
     processes: int = 8,      # at a time
     files: int = 64,         # open at a time, for each process
     file_size: int = 10,     # MB a file
@@ -286,16 +491,17 @@ def run(
 ) -> Result:
     """Run a program in a temporary folder that is removed afterwards, with an empty environment, and leave no process behind.
 
-    The "strong" tier (Landlock and seccomp, through sandlock) keeps it from reading or writing outside its folder and the Python installation,
-    from the network, and from signalling other processes. The "process" tier does NOT: there a program can read and write whatever you can, and
-    reach the network; on kernels before 6.12 it can also kill your processes. Neither limits the number of files it leaves on the disk while it runs.
-    Raises `SandboxUnavailable` where the tier cannot be had, and never runs in a weaker one."""
+    In both tiers a program has no network, cannot change the limits or the memory of other processes, and holds no memory that is not counted.
+    The "strong" tier (Landlock) also keeps it from reading or writing outside its folder and Python's standard library, and
+    from signalling other processes. The "process" tier does NOT: there a program can read and write whatever you can, the solutions of a
+    data set too; on kernels before 6.12 it can also kill your processes.
+    Raises `SandboxUnavailable` where the tier cannot be had or a protection is refused, and never runs in a weaker one."""
     if not isinstance(program, str): raise TypeError(f"program is a {type(program).__name__}: expected Python source as a string.")
     for name, n in dict(seconds=seconds, cpu=cpu or 1, memory=memory, processes=processes, files=files, file_size=file_size, output=output).items():
         kind = (int, float) if name == "seconds" else int
         if not isinstance(n, kind) or not 0 < n < math.inf: raise ValueError(f"{name} is {n!r}: expected a number above 0" + " (whole)."*(kind is int))
     if lacks := missing(tier):
-        hint = " tier='process' is weaker: it does not stop a program from reading files, nor from the network."
+        hint = " tier='process' is weaker: it does not stop a program from reading and writing files."
         raise SandboxUnavailable(f"No {tier!r} tier: {lacks}." + hint*(tier == "strong"))
     return _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin)
 

@@ -6,12 +6,15 @@
 __all__ = ['kl_to_base', 'Vitals', 'vitals', 'alarms']
 
 # %% ../nbs/40_vitals.ipynb #3b107001
+import math
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .diversity import Diversity, Entropy, collapse_alarm, diversity
+from .diversity import Diversity, Entropy, collapse_alarm, diversity, has_diversity
 from .policy import Policy
+from .rates import finite, mean_interval
 from .retention import PASSAGES, Estimate, Perplexity, perplexity, perplexity_ratio
 
 # %% ../nbs/40_vitals.ipynb #46d97b38
@@ -19,17 +22,21 @@ def kl_to_base(
     policy,        # a `Policy`
     prompts: list, # n prompts
     samples,       # for each as many of its samples, at temperature 1 and top_p 1
-    seed: int = 0, # of the bootstrap
-) -> Estimate:     # nats an answer
-    "KL divergence of the policy from the bare base, a Monte-Carlo estimate with a 95 % bootstrap interval over prompts."
+) -> Estimate:     # nats an answer; without an interval for one prompt
+    "KL divergence of the policy from the bare base, a Monte-Carlo estimate with a 95 % interval over prompts."
     k = len(samples[0])
     base = Policy(policy.base, "base").logprobs([p for p in prompts for _ in range(k)], [x.token_ids for row in samples for x in row])
     d = np.array([sum(x.logprobs) for row in samples for x in row]) - base.numpy()
     means = d.reshape(len(prompts), k).mean(1)
-    i = np.random.default_rng(seed).integers(len(means), size=(2000, len(means)))
-    return Estimate(float(means.mean()), *map(float, np.quantile(means[i].mean(1), [.025, .975])))
+    return Estimate(float(means.mean()), *mean_interval(means))
 
 # %% ../nbs/40_vitals.ipynb #e3580a78
+def _measured(x):
+    if isinstance(x, dict): return {k: _measured(v) for k, v in x.items()}
+    if isinstance(x, list): return [_measured(v) for v in x]
+    return math.nan if x is None else x
+
+# %% ../nbs/40_vitals.ipynb #1f36348f
 @dataclass(frozen=True)
 class Vitals:
     "A policy's state, to be compared with the same policy's at the start of its run."
@@ -37,11 +44,15 @@ class Vitals:
     diversity: Diversity    # of samples, with entropy and length
     perplexity: Perplexity  # of plain text
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict:
+        "For a JSON file: null where a number is not finite or could not be measured."
+        return finite(asdict(self))
     @classmethod
     def from_dict(cls, d: dict):
-        v = d["diversity"]; v = Diversity(**v | {"entropy": Entropy(**v["entropy"]), "commonest": tuple(v["commonest"])})
-        return cls(Estimate(**d["kl"]), v, Perplexity(**d["perplexity"]))
+        "The same again; nan where there is null."
+        d = {part: _measured(fields) for part, fields in d.items()}
+        said = d["diversity"] | {"entropy": Entropy(**d["diversity"]["entropy"]), "commonest": tuple(d["diversity"]["commonest"])}
+        return cls(Estimate(**d["kl"]), Diversity(**said), Perplexity(**d["perplexity"]))
     def __repr__(self):
         d = self.diversity
         return (f"KL to the base {self.kl} nats an answer, entropy {d.entropy}\nself-BLEU {d.within['self-BLEU']:.2f} within prompts, "
@@ -72,12 +83,17 @@ def alarms(
     forgetting: float = 1.25,  # alarm if the perplexity of plain text has grown by more, with its whole interval
     length: float = 3.,        # alarm if answers have so many times the words that they had
 ) -> list[str]:                # one line each; empty if all is well
-    "What is wrong: collapse, forgetting, growth of length."
+    """What is wrong: collapse, forgetting, growth of length, numbers that are not finite.
+
+    Warns where collapse cannot be seen. Raises `ValueError` for a threshold outside (0, 1), or check-ups of different prompts or passages."""
     out, words = [], now.diversity.words/max(1e-9, start.diversity.words)
     ratio = perplexity_ratio(start.perplexity, now.perplexity)
-    try: collapse = collapse_alarm(now.diversity, start.diversity, diversity_left)
-    except ValueError: collapse = None  # the start had no diversity to lose
-    if collapse and collapse.tripped: out.append(str(collapse))
-    if ratio.low > forgetting: out.append(f"forgetting: perplexity of plain text {ratio} times the start's (alarm above {forgetting:g})")
+    if math.isnan(now.kl.value): out.append("broken: log-probabilities of the policy's own answers are not finite")
+    if has_diversity(start.diversity):
+        collapse = collapse_alarm(now.diversity, start.diversity, diversity_left)
+        if collapse.tripped: out.append(str(collapse))
+    else: warnings.warn("collapse cannot be seen: different prompts had much the same answer at the start already.", stacklevel=2)
+    if not math.isfinite(now.perplexity.value): out.append("forgetting: perplexity of plain text is not finite")
+    elif ratio.low > forgetting: out.append(f"forgetting: perplexity of plain text {ratio} times the start's (alarm above {forgetting:g})")
     if words > length: out.append(f"length: {now.diversity.words:.1f} words an answer, {words:.1f} times the start's (alarm above {length:g})")
     return out

@@ -306,9 +306,9 @@ def debated(game, *players, seed=0):
 
 def test_swapping_sides_swaps_the_outcome():
     game = Debate(RuleJudge(counting))
-    assert debated(game, debater(3), debater(1)).outcome == pytest.approx([.7, .3])
-    assert debated(game, debater(1), debater(3)).outcome == pytest.approx([.3, .7])
-    assert debated(game, debater(2), debater(2)).outcome == [.5, .5]
+    assert game.settle([debated(game, debater(3), debater(1))])[0] == pytest.approx([.7, .3])
+    assert game.settle([debated(game, debater(1), debater(3))])[0] == pytest.approx([.3, .7])
+    assert game.settle([debated(game, debater(2), debater(2))])[0] == [.5, .5]
 
 
 def test_both_orders_cancel_a_judge_of_positions():
@@ -343,7 +343,30 @@ def test_debates_are_settled_together_and_once():
     outcomes = game.settle(states)
     assert judge.asked == [8] and outcomes == [s.outcome for s in states] == game.settle(states) and judge.asked == [8]
     assert game.verdicts == [o[0] for o in outcomes] and game.start(0).outcome is None
-    assert debated(game, debater(1), debater(1)).outcome == [.5, .5] and judge.asked == [8, 2]
+    assert game.settle([debated(game, debater(1), debater(1))]) == [[.5, .5]] and judge.asked == [8, 2]
+
+
+def test_to_look_at_a_debate_asks_nobody():
+    judge = Counted(counting); game = Debate(judge); state = debated(game, debater(3), debater(1))
+    copies = [state.copy(), state.copy().copy()]
+    assert [s.outcome for s in (state, *copies)] == [None]*3 and "not judged" in str(state) and judge.asked == []
+    assert game.settle([state, *copies]) == [pytest.approx([.7, .3])]*3
+    assert [s.outcome for s in (state, *copies, state.copy())] == [pytest.approx([.7, .3])]*4 and judge.asked == [2]
+    early = game.start(1); early.move("cheap"); ahead = early.copy()
+    with pytest.raises(ValueError, match="not over: against is to speak"): game.settle([state, early])
+    for s, words in (early, "quick"), (ahead, "cheap quick safe"):
+        s.move(words)
+        while s.seat is not None: s.move("so")
+    (a, _), (b, _) = game.settle([early, ahead])
+    assert a != b and judge.asked == [2, 4]   # a copy that went on is another debate
+
+
+def test_one_game_at_a_time_is_judged_when_it_ends():
+    from selfplay_nb.games import LiveGame, replay
+    judge = Counted(counting); live = LiveGame(Debate(judge, rounds=1), 0, ["a", "b"])
+    live.take("It is cheap"); assert judge.asked == []
+    live.take("It is quick and safe"); assert live.transcript.outcome == pytest.approx([.4, .6]) and judge.asked == [2]
+    assert len(replay(live.game, live.transcript)) == 3 and judge.asked == [2]
 
 
 def test_the_harness_settles():
@@ -353,7 +376,7 @@ def test_the_harness_settles():
     for t in played: assert t.outcome[t.players.index("3 reasons")] == pytest.approx(.7)
     assert judge.asked == [2*len(played)]  # each once, in both orders, all in one call
     game = Debate(RuleJudge(counting))
-    assert [last_state(game, t).outcome for t in played] == [t.outcome for t in played]
+    assert game.settle([last_state(game, t) for t in played]) == [t.outcome for t in played]
 
 
 def test_rounds_sides_and_limits():

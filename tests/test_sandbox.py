@@ -198,33 +198,74 @@ def test_strong_cannot_signal_us(strong):
         child.kill(); child.wait()
 
 
-def test_never_weaker(monkeypatch):
-    monkeypatch.setattr(sandbox, "find_spec", lambda name: None)
-    missing.cache_clear()
-    try:
-        ran = []
-        monkeypatch.setattr(sandbox.subprocess, "Popen", lambda *a, **k: ran.append(a))
-        with pytest.raises(SandboxUnavailable, match="pip install"):
-            run("print(1)")
-        with pytest.raises(SandboxUnavailable, match="process"):
-            run_many(["print(1)"])
-        assert not ran
-    finally:
-        missing.cache_clear()
+KERNEL_OF = r"""
+import ctypes, struct
+from selfplay_nb.code_tasks import check_code
+from selfplay_nb.sandbox import SandboxUnavailable, run
+libc = ctypes.CDLL(None, use_errno=True)
+assert not libc.prctl(38, 1, 0, 0, 0)
+class Filter(ctypes.Structure): _fields_ = [("n", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+def refuses(number, error, first=None):
+    "From now on the kernel answers system call `number` (with this first argument, if one is given) by an error, here and in all children."
+    argument = [] if first is None else [(0x20, 0, 0, 16), (0x15, 0, 1, first)]
+    code = [(0x20, 0, 0, 0), (0x15, 0, len(argument) + 1, number), *argument, (6, 0, 0, 0x50000 | error), (6, 0, 0, 0x7FFF0000)]
+    code = b"".join(struct.pack("=HBBI", *c) for c in code)
+    assert not libc.prctl(22, 2, ctypes.byref(Filter(len(code)//8, code)), 0, 0)
+def enclosed():
+    "One more Landlock domain; the kernel allows 16, one inside the other."
+    rules = libc.syscall(444, struct.pack("=QQQ", 0, 0, 3), 24, 0)
+    assert rules >= 0 and not libc.syscall(446, rules, 0)
+def tried(tier):
+    try: return run("print('ran')", tier=tier).stdout.strip()
+    except SandboxUnavailable as e: return f"unavailable: {e}"
+TESTS = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+PLUS = "def add(a, b): return a + b"
+LOOK = "import os\ndef add(a, b): return open(f'/proc/{os.getppid()}/NAME', 'rb').read(9) and 3"
+"""
 
 
-def test_sandlock_that_fails_is_an_error(monkeypatch):
-    "The package is there, and the kernel refuses: no weaker run."
-    if missing("process") or not sandbox.find_spec("sandlock"):
-        pytest.skip("needs sandlock")
-    real = sandbox.source_of
-    monkeypatch.setattr(sandbox, "source_of", lambda *f: real(*f).replace("from sandlock import", "raise OSError('no Landlock')\n    from sandlock import"))
-    missing.cache_clear()
-    try:
-        with pytest.raises(SandboxUnavailable, match="no Landlock"):
-            run("print(1)")
-    finally:
-        missing.cache_clear()
+def on_a_kernel(program):
+    "What a Python prints whose kernel refuses something, as an older one or a container would."
+    done = subprocess.run([sys.executable, "-c", KERNEL_OF + program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PRCTL = {"x86_64": 157, "aarch64": 167}.get(os.uname().machine)
+
+
+def test_never_weaker(strong):
+    "A kernel without Landlock, as before 5.13: no strong tier, and nothing has run; the plain one is there, and shows the tests to nobody."
+    said = on_a_kernel("""refuses(444, 38)
+print(tried("strong"))
+print(tried("process"))
+for name in "mem", "environ", "maps", "fd/1": print(check_code(LOOK.replace("NAME", name), "add", TESTS, tier="process", seconds=10))
+print(check_code(PLUS, "add", TESTS, tier="process", seconds=10))""").splitlines()
+    assert said[0].startswith("unavailable") and "Landlock" in said[0] and "tier='process' is weaker" in said[0] and said[1] == "ran"
+    assert said[2:6] == ["Verdict(0 of 1 tests passed)"]*4 and said[6:] == ["Verdict(1 of 1 tests passed)"]
+
+
+@pytest.mark.parametrize("what, refuse", [
+    ("Landlock", "for _ in range(16): enclosed()"),
+    ("seccomp", f"refuses({PRCTL}, 1, 22)"),
+    ("no new privileges", f"refuses({PRCTL}, 22, 38)"),
+    ("PR_SET_CHILD_SUBREAPER", f"refuses({PRCTL}, 22, 36)"),
+    ("PR_SET_DUMPABLE", f"refuses({PRCTL}, 1, 4)"),
+])
+def test_a_refused_protection_is_an_error(strong, what, refuse):
+    said = on_a_kernel(f"{refuse}\nfor tier in 'strong', 'process': print(tried(tier))").splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert line.startswith("unavailable") and what in line, said
+
+
+def test_tests_that_cannot_be_kept_apart_are_an_error(strong):
+    "The sandbox can be had, and the second enclosure inside of it cannot: no verdict."
+    said = on_a_kernel("""for _ in range(15): enclosed()
+print(tried("strong"))
+try: print(check_code(PLUS, "add", TESTS, seconds=10))
+except SandboxUnavailable as e: print(e)""")
+    assert said.startswith("ran\nThe tests' process could not be kept apart"), said
 
 
 def test_elsewhere(monkeypatch):
