@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .pairs import Ledger, validate_pairs
-from .players import answers_of, columns_of, is_messages, name_of, prompt_text, text_of
+from .players import answers_of, is_messages, name_of, prompt_text, text_of
 from .rates import Rate
-from .reward import score_samples
+from .reward import as_reward, is_single, rows_of, score_samples
 
 # %% ../nbs/29_adversarial.ipynb #1a3bdd35
 KINDS = "always fails", "uncertain", "always right"
@@ -47,7 +47,7 @@ class Screened:
     "A prompt, a policy's answers to it, and their rewards."
     row: dict              # of the data set: `prompt` and columns
     answers: list[str]     # n of them
-    rewards: list[float]   # of the answers
+    rewards: list[float]   # of the answers; NaN where the reward abstained
     truncated: list[bool]  # was it cut off?
     ids: list | None = None # token ids of the answers, from a `Policy`
     right_from: float = 1. # an answer with this reward or more is right
@@ -56,47 +56,57 @@ class Screened:
     @property
     def prompt(self): return self.row["prompt"]
     @property
-    def success(self) -> Rate: return Rate(sum(r >= self.right_from for r in self.rewards), len(self.rewards))
+    def known(self) -> list[float]: return [r for r in self.rewards if r == r]
     @property
-    def kinds(self) -> dict[str, float]: return class_probabilities(self.success.successes, len(self.rewards), self.edge)
+    def unjudged(self) -> int: return len(self.rewards) - len(self.known)
     @property
-    def kind(self) -> str: return max(self.kinds, key=self.kinds.get)
+    def success(self) -> Rate: return Rate(sum(r >= self.right_from for r in self.known), len(self.known))
+    @property
+    def kinds(self) -> dict[str, float]: return class_probabilities(self.success.successes, len(self.known), self.edge)
+    @property
+    def kind(self) -> str: return max(self.kinds, key=self.kinds.get) if self.known else "unjudged"
 
 # %% ../nbs/29_adversarial.ipynb #828cdaff
 @patch(as_prop=True)
-def uncertainty(self: Screened) -> float: return 4*self.success.value*(1 - self.success.value)
+def uncertainty(self: Screened) -> float:
+    "An unbiased estimate of 4p(1-p), from 0 to n/(n-1); 0 for fewer than two known rewards."
+    k, n = self.success.successes, len(self.known)
+    return 4*k*(n - k)/(n*(n - 1)) if n > 1 else 0.
 
 @patch(as_prop=True)
-def spread(self: Screened) -> float: return max(self.rewards) - min(self.rewards)
+def spread(self: Screened) -> float: return max(self.known) - min(self.known) if self.known else 0.
 
 @patch(as_prop=True)
 def margin(self: Screened) -> float:
     "Expected difference between the rewards of two answers."
-    pairs = list(combinations(self.rewards, 2))
+    pairs = list(combinations(self.known, 2))
     return sum(abs(a - b) for a, b in pairs)/len(pairs) if pairs else 0.
 
 # %% ../nbs/29_adversarial.ipynb #bc1ba968
 @patch
 def example(self: Screened) -> dict:
-    "The prompt with its best and worst answer, and the numbers behind the choice."
-    best, worst = (self.rewards.index(f(self.rewards)) for f in (max, min))
+    "The prompt with its best and worst answer, and the numbers behind the choice. Raises `ValueError` if no answer has a reward."
+    best, worst = (self.rewards.index(f(self.known)) for f in (max, min))
     return {**self.row, "best": self.answers[best], "worst": self.answers[worst], "best_reward": self.rewards[best], "worst_reward": self.rewards[worst],
             "spread": self.spread, "success": self.success.to_dict(), "uncertainty": self.uncertainty, "margin": self.margin,
             "kind": self.kind, "probability": self.kinds[self.kind]}
 
 @patch
-def __repr__(self: Screened): return f"{prompt_text(self.prompt)[-60:]!r}: {self.kind} ({100*self.kinds[self.kind]:.0f} %), right {self.success}"
+def __repr__(self: Screened):
+    if not self.known: return f"{prompt_text(self.prompt)[-60:]!r}: unjudged"
+    return f"{prompt_text(self.prompt)[-60:]!r}: {self.kind} ({100*self.kinds[self.kind]:.0f} %), right {self.success}"
 
 # %% ../nbs/29_adversarial.ipynb #4e952718
 def _rows(dataset):
     "The rows of `dataset` as dicts with a `prompt` and the same columns."
     columns = None
-    for i, p in enumerate([dataset] if isinstance(dataset, str) or is_messages(dataset) else dataset):
+    for i, p in enumerate([dataset] if is_single(dataset) else dataset):
         row = dict(p) if isinstance(p, dict) else {"prompt": p}
         if not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt"))):
             raise ValueError(f"row {i} is {p!r:.80}: expected a string, a list of chat messages, or a dict with such a 'prompt'.")
         columns = columns or sorted(row)
         if sorted(row) != columns: raise ValueError(f"row {i} has {sorted(row)}: expected {columns}, as the first one.")
+        rows_of([row], {})  # raises for an empty prompt, and for columns that no reward could be given
         yield row
     if columns is None: raise ValueError("no prompts: expected at least one.")
 
@@ -107,7 +117,7 @@ class AdversarialFilter:
     "Finds the prompts of a data set on which a policy is uncertain."
     def __init__(self,
         policy,                # anything with `generate`
-        reward_fn,             # a reward in TRL's convention (see `as_reward` for others)
+        reward_fn,             # a reward in TRL's convention, or `(prompt, response) -> float`
         n_samples: int = 10,   # answers a prompt
         threshold: float = .5, # an example's rewards spread more than this
         right_from: float = 1., # an answer with this reward or more is right
@@ -122,7 +132,7 @@ class AdversarialFilter:
             if not isinstance(v, int) or v < low: raise ValueError(f"{name} is {v!r}: expected a whole number of at least {low}.")
         if not threshold >= 0: raise ValueError(f"threshold is {threshold!r}: expected a number of at least 0.")
         class_probabilities(0, 1, edge)  # raises for a bad edge
-        self.policy, self.reward_fn, self.threshold, self.right_from, self.edge = policy, reward_fn, threshold, right_from, edge
+        self.policy, self.reward_fn, self.threshold, self.right_from, self.edge = policy, as_reward(reward_fn), threshold, right_from, edge
         self.batch_size, self.sampling = batch_size, sampling
         self.about = dict(policy=name_of(policy), judge=name_of(reward_fn), n_samples=n_samples, seed=seed, round=round, sampling=sampling)
         fields = "prompt", "columns", "answers", "rewards", "truncated", "about"
@@ -137,7 +147,8 @@ def _recall(self: AdversarialFilter):
             differ = ", ".join(f"{k}: {r['about'].get(k)!r} there, {v!r} now" for k, v in self.about.items() if r["about"].get(k) != v)
             raise ValueError(f"{self.ledger.path} has answers of another screening ({differ}). Choose another ledger.")
         row = {"prompt": r["prompt"], **r["columns"]}
-        self.known[_key(row)] = self._screened(row, r["answers"], r["rewards"], r["truncated"], r.get("ids"))
+        rewards = [math.nan if v is None else v for v in r["rewards"]]
+        self.known[_key(row)] = self._screened(row, r["answers"], rewards, r["truncated"], r.get("ids"))
 
 @patch
 def _screened(self: AdversarialFilter, *what): return Screened(*what, self.right_from, self.edge)
@@ -146,17 +157,18 @@ def _screened(self: AdversarialFilter, *what): return Screened(*what, self.right
 @patch
 def _ask(self: AdversarialFilter, rows: list[dict], progress=None):
     "Sample and score the answers to `rows`, and write them to the ledger."
-    n, (prompts, columns) = self.about["n_samples"], columns_of(rows)
+    n, (prompts, columns) = self.about["n_samples"], rows_of(rows, {})
     answers, _, _ = answers_of(self.policy, prompts, n, progress=progress, seed=self.about["seed"], **self.sampling)
     rewards = score_samples(self.reward_fn, prompts, answers, **columns)
     for row, said, r in zip(rows, answers, rewards):
         ids = [a.token_ids for a in said] if hasattr(said[0], "token_ids") else None
-        self.known[_key(row)] = self._screened(row, [a.text for a in said], r, [a.truncated for a in said], ids)
+        self.known[_key(row)] = self._screened(row, [text_of(a.text) for a in said], r, [a.truncated for a in said], ids)
     if self.ledger is not None: self.ledger.append([self._line(self.known[_key(r)]) for r in rows])
 
 @patch
 def _line(self: AdversarialFilter, s: Screened) -> dict:
-    return dict(prompt=s.prompt, columns={k: v for k, v in s.row.items() if k != "prompt"}, answers=s.answers, rewards=s.rewards,
+    rewards = [None if r != r else r for r in s.rewards]  # JSON has no NaN
+    return dict(prompt=s.prompt, columns={k: v for k, v in s.row.items() if k != "prompt"}, answers=s.answers, rewards=rewards,
                 truncated=s.truncated, **({"ids": s.ids} if s.ids else {}), about=self.about)
 
 # %% ../nbs/29_adversarial.ipynb #654761f3
@@ -210,13 +222,18 @@ class Findings(list):
 
     @property
     def counts(self) -> dict[str, Rate]:
-        "For each class its share of the screened prompts."
+        "For each class its share of the screened prompts that have a reward."
         kinds = Counter(s.kind for s in self.screened)
-        return {k: Rate(kinds[k], len(self.screened)) for k in KINDS}
+        return {k: Rate(kinds[k], sum(kinds[name] for name in KINDS)) for k in KINDS}
+    @property
+    def unjudged(self) -> int:
+        "Answers from which the reward abstained."
+        return sum(s.unjudged for s in self.screened)
     @property
     def noise(self) -> Rate:
         "How often two answers of the same text to the same prompt got different rewards."
-        same = [r != q for s in self.screened for (a, r), (b, q) in combinations(zip(s.answers, s.rewards), 2) if a.strip() == b.strip()]
+        judged = [[(a.strip(), r) for a, r in zip(s.answers, s.rewards) if r == r] for s in self.screened]
+        same = [r != q for row in judged for (a, r), (b, q) in combinations(row, 2) if a == b]
         return Rate(sum(same), len(same), min(len(self.screened), len(same)))
     @property
     def problems(self) -> list[dict]:
@@ -227,7 +244,8 @@ class Findings(list):
 @patch
 def _cells(self: Findings):
     kinds = [(k, str(r)) for k, r in self.counts.items()]
-    return [*kinds, ("same answer, other reward", str(self.noise) if self.noise.n else "no answer came twice")]
+    unjudged = [("answers without a reward", str(self.unjudged))] if self.unjudged else []
+    return [*kinds, *unjudged, ("same answer, other reward", str(self.noise) if self.noise.n else "no answer came twice")]
 
 @patch
 def _head(self: Findings): return f"{len(self)} examples from {len(self.screened)} prompts, {self.about['n_samples']} answers each"
@@ -247,9 +265,10 @@ def _repr_html_(self: Findings):
 def pairs(self: Findings,
     per_prompt: int = 1, # at most
 ) -> tuple[list[dict], Counter]: # pairs in TRL's form with provenance, and how many were dropped for which reason
-    "Preference pairs of the examples, validated."
+    "Preference pairs of the examples, validated; answers without a reward are counted as unjudged."
     about = dict(source="adversarial", round=self.about["round"], opponent=self.about["policy"], judge=self.about["judge"])
-    out, dropped = [], Counter()
+    unjudged = sum(s.unjudged for s in self.kept)
+    out, dropped = [], Counter({"unjudged": unjudged} if unjudged else {})
     for s in self.kept:
         order = sorted(((i, j) for i in range(len(s.rewards)) for j in range(len(s.rewards)) if s.rewards[i] > s.rewards[j]),
                        key=lambda ij: s.rewards[ij[1]] - s.rewards[ij[0]])

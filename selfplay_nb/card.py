@@ -22,13 +22,14 @@ class ConstitutionCard(widgets.VBox):
         prompt,           # a string or messages
         a,                # one answer
         b,                # the other
-        path: str | Path = "constitution.toml", # where "Save" writes, if pressed
+        path: str | Path = "runs/constitution.toml", # where "Save" writes, if pressed
         **columns,        # single values for the base reward, such as `answer=122`
     ):
-        "Asks rules and model once; raises what the wrapper's `attribution` raises."
+        "Asks rules and model once; raises what the wrapper's `attribution` raises, and `ValueError` if its base reward abstains."
         record = wrapper.attribution([prompt]*2, [a, b], **{k: [v]*2 for k, v in columns.items()})
+        if any(t != t for t in record.totals): raise ValueError("the base reward abstained from one of the answers: expected a finite number for both.")
         super().__init__()
-        self.wrapper, self.record, self.start = wrapper, record, dict(record.weights)
+        self.wrapper, self.record, self.start, self.made = wrapper, record, dict(record.weights), {}  # made: files that were saved here, and what they held
         self.status, self.table, wide = widgets.HTML(), widgets.HTML(), widgets.Layout(width="24em")
         self.sliders = {p: widgets.FloatSlider(value=w, min=0, max=max(1., 2*w), step=.05, description=f"Weight {i}", readout_format=".2f", layout=wide)
                         for i, (p, w) in enumerate(record.weights.items(), 1)}
@@ -80,7 +81,11 @@ def _reset(self: ConstitutionCard):
 def _save(self: ConstitutionCard):
     path = self.file.value.strip()
     if not path: raise ValueError("no file name; expected one beside the button.")
-    self.wrapper.constitution.save(path)
+    file = Path(path).resolve()
+    if file.exists() and self.made.get(file) != file.read_bytes():
+        raise ValueError(f"{path} is there already and was not made here, or was changed since; expected another name.")
+    self.wrapper.constitution.save(file)
+    self.made[file] = file.read_bytes()
     return f"Saved {len(self.sliders)} principles to {path}."
 
 # %% ../nbs/33_card.ipynb #e9340dfd

@@ -9,7 +9,6 @@ __all__ = ['RULES', 'CONSTITUTION', 'CHECK_TEMPLATE', 'NEUTRAL', 'HATCHES', 'CRI
            'plot_history']
 
 # %% ../nbs/27_constitutional.ipynb #0efc9a1c
-import inspect
 import json
 import math
 import random
@@ -26,9 +25,9 @@ from fastcore.basics import patch
 from .judge import ModelJudge, RewardJudge
 from .templates import Template, clip, fill, special_tokens
 from .pairs import validate_pairs, write_whole
-from .players import answers_of, as_prompts, name_of, prompt_text, text_of
+from .players import answers_of, name_of, prompt_text, text_of
 from .rates import Rate, win_rate
-from .reward import as_reward, score
+from .reward import as_reward, rewards_of, rows_of
 
 # %% ../nbs/27_constitutional.ipynb #cd33b117
 class Lexicon:
@@ -114,7 +113,7 @@ RULES["limitations"] = Lexicon(  # what the answer does not know or cover, again
     r"|rare) cases?|local|incomplete|not (?:complete|exhaustive)|from here",
     r"everything|all (?:there is|you (?:need|require))|every (?:aspect|case|question|detail|situation)|complete(?:ly)?|exhaustive|full and|fully"
     r"|(?:no need|not need|need not|no (?:further|other)|never need)[^.;?!]*|no (?:limits?|limitations?|gaps?|errors?|mistakes?)|without (?:exceptions?"
-    r"|asking[^.;?!]*)|any(?:body|one) else|nothing|(?:replaces?|instead of|forget)[^.;?!]*(?:experts?|professionals?|doctors?|lawyers?)|any (?:question"
+    r"|asking[^.;?!]*)|any(?:body|one) else|nothing|(?:replaces?|instead of|forget)[^.;?!]{0,80}(?:experts?|professionals?|doctors?|lawyers?)|any (?:question"
     r"|subject|topic)|always|(?:all|any) (?:countries|times|cases)|regardless|whatever your|perfect(?:ly)?|second opinions?|not make (?:errors|mistakes)")
 
 # %% ../nbs/27_constitutional.ipynb #53880e7e
@@ -240,8 +239,10 @@ class Attribution:
     def totals(self) -> list[float]: return [math.fsum(parts) for parts in zip(*self.points.values())]
     @property
     def means(self) -> dict[str, float]:
-        "Mean base reward and mean adherence, before weighting."
-        return {name: math.fsum(v)/len(self) for name, v in [("base", self.base), *self.adherence.items()]}
+        "Mean base reward, of the answers that have one, and mean adherence, before weighting."
+        known = [b for b in self.base if b == b]
+        base = math.fsum(known)/len(known) if known else math.nan
+        return {"base": base} | {p: math.fsum(v)/len(self) for p, v in self.adherence.items()}
     def reweigh(self, weights: dict) -> "Attribution":
         "The same answers with other weights, one for each principle; nothing is evaluated again. Raises `ValueError` for a bad one."
         return replace(self, weights=_checked_weights(weights, self.adherence))
@@ -320,7 +321,7 @@ class ConstitutionalRewardWrapper(RewardJudge):
     "Base reward plus weighted adherence to principles: a reward in TRL's convention, and a judge by that reward."
     template = Template("prompt", "response", "principle")
     def __init__(self,
-        base_reward_fn=None,        # a reward in TRL's convention, or `(prompt, response) -> float`; None: 0
+        base_reward_fn=None,        # a reward in TRL's convention, or `(prompt, response) -> float`; None: 0. Where it abstains, so does this one
         constitution=None,          # a `Constitution`, or principles or texts; None: the five of `CONSTITUTION`
         model=None,                 # a policy with `logprobs`, asked about principles without rule or pattern
         scale: float | None = None, # of `compare`: rewards this far apart win with probability 0.73; None: with certainty
@@ -337,22 +338,19 @@ class ConstitutionalRewardWrapper(RewardJudge):
             raise ValueError(f"{open_} have neither rule nor pattern, and {given}: expected a policy with `logprobs` as model.")
         self.__name__ = "constitutional"
         super().__init__(self, scale)
-        self.base_reward, self.model, self.template, self.labels, self.neutral = _as_trl(base_reward_fn), model, template, labels, tuple(neutral)
+        self.base_reward = None if base_reward_fn is None else as_reward(base_reward_fn)
+        self.model, self.template, self.labels, self.neutral = model, template, labels, tuple(neutral)
         self.max_chars, self._principles, self.principle_weights = max_chars, constitution, {str(p): p.weight for p in constitution}
         self.last, self.history = None, []  # of calls as a reward: the last attribution, and the means of all
 
+    @property
+    def may_fail(self) -> bool: return getattr(self.base_reward, "may_fail", False)
     @property
     def constitution(self) -> Constitution:
         "The principles with the weights as they are now."
         weights = _checked_weights(self.principle_weights, self._principles)
         return Constitution(p.weighing(weights[p]) for p in self._principles)
     def __repr__(self): return f"ConstitutionalRewardWrapper of {getattr(self.base_reward, '__name__', 'no base reward')} and\n{self.constitution}"
-
-def _as_trl(fn):
-    "Lift `(prompt, response) -> float`, known by having neither a parameter `completions` nor any `**`."
-    if fn is None: return None
-    params = inspect.signature(fn).parameters
-    return fn if "completions" in params or any(p.kind is p.VAR_KEYWORD for p in params.values()) else as_reward(fn)
 
 # %% ../nbs/27_constitutional.ipynb #d48b1252
 def _by_rule(p: Principle, text: str) -> tuple[float, str]:
@@ -377,13 +375,13 @@ def attribution(self: ConstitutionalRewardWrapper,
     completions: list, # n answers
     **columns,         # lists of n values for the base reward; what else a trainer hands over is left alone
 ) -> Attribution:
-    "Score n answers and keep where it came from. Raises `ValueError` for lists of different lengths and for a base reward that is not finite."
+    "Score n answers and keep where it came from. Raises `ValueError` for lists of different lengths, and as `rewards_of` does."
     prompts, completions = list(prompts), list(completions)
     if not completions or len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: expected as many, and at least one.")
     weights, texts = _checked_weights(self.principle_weights, self._principles), [text_of(c) for c in completions]
     lists = {k: v for k, v in columns.items() if isinstance(v, (list, tuple))}
-    base = score(self.base_reward, prompts, completions, **lists) if self.base_reward else [0.]*len(texts)
+    base = rewards_of(self.base_reward, prompts, texts, **lists) if self.base_reward else [0.]*len(texts)
     found = self._adhere(self._principles, prompts, texts)
     adherence, why = ({str(p): [x[k] for x in v] for p, v in found.items()} for k in (0, 1))
     return Attribution(prompts, texts, base, adherence, why, weights)
@@ -402,8 +400,10 @@ def score(self: ConstitutionalRewardWrapper,
     response: str, # the answer
     **columns,     # single values for the base reward, such as `answer=122`
 ) -> float:
-    "Base reward plus weighted adherence of one answer."
-    return self.attribution([prompt], [response], **{k: [v] for k, v in columns.items()}).totals[0]
+    "Base reward plus weighted adherence of one answer. Raises `ValueError` if the base reward abstains."
+    total = self.attribution([prompt], [response], **{k: [v] for k, v in columns.items()}).totals[0]
+    if total != total: raise ValueError(f"the base reward {name_of(self.base_reward)!r} abstained from {text_of(response)[:60]!r}: expected a finite number.")
+    return total
 
 @patch
 def evaluate_principle(self: ConstitutionalRewardWrapper,
@@ -554,7 +554,7 @@ def revise(self: ConstitutionalReviser,
 ) -> "Revisions":         # n·n_revisions rows
     "Answer, then critique and revise `n_revisions` times. Raises `ValueError` for bad input, before anything is generated."
     if not isinstance(n_revisions, int) or n_revisions < 1: raise ValueError(f"n_revisions is {n_revisions!r}: expected a whole number of at least 1.")
-    prompts, _ = as_prompts(prompts)
+    prompts, _ = rows_of(prompts, {}, seed=seed)
     texts, step = [prompt_text(p) for p in prompts], (2*n_revisions + 1)*seed
     drawn = [[self.constitution.draw(f"{seed} {k} {t}") for t in texts] for k in range(n_revisions)]
     def say(asked, k): return [row[0] for row in answers_of(self.policy, asked, 1, progress=progress, seed=step + k, **self.sampling)[0]]
@@ -623,7 +623,7 @@ def ai_feedback(
     "Preference pairs by AI feedback (Bai et al., 2022, arXiv 2212.08073). Raises `ValueError` for bad input, before anything is generated."
     if not isinstance(n_pairs, int) or n_pairs < 1: raise ValueError(f"n_pairs is {n_pairs!r}: expected a whole number of at least 1.")
     if not hasattr(model, "logprobs"): raise ValueError(f"{type(model).__name__} has no logprobs: the verdict is read from them.")
-    constitution, (prompts, _) = Constitution(CONSTITUTION if constitution is None else constitution), as_prompts(prompts)
+    constitution, (prompts, _) = Constitution(CONSTITUTION if constitution is None else constitution), rows_of(prompts, {}, seed=seed)
     drawn = [[constitution.draw(f"{seed} {k} {prompt_text(p)}") for k in range(n_pairs)] for p in prompts]
     answers, _, _ = answers_of(policy, prompts, 2*n_pairs, seed=seed, progress=progress, **sampling)
     games = [(principle, p, row[2*k], row[2*k+1]) for p, row, ps in zip(prompts, answers, drawn) for k, principle in enumerate(ps)]

@@ -15,16 +15,22 @@ import numpy as np
 from fastcore.basics import patch
 
 from .rates import Rate, agreement
-from .players import prompt_text, text_of
-from .reward import score
+from .players import name_of, prompt_text, text_of
+from .reward import as_number, as_reward, rewards_of
 from .templates import Template, fill, special_tokens
 
 # %% ../nbs/12_judge.ipynb #b1bae768
 class Verdicts(list):
-    "P(a beats b) for each match; 0.5 is a tie."
+    "P(a beats b) for each match; 0.5 is a tie, and NaN none: the judge abstained."
     @property
-    def wins(self) -> Rate: return Rate(sum((p > .5) + .5*(p == .5) for p in self), len(self))
-    def __repr__(self): return f"Verdicts: a preferred in {self.wins}, {sum(p == .5 for p in self)} ties"
+    def known(self) -> list[float]: return [p for p in self if p == p]
+    @property
+    def abstained(self) -> int: return len(self) - len(self.known)
+    @property
+    def wins(self) -> Rate: return Rate(sum((p > .5) + .5*(p == .5) for p in self.known), len(self.known))
+    def __repr__(self):
+        none = f", {self.abstained} without a verdict" if self.abstained else ""
+        return f"Verdicts: a preferred in {self.wins}, {sum(p == .5 for p in self)} ties{none}"
 
 # %% ../nbs/12_judge.ipynb #0f385453
 class Judge:
@@ -36,15 +42,17 @@ class Judge:
         b: list,       # n answers
         **columns,     # lists of n values for a reward, such as `answer`
     ) -> Verdicts:     # n probabilities that a beats b
-        "Judge n matches. Raises `ValueError` for lists of different lengths and for verdicts outside [0, 1]."
-        sizes = {"prompts": len(prompts), "a": len(a), "b": len(b), **{k: len(v) for k, v in columns.items()}}
+        "Judge n matches; NaN where the judge abstains. Raises `ValueError` for lists of different lengths and for verdicts outside [0, 1]."
+        sizes = {"prompts": len(prompts), "a": len(a), "b": len(b), **{k: len(v) for k, v in columns.items() if hasattr(v, "__len__")}}
         if len(set(sizes.values())) > 1: raise ValueError(f"lists of different lengths: {sizes}; expected one value for each prompt.")
         if not prompts: raise ValueError("no matches to judge: expected non-empty lists.")
         verdicts = self._compare(prompts, a, b, **columns)
         if len(verdicts) != len(prompts): raise ValueError(f"judge {self.name!r} gave {len(verdicts)} verdicts for {len(prompts)} matches.")
-        for i, p in enumerate(verdicts):
-            if not 0 <= p <= 1: raise ValueError(f"judge {self.name!r} gave {p!r} for match {i}: expected a probability.")
-        return verdicts if isinstance(verdicts, Verdicts) else Verdicts(map(float, verdicts))
+        found = list(map(as_number, verdicts))
+        for i, p in enumerate(found):
+            if p is None or p < 0 or p > 1:
+                raise ValueError(f"judge {self.name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability, or None to abstain.")
+        return verdicts if isinstance(verdicts, Verdicts) else Verdicts(found)
 
 # %% ../nbs/12_judge.ipynb #f92966b5
 class RewardJudge(Judge):
@@ -54,11 +62,11 @@ class RewardJudge(Judge):
         scale: float | None = None, # rewards this far apart win with probability 0.73; None: with certainty
     ):
         if scale is not None and not scale > 0: raise ValueError(f"scale is {scale!r}: expected a positive number, or None for hard verdicts.")
-        self.reward_fn, self.scale, self.name = reward_fn, scale, getattr(reward_fn, "__name__", type(reward_fn).__name__)
+        self.reward_fn, self.scale, self.name = as_reward(reward_fn), scale, name_of(reward_fn)
 
     def _compare(self, prompts, a, b, **columns):
-        both = {k: [*v, *v] for k, v in columns.items()}
-        r = score(self.reward_fn, [*prompts, *prompts], [*a, *b], **both); n = len(prompts)
+        n, both = len(prompts), {k: [*v, *v] if hasattr(v, "__len__") else v for k, v in columns.items()}
+        r = rewards_of(self.reward_fn, [*prompts, *prompts], [text_of(x) for x in (*a, *b)], **both)
         d = np.subtract(r[:n], r[n:])
         return (.5 + .5*np.sign(d) if self.scale is None else .5 + .5*np.tanh(d/(2*self.scale))).tolist()
 
@@ -66,9 +74,9 @@ class RewardJudge(Judge):
 class RuleJudge(Judge):
     "A function decides each match."
     def __init__(self,
-        rule, # `(prompt, a, b) -> P(a beats b)`, True and False included
-    ): self.rule, self.name = rule, getattr(rule, "__name__", type(rule).__name__)
-    def _compare(self, prompts, a, b, **columns): return [float(self.rule(p, text_of(x), text_of(y))) for p, x, y in zip(prompts, a, b)]
+        rule, # `(prompt, a, b) -> P(a beats b)`, True and False included; None where it cannot say
+    ): self.rule, self.name = rule, name_of(rule)
+    def _compare(self, prompts, a, b, **columns): return [self.rule(p, text_of(x), text_of(y)) for p, x, y in zip(prompts, a, b)]
 
 # %% ../nbs/12_judge.ipynb #0a0d6989
 RUBRIC = "The better answer is correct, answers the question, and says no more than needed."
@@ -221,7 +229,7 @@ class Check:
     @property
     def beaten_by(self) -> list[str]:
         "Canaries that are not shown to lose: the interval of their win rate reaches one half."
-        return [name for name, r in self.rates.items() if r.interval[1] >= .5]
+        return [name for name, r in self.rates.items() if not (r.n and r.interval[1] < .5)]
     def require(self):
         "A gate: raise `ValueError` unless every canary loses for certain."
         if self.beaten_by: raise ValueError(f"judge {self.judge!r} is refused: {', '.join(self.beaten_by)} not shown to lose against real answers.")
@@ -248,7 +256,7 @@ def check(self: Judge,
 
 # %% ../nbs/12_judge.ipynb #0f80d678
 class Panel(Judge):
-    "Several judges; the verdict is the mean of theirs."
+    "Several judges; the verdict is the mean of those that did not abstain."
     def __init__(self,
         judges: dict, # name to judge
     ):
@@ -256,12 +264,13 @@ class Panel(Judge):
         self.judges, self.name = judges, "+".join(judges)
     def _compare(self, prompts, a, b, **columns):
         members = {name: j.compare(prompts, a, b, **columns) for name, j in self.judges.items()}
-        return PanelVerdicts(np.mean(list(members.values()), 0).tolist(), members)
+        said = [[p for p in match if p == p] for match in zip(*members.values())]
+        return PanelVerdicts([sum(ps)/len(ps) if ps else math.nan for ps in said], members)
 
 # %% ../nbs/12_judge.ipynb #aec1eb0b
 def as_labels(p) -> list: # 1, 0.5, 0, or None where there is none
     "Verdicts as labels: who was preferred."
-    return [None if v is None else 1. if v > .5 else 0. if v < .5 else .5 for v in p]
+    return [None if v is None or v != v else 1. if v > .5 else 0. if v < .5 else .5 for v in p]
 
 class PanelVerdicts(Verdicts):
     "A panel's verdicts, with each member's."

@@ -13,6 +13,7 @@ import hashlib
 import re
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -226,7 +227,9 @@ def running(self: Base,
     adapter: str, # a resident adapter, or "base" for none
 ):
     "The model with exactly `adapter` active, in evaluation mode and without gradients."
-    self.check_resident(adapter); self.model.eval()
+    self.check_resident(adapter)
+    getattr(threading.current_thread(), "refuse_model", lambda: None)()  # a call with a time limit, see `reward.Guarded`
+    self.model.eval()
     with torch.no_grad():
         if not self.adapters: yield self.model
         elif adapter == "base":

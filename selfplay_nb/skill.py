@@ -18,9 +18,9 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
-from .players import answers_of, as_prompts, columns_of
+from .players import answers_of, as_prompts, text_of
 from .rates import Rate, win_rate
-from .reward import score_samples
+from .reward import as_reward, rows_of, score_samples
 
 # %% ../nbs/28_skill.ipynb #b2b487c9
 SKILLS = "<novice>", "<intermediate>", "<expert>"
@@ -60,6 +60,7 @@ class AtLevel:
         level: str, # put in front of each prompt
     ):
         self.policy, self.level, self.name = policy, level, f"{getattr(policy, 'name', type(policy).__name__)} {level}"
+        self.takes_seeds = getattr(policy, "takes_seeds", False)
         if hasattr(policy, "sample"): self.sample = lambda prompts, *args, **kwargs: policy.sample(self._levelled(prompts), *args, **kwargs)
 
     def _levelled(self, prompts):
@@ -69,14 +70,19 @@ class AtLevel:
     def __repr__(self): return f"AtLevel({self.policy!r}, {self.level!r})"
 
 # %% ../nbs/28_skill.ipynb #f8bf80fc
+def _known(rewards) -> list: return [r for r in rewards if r is not None and r == r]
+
 def by_quantile(
     rewards: list[float], # of the answers to one prompt
     n_levels: int = 3,    # equal shares of the ranks
-) -> list[int | None]:    # for each answer its level, 0 the lowest; None for all if the rewards are all equal
+) -> list[int | None]:    # for each answer its level, 0 the lowest; None for one without a reward, and for all if the rewards are all equal
     "Level of each answer among the answers to its prompt; ties share their middle rank."
-    if min(rewards) == max(rewards): return [None]*len(rewards)
-    rank = lambda r: (sum(q < r for q in rewards) + sum(q == r for q in rewards)/2)/len(rewards)
-    return [int(n_levels*rank(r)) for r in rewards]
+    known = _known(rewards)
+    if len(set(known)) < 2: return [None]*len(rewards)
+    def level(r):
+        rank = sum(q < r for q in known) + sum(q == r for q in known)/2
+        return int(n_levels*rank/len(known))
+    return [level(r) if _known([r]) else None for r in rewards]
 
 # %% ../nbs/28_skill.ipynb #b2c297ee
 def by_grade(
@@ -84,7 +90,7 @@ def by_grade(
 ):        # a function of the rewards of one prompt, as `by_quantile`
     "Levels by fixed boundaries of the reward."
     if list(cuts) != sorted(set(cuts)) or not len(cuts): raise ValueError(f"cuts are {cuts!r}: expected rising numbers.")
-    return lambda rewards: [bisect_right(cuts, r) for r in rewards]
+    return lambda rewards: [bisect_right(cuts, r) if _known([r]) else None for r in rewards]
 
 # %% ../nbs/28_skill.ipynb #b8b877da
 def by_rating(
@@ -113,6 +119,7 @@ def skill_rows(
     levels=SKILLS,         # the tokens, lowest first
     per_level: int | None = None, # rows a level at most
     seed: int = 0,         # of the choice
+    unjudged: int = 0,     # further answers that had no reward: they are counted
     **about,               # written to each row, such as `round`
 ) -> SkillRows:            # equally many of each level, shuffled
     "Make balanced rows. Raises `ValueError` if a level has none, or the shapes differ."
@@ -120,10 +127,10 @@ def skill_rows(
     if shapes[0] != shapes[1] or len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts, {len(answers)} lists of answers, {len(labels)} of labels: "
                          "expected one for each prompt, a label for each answer.")
-    found, dropped, rng = {l: {} for l in levels}, Counter(), random.Random(seed)
+    found, dropped, rng = {l: {} for l in levels}, Counter({"unjudged": unjudged} if unjudged else {}), random.Random(seed)
     for i, (p, said, its) in enumerate(zip(prompts, answers, labels)):
         for a, l in zip(said, its):
-            text = a if isinstance(a, str) else a.text
+            text = a if isinstance(a, str) else text_of(a.text)
             fault = "of no level" if l is None else "truncated" if getattr(a, "truncated", False) else "empty" if not text.strip() else None
             if not fault and (i, text) in found[levels[l]]: fault = "twice"
             if fault: dropped[fault] += 1; continue
@@ -140,30 +147,35 @@ class SkillConditioning:
     "Makes training rows for levels from a policy's own answers, as Quark does with reward tokens (Lu et al., 2022, arXiv 2205.13636)."
     def __init__(self,
         policy,               # anything with `generate`; after a first training also `AtLevel(policy, "<expert>")`
-        reward_fn,            # a reward in TRL's convention
-        label=by_quantile,    # rewards of one prompt -> levels
+        reward_fn,            # a reward in TRL's convention, or `(prompt, response) -> float`
+        label=by_quantile,    # known rewards of one prompt -> levels
         levels=SKILLS,        # the tokens, lowest first
         n_samples: int = 8,   # answers a prompt
         **sampling,           # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         if not isinstance(n_samples, int) or n_samples < 1: raise ValueError(f"n_samples is {n_samples!r}: expected a whole number of at least 1.")
         if len(set(levels)) != len(levels) or len(levels) < 2: raise ValueError(f"levels are {levels!r}: expected at least two different tokens.")
-        self.policy, self.reward_fn, self.label, self.levels, self.n_samples, self.sampling = policy, reward_fn, label, tuple(levels), n_samples, sampling
+        self.policy, self.reward_fn, self.label, self.levels = policy, as_reward(reward_fn), label, tuple(levels)
+        self.n_samples, self.sampling = n_samples, sampling
 
 # %% ../nbs/28_skill.ipynb #5513429a
 @patch
 def collect(self: SkillConditioning,
-    prompts: list,       # n prompts, without a level
+    prompts: list,       # n prompts without a level, or rows: dicts with `prompt` and the reward's columns
     seed: int = 0,       # of the answers and of the choice
     per_level: int | None = None, # rows a level at most
     round: int = 0,      # written to the rows
     progress=None,       # called as `progress(finished answers, new tokens)`
     **columns,           # lists of n values for the reward, such as `answer`
 ) -> SkillRows:
-    "Sample, score, label; raises as `skill_rows` and `reward.score` do."
+    "Sample, score, label; raises as `skill_rows` and `rewards_of` do. Answers that the reward abstains from are left out, and counted as unjudged."
+    prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
     answers, _, _ = answers_of(self.policy, prompts, self.n_samples, seed=seed, progress=progress, **self.sampling)
     rewards = score_samples(self.reward_fn, prompts, answers, **columns)
-    return skill_rows(prompts, answers, [self.label(r) for r in rewards], self.levels, per_level, seed, round=round)
+    judged = [[(x, r) for x, r in zip(row, rs) if _known([r])] for row, rs in zip(answers, rewards)]
+    unjudged = sum(len(row) for row in answers) - sum(len(row) for row in judged)
+    said, labels = [[x for x, _ in row] for row in judged], [self.label([r for _, r in row]) if row else [] for row in judged]
+    return skill_rows(prompts, said, labels, self.levels, per_level, seed, unjudged, round=round)
 
 # %% ../nbs/28_skill.ipynb #57f61fbf
 def shuffled(
@@ -216,19 +228,23 @@ class SkillCheck:
     "What a policy does at each level on the same held-out prompts."
     levels: tuple[str, ...]
     prompts: list
-    scores: list   # for each prompt and level the scores of its answers, in [0, 1]
+    scores: list   # for each prompt and level the scores of its answers, in [0, 1]; NaN where the verifier abstained
     answers: list  # likewise the texts
+
+    @property
+    def unjudged(self) -> int: return sum(len(s) - len(_known(s)) for row in self.scores for s in row)
 
 # %% ../nbs/28_skill.ipynb #069330a5
 @patch(as_prop=True)
 def rates(self: SkillCheck) -> dict[str, Rate]:
     "For each level the mean score, with an interval over prompts."
-    return {l: win_rate([row[i] for row in self.scores]) for i, l in enumerate(self.levels)}
+    return {l: win_rate([_known(row[i]) for row in self.scores]) for i, l in enumerate(self.levels)}
 
 @patch(as_prop=True)
 def table(self: SkillCheck) -> np.ndarray:
-    "(prompts, levels): mean scores."
-    return np.array([[np.mean(s) for s in row] for row in self.scores])
+    "(prompts, levels): mean scores, of the prompts that have one at every level."
+    known = [[_known(s) for s in row] for row in self.scores]
+    return np.array([[np.mean(s) for s in row] for row in known if all(row)])
 
 # %% ../nbs/28_skill.ipynb #ef5d185d
 @patch(as_prop=True)
@@ -251,7 +267,9 @@ def verdict(self: SkillCheck) -> str:
 @patch
 def _cells(self: SkillCheck):
     steps = [f"{a} to {b}" for a, b in zip(self.levels, self.levels[1:])]
-    return [*((l, str(r)) for l, r in self.rates.items()), *zip(steps, map(str, self.steps)), ("all levels", str(self.trend)), ("verdict", self.verdict)]
+    left_out = [("left out", f"{self.unjudged} answers without a score")] if self.unjudged else []
+    rates, tests = [(l, str(r)) for l, r in self.rates.items()], zip(steps, map(str, self.steps))
+    return [*rates, *tests, ("all levels", str(self.trend)), ("verdict", self.verdict), *left_out]
 
 @patch
 def __repr__(self: SkillCheck): return "\n".join(f"{a:30} {b}" for a, b in self._cells())
@@ -264,7 +282,7 @@ def _repr_html_(self: SkillCheck):
 def check_levels(
     policy,               # anything with `generate`
     problems: list[dict], # held-out, with `prompt` and the verifier's columns
-    verifier,             # a reward in [0, 1]
+    verifier,             # a reward in [0, 1], or `(prompt, response) -> float`
     levels=SKILLS,        # lowest first
     n_samples: int = 1,   # answers a prompt and level
     seed: int = 0,        # of the answers
@@ -273,17 +291,19 @@ def check_levels(
 ) -> SkillCheck:
     "Ask for each level on the same problems. Raises `ValueError` for no problems, or a verifier that leaves [0, 1]."
     if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    prompts, columns = columns_of(problems)
-    scores, texts = [], []
+    prompts, columns = rows_of(problems, {}, seed=seed)
+    verifier, scores, texts = as_reward(verifier), [], []
     for level in levels:
         answers, _, _ = answers_of(AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling)
-        scores.append(score_samples(verifier, prompts, answers, **columns)); texts.append([[a.text for a in row] for row in answers])
-        if not all(0 <= s <= 1 for row in scores[-1] for s in row): raise ValueError("the verifier gave a score outside [0, 1].")
+        scores.append(score_samples(verifier, prompts, answers, **columns))
+        texts.append([[text_of(a.text) for a in row] for row in answers])
+        if not all(0 <= s <= 1 for row in scores[-1] for s in _known(row)): raise ValueError("the verifier gave a score outside [0, 1].")
     return SkillCheck(tuple(levels), prompts, list(map(list, zip(*scores))), list(map(list, zip(*texts))))
 
 # %% ../nbs/28_skill.ipynb #61116914
 class Guided:
     "A `Policy` whose next-token logits are taken from two levels: low + scale*(high - low)."
+    takes_seeds = True # one for each prompt, if `seed` is a list
     def __init__(self,
         policy,                # a `Policy`
         low: str = SKILLS[0],
@@ -329,7 +349,7 @@ def sample(self: Guided,
     max_new_tokens: int = 64, # an answer is cut off here
     temperature: float = 1.0, # 0 is greedy
     top_p: float = 1.0,       # nucleus sampling
-    seed: int = 0,            # of the random streams
+    seed: int | list[int] = 0, # of the random streams; a list has one for each prompt
     progress=None,            # called as `progress(finished answers, new tokens)`
 ):
     "Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution. With scale 1, to rounding, those of the high level."
@@ -338,11 +358,14 @@ def sample(self: Guided,
     _check_sampling(n_samples, max_new_tokens, temperature, top_p)
     prompts, _ = as_prompts(prompts); base, start, seen = self.policy.base, time.perf_counter(), Counter()
     high, low = (base._encode_all([at_level(p, l) for p in prompts], max_new_tokens) for l in (self.high, self.low))
-    results, streams = [[None]*n_samples for _ in prompts], []
-    for ids in high: streams.append(seen[tuple(ids)]); seen[tuple(ids)] += n_samples
+    results, streams, seeds = [[None]*n_samples for _ in prompts], [], seed if isinstance(seed, list) else [seed]*len(prompts)
+    if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one for each.")
+    for s, ids in zip(seeds, high):
+        streams.append(seen[s, tuple(ids)])
+        seen[s, tuple(ids)] += n_samples
     with base.running(self.policy.name) as model:
         for rows in _batches([len(h) + len(l) for h, l in zip(high, low)], n_samples, 2*max_new_tokens, base.max_batch_tokens):
-            u = np.stack([_uniforms(seed, high[i], streams[i] + k, max_new_tokens) for i, k in rows])
+            u = np.stack([_uniforms(seeds[i], high[i], streams[i] + k, max_new_tokens) for i, k in rows])
             out = self._decode(model, [(tuple(high[i]), tuple(low[i])) for i, _ in rows], u, temperature, top_p, progress or (lambda *a: None))
             for (i, k), ids, lps in zip(rows, *out): results[i][k] = base._sample(ids, lps)
     return Samples(results, time.perf_counter() - start, seed)

@@ -15,6 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .pairs import write_whole
 from .players import prompt_text
 from .refinement import IterativeRefiner, Trace, Traces, diff_html
 from .widgets import display_live, preformatted
@@ -50,11 +51,12 @@ class RefinementStepper(widgets.VBox):
         trace: Trace | None = None, # a trace to go on with
         max_iterations: int = 3,    # of an automatic run
         seed: int = 0,              # of all stages
-        path: str | Path = "refinement.json", # where it is saved; the training rows are written beside it
+        path: str | Path = "runs/refinement.json", # where Save writes, if pressed; the training rows are written beside it
         **columns,                  # this prompt's values for the reward, such as `answer`
     ):
         super().__init__()
         self.refiner, self.seed, self.trace, self.traces = refiner, seed, trace, Traces([trace] if trace else [])
+        self.made = {}  # files that were saved or loaded here, and what they held then
         self.given = (trace.prompt, trace.columns) if trace else (prompt, columns)
         wide, auto, half = widgets.Layout(width="98%"), widgets.Layout(width="auto"), widgets.Layout(width="50%")
         button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=auto)
@@ -215,19 +217,31 @@ def _run(self: RefinementStepper, progress):
 @patch(as_prop=True)
 def _path(self: RefinementStepper) -> Path:
     name = self.file.value.strip()
-    if not name: raise ValueError("no file is named: expected a path such as refinement.json.")
+    if not name: raise ValueError("no file is named: expected a path such as runs/refinement.json.")
     return Path(name if name.endswith(".json") else name + ".json")
 
 @patch
 def _save(self: RefinementStepper, progress):
-    path = self._path; self.trace.save(path); rows = Traces([self.trace]).save_data(path.with_suffix(""), self.refiner)
+    path, traces = self._path, Traces([self.trace])
+    files = {path: self.trace.to_json(), **traces.data_files(path.with_suffix(""), self.refiner)}
+    for file in files:
+        if file.exists() and self.made.get(file.resolve()) != file.read_text(encoding="utf-8"):
+            raise ValueError(f"{file} is there already and was not made here, or was changed since: nothing was written. "
+                             "Give another name, or load a trace before it is saved again.")
+    for file, text in files.items():
+        write_whole(file, text)
+        self.made[file.resolve()] = text
+    rows = {file.name: text.count("\n") for file, text in files.items() if file != path}
     return f"Saved {path.name}, " + ", ".join(f"{name} ({n} row{'s'*(n != 1)})" for name, n in rows.items()) + "."
 
 @patch
 def _load(self: RefinementStepper, progress):
     path = self._path; trace = Trace.load(path)
     if not trace.versions: raise ValueError(f"{path}: a trace without an answer.")
-    self.trace, self.given = trace, (trace.prompt, trace.columns); self.traces.append(trace)
+    self.trace, self.given = trace, (trace.prompt, trace.columns)
+    self.traces.append(trace)
+    mine = {path: path.read_text(encoding="utf-8"), **Traces([trace]).data_files(path.with_suffix(""), self.refiner)}
+    self.made |= {file.resolve(): text for file, text in mine.items()}
     self.prompt.value = prompt_text(trace.prompt)
     return f"Loaded {path.name}."
 
