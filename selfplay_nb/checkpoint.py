@@ -305,20 +305,25 @@ _NOBODYS = "lost+found", "Thumbs.db", "desktop.ini", f"{RECORD}.new"  # and name
 
 def run_record(
     folder: str | Path, # of a run, or to become one
+    kind: str,          # of run, as its record says
 ) -> dict | None:       # what stands in its `config.json`; None where there is no run yet
     "Raises `ValueError` for a folder that holds something else, and as `read_record` does."
     folder = Path(folder)
-    if (folder/RECORD).exists(): return read_record(folder/RECORD)
+    if (folder/RECORD).exists():
+        record = read_record(folder/RECORD)
+        if record.get("kind") != kind: raise ValueError(f"{folder} holds {record.get('kind')!r}, not {kind!r}: choose another run_dir.")
+        return record
     there = sorted(f.name for f in folder.glob("*") if not f.name.startswith(".") and f.name not in _NOBODYS)
     if there: raise ValueError(f"{folder} is not empty and holds no run of this library ({there[0]!r}); it is left alone. Choose another run_dir.")
 
 def forget_run(
     folder: str | Path, # of a run
-    made,               # names of files and folders that a run may leave
+    kind: str,          # of run
+    made,               # names of files and folders that such a run may leave
 ):
     "Delete a run. Raises `ValueError`, and deletes nothing, if the folder has no run's mark or holds anything else; what begins with a dot stays."
     folder = Path(folder)
-    if run_record(folder) is None: return
+    if run_record(folder, kind) is None: return
     made = {*made, RECORD, f"{RECORD}.new"}
     there = [f for f in folder.iterdir() if not f.name.startswith(".")]
     others = sorted(f.name for f in there if f.name not in made and f.name.removesuffix(".new") not in made and f.name not in _NOBODYS)

@@ -246,7 +246,7 @@ def test_other_calls_are_refused_unless_fresh(make, monkeypatch):
     o = make(); all_stages(o)
     p = make()
     with pytest.raises(ValueError, match="01_sft is another stage .data: "): p.run_sft(SFT_DATA[:-1])
-    with pytest.raises(ValueError, match="num_train_epochs: None there, 2 now"): p.run_sft(SFT_DATA, num_train_epochs=2)
+    with pytest.raises(ValueError, match="num_train_epochs: 1 there, 2 now"): p.run_sft(SFT_DATA, num_train_epochs=2)
     with pytest.raises(ValueError, match="01_sft is another stage .self_play now"): p.run_self_play(16)
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"): make(seed=1).run_sft(SFT_DATA)
     p.run_sft(SFT_DATA)
