@@ -141,8 +141,9 @@ def test_a_process_number_that_was_given_again_is_no_life(folder):
 
 @pytest.mark.parametrize("wish", [
     "{", "[1]", '{"set": ["learning_rate"]}', '{"set": "x"}', '{"set": 5}', '{"set": {"self": 1}}', '{"set": {"run_dir": "/"}}',
-    '{"set": {"learning_rate": 1e308}}', '{"set": {"learning_rate": Infinity}}', '{"set": {"beta": "a"}}', '{"set": {"beta": {"a": 1}}}', '{"set": {"beta": true}}', "[" * 100_000, "\x00",
-    '{"set": {"beta": ' + "9"*400 + "}}", '{"set": {"beta": ' + "9"*5000 + "}}", '{"stop": "no"}', '{"pause": "no"}'])
+    '{"set": {"learning_rate": 1e308}}', '{"set": {"learning_rate": Infinity}}', '{"set": {"beta": "a"}}',
+    '{"set": {"beta": {"a": 1}}}', '{"set": {"beta": true}}',
+    "[" * 100_000, "\x00", '{"set": {"beta": ' + "9"*400 + "}}", '{"set": {"beta": ' + "9"*5000 + "}}", '{"stop": "no"}', '{"pause": "no"}'])
 def test_no_wish_breaks_a_run(tmp_path, wish):
     run = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), base=object(), callbacks=[]); run.dir.mkdir()
     live = Live(); live.on_train_begin(run, 3)
