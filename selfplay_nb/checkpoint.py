@@ -165,14 +165,18 @@ def locked(
 # %% ../nbs/09_checkpoint.ipynb #76a70b18
 @contextmanager
 def signals_interrupt():
-    "Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them. Only the main thread of a process can."
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them, and end the process (`SystemExit`) after the block.
+
+    Only the main thread of a process can."""
     if threading.current_thread() is not threading.main_thread(): yield; return
     known = [s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) and signal.getsignal(s) is signal.SIG_DFL]
-    def interrupt(number, frame): raise KeyboardInterrupt
+    told = []
+    def interrupt(number, frame): told.append(number); raise KeyboardInterrupt
     for s in known: signal.signal(s, interrupt)
     try: yield
     finally:
         for s in known: signal.signal(s, signal.SIG_DFL)
+        if told: raise SystemExit(128 + told[0])
 
 # %% ../nbs/09_checkpoint.ipynb #5c153654
 LIBRARY = __name__.split(".")[0]

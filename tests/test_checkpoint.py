@@ -278,5 +278,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
 def test_signals_interrupt(name):
     number = getattr(signal, name); before = signal.getsignal(number)
     if before is not signal.SIG_DFL: pytest.skip(f"{name} has another use here")
-    with pytest.raises(KeyboardInterrupt), signals_interrupt(): signal.raise_signal(number)
+    with pytest.raises(SystemExit) as ended, signals_interrupt():
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
+    assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before

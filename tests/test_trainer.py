@@ -247,8 +247,9 @@ def test_another_run_is_refused_with_a_sentence(tmp_path, tiny_folder, monkeypat
 def test_a_signal_to_end_is_an_interruption(tmp_path, tiny_folder):
     class Told:
         def on_stage(self, trainer, stage): signal.raise_signal(signal.SIGTERM) if stage == "training" else None
-    trainer = make(tmp_path/"run", tiny_folder, [Told()]); trainer.train()
-    assert trainer.interrupted and trainer.round == 0
+    trainer = make(tmp_path/"run", tiny_folder, [Told(), *default_callbacks()])
+    with pytest.raises(SystemExit): trainer.train()
+    assert trainer.interrupted and trainer.round == 0 and (tmp_path/"run"/"report.html").exists()
 
 
 def test_a_report_that_fails_does_not_hide_why_the_run_did(tmp_path, tiny_folder):
