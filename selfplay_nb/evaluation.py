@@ -49,15 +49,15 @@ class Exam:
         return f"Exam: mean {value:.2f} [{low:.2f}, {high:.2f}] (n={len(self.rows)}), {cut}"
 
 # %% ../nbs/21_evaluation.ipynb #6be3e882
-def _checked(problems, *players) -> list[dict]:
+def _checked(problems, *players, reserved=("prompts", "completions", "truncated", "self")) -> list[dict]:
     "The problems as a list. Raises `ValueError` for problems without a prompt, with different columns or reserved ones, and for what cannot answer."
     rows = list(problems) if not isinstance(problems, (str, dict)) and hasattr(problems, "__iter__") else []
     if not rows: raise ValueError(f"no problems: expected a non-empty list of dicts with a 'prompt', got {problems!r:.60}.")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or "prompt" not in row: raise ValueError(f"problem {i} is {row!r:.60}: expected a dict with a 'prompt'.")
         if set(row) != set(rows[0]): raise ValueError(f"problem {i} has the columns {sorted(row)}, problem 0 {sorted(rows[0])}: expected the same in all.")
-    reserved = sorted({"prompts", "completions", "truncated", "self", "a", "b"} & set(rows[0]))
-    if reserved: raise ValueError(f"problems have a column {reserved[0]!r}, a name that verifiers and judges use for something else: rename it.")
+    taken = [name for name in reserved if name in rows[0]]
+    if taken: raise ValueError(f"problems have a column {taken[0]!r}, a name that verifiers and judges use for something else: rename it.")
     for player in players:
         if not (hasattr(player, "generate") or hasattr(player, "sample")):
             raise ValueError(f"{player!r:.60} cannot answer: expected a player, with `generate` as a `Policy` has it.")
@@ -160,7 +160,7 @@ def versus(
     """Play `policy` against `opponent`. An answer that was cut off loses against one that was not, and draws with another one.
 
     Raises `ValueError` for problems, players and judges that are none, before anything is asked."""
-    problems = _checked(problems, policy, opponent)
+    problems = _checked(problems, policy, opponent, reserved=("prompts", "completions", "truncated", "self", "a", "b"))
     if not (hasattr(judge, "compare") or callable(judge)): raise ValueError(f"judge is {judge!r:.60}: expected one with compare(prompts, a, b), or a reward.")
     if not hasattr(judge, "compare"):
         check_columns(judge, **columns_of(problems)[1])

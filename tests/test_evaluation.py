@@ -124,3 +124,9 @@ def test_a_judge_that_abstains_is_counted():
         def compare(self, prompts, a, b, **columns): return [None if i == 0 else math.nan if i == 1 else 1. for i in range(len(prompts))]
     match = versus(right, Texts("3"), PROBLEMS, Shy())
     assert match.unjudged == 2 and match.win_rate.n == 6 and match.paired.n == 6 and "2 games not judged" in repr(match)
+
+
+def test_columns_of_a_judge_are_taken_only_in_a_match():
+    rows = [p | dict(a=1, b=2) for p in PROBLEMS]
+    assert examine(right, rows, exact_number).accuracy.value == 1
+    with pytest.raises(ValueError, match="column 'a'"): versus(right, right, rows, exact_number)
