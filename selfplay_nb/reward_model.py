@@ -40,6 +40,7 @@ class _Scorer(PreTrainedModel):
         self.model = core.base_model
         self.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=core.device)
         torch.nn.init.zeros_(self.score.weight)
+
     @classmethod
     def _can_set_experts_implementation(cls): return True  # the layers are the base's, and chosen already
 
@@ -128,7 +129,8 @@ def train(self: RewardModel,
         if args.n_gpu > 1: args._n_gpu = 1
         b.peft.set_adapter(name); self.head.requires_grad_(True)
         try:
-            trainer = _Pairwise(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
+            data = Dataset.from_list(rows)
+            trainer = _Pairwise(scorer, args=args, train_dataset=data, processing_class=b.tokenizer)
             _own_progress(trainer, progress)
             trainer.train()
             losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
