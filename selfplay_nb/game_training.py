@@ -24,7 +24,8 @@ class Taken(NamedTuple):
 
 def _taken(played, who):
     "The turns of a player, or of all."
-    return [Taken(g.game, t, g.outcome[t.seat], i) for i, g in enumerate(played) for t in g.turns if who is None or g.players[t.seat] == who]
+    turns = [(g, t, i) for i, g in enumerate(played) for t in g.turns]
+    return [Taken(g.game, t, g.outcome[t.seat], i) for g, t, i in turns if who is None or g.players[t.seat] == who]
 
 def _position(game, turn): return game, prompt_text(turn.prompt)
 
@@ -38,7 +39,8 @@ def position_pairs(
 ) -> tuple[list[dict], Counter]: # pairs in TRL's form with provenance, and how many were dropped for which reason
     "Preference pairs of answers to the same position: the one whose games ended better on average is chosen."
     seen, out = {}, []
-    for game, t, won, _ in _taken(played, who): seen.setdefault(_position(game, t), {}).setdefault(t.answer, []).append((won, t))
+    for game, t, won, _ in _taken(played, who):
+        seen.setdefault(_position(game, t), {}).setdefault(t.answer, []).append((won, t))
     for (game, _), answers in seen.items():
         means = sorted(((mean(w for w, _ in rows), rows[0][1]) for rows in answers.values() if len(rows) >= least), key=lambda mt: -mt[0])
         for value, worse in means[:0:-1][:per_position]:
@@ -55,11 +57,12 @@ def _pair(chosen, rejected, margin: float) -> dict:
 
 # %% ../nbs/39_game_training.ipynb #9d577558
 class SeatBaseline:
-    "Expected outcome of each game and seat: an exponential mean over batches of matches (role-conditioned advantage estimation, Liu et al., 2025)."
+    "Expected outcome of each game and seat: an exponential mean over batches of matches (after Liu et al., 2025)."
     def __init__(self, decay: float = .8): self.decay, self.means = decay, {}
     def __call__(self, turns) -> list[float]: # for each turn what was expected: the mean before this batch, in the first batch its own
         matches = {}
-        for game, turn, outcome, match in turns: matches.setdefault((game, turn.seat), {}).setdefault(match, []).append(outcome)
+        for game, turn, outcome, match in turns:
+            matches.setdefault((game, turn.seat), {}).setdefault(match, []).append(outcome)
         fresh = {seat: mean(map(mean, outcomes.values())) for seat, outcomes in matches.items()}
         was = {seat: self.means.get(seat, value) for seat, value in fresh.items()}
         self.means |= {seat: self.decay*was[seat] + (1 - self.decay)*value for seat, value in fresh.items()}
@@ -69,19 +72,23 @@ class SeatBaseline:
 def position_baseline(
     turns: list[Taken],
 ) -> list[float]: # for each turn what was expected
-    """The mean over the other matches that came to the same position; where there is none, over the other matches at the same seat of the game.
+    """The mean over the other matches that came to the same position; where there is none, over the other
+    matches at the same seat of the game.
 
-    Of a match that was in the position several times its mean outcome counts. Where no other match tells anything, the outcome itself is what was expected."""
+    Of a match that was in the position several times its mean outcome counts. Where no other match tells anything,
+    the outcome itself is what was expected."""
     at_position = _of_others(turns, lambda t: _position(t.game, t.turn))
     at_seat = _of_others(turns, lambda t: (t.game, t.turn.seat))
-    return [next((x for x in (position, seat) if x is not None), t.outcome) for position, seat, t in zip(at_position, at_seat, turns)]
+    known = ((p, s, t.outcome) for p, s, t in zip(at_position, at_seat, turns))
+    return [next(x for x in values if x is not None) for values in known]
 
 def _of_others(turns, key) -> list[float | None]:
     "For each turn the mean over other matches with turns of the same key; None if there are none."
     outcomes, keys = {}, [key(t) for t in turns]
-    for k, t in zip(keys, turns): outcomes.setdefault(k, {}).setdefault(t.match, []).append(Fraction(t.outcome))
+    for k, t in zip(keys, turns):
+        outcomes.setdefault(k, {}).setdefault(t.match, []).append(Fraction(t.outcome))
     means = {k: {match: mean(of) for match, of in matches.items()} for k, matches in outcomes.items()}
-    totals = {k: sum(of.values()) for k, of in means.items()}  # exact, so that equal outcomes leave no rounding behind
+    totals = {k: sum(of.values()) for k, of in means.items()}  # exact: equal outcomes leave no rounding behind
     others = [(totals[k] - means[k][t.match], len(means[k]) - 1) for k, t in zip(keys, turns)]
     return [float(total/n) if n else None for total, n in others]
 

@@ -750,7 +750,8 @@ def _grpo_rows(self: RLHFOrchestrator, data, settings) -> tuple[list[dict], Coun
     _check_whole({k: settings[k] for k in ("n_prompts", "group", "prompts_per_step")}, group=2)
     if not settings["kl"] >= 0: raise ValueError(f"kl is {settings['kl']!r}: expected a number of at least 0.")
     if settings.get("num_train_epochs", 1) != 1 or settings.get("max_steps", -1) > 1:
-        raise ValueError("grpo takes one step on each batch of its own samples: give a larger n_prompts, not num_train_epochs or max_steps.")
+        raise ValueError("grpo takes one step on each batch of its own samples: "
+                         "give a larger n_prompts, not num_train_epochs or max_steps.")
     self._judge(settings["judge"])
     return self._draw(settings["n_prompts"], data)
 
@@ -762,8 +763,9 @@ def _group_rows(self: RLHFOrchestrator, batch, reward, group: int, seed: int) ->
     said = self.policy.sample(prompts, n_samples=group, max_new_tokens=self.max_new_tokens, seed=seed)
     scores = score_samples(reward, prompts, said, **columns)
     rewards = [[None if _abstains(r) else r for r in row] for row in scores]
-    return [dict(prompt=p, completion=s.text, completion_ids=s.token_ids, truncated=s.truncated, reward=r, advantage=a, source="grpo")
-            for p, row, rs, adv in zip(prompts, said, rewards, group_advantages(rewards)) for s, r, a in zip(row, rs, adv)]
+    groups = zip(prompts, said, rewards, group_advantages(rewards))
+    return [dict(prompt=p, completion=s.text, completion_ids=s.token_ids, truncated=s.truncated, reward=r, advantage=a,
+                 source="grpo") for p, row, rs, adv in groups for s, r, a in zip(row, rs, adv)]
 
 # %% ../nbs/45_pipeline.ipynb #cd146da7
 def _weighed(scored: list[dict], kl: float) -> list[dict]:
@@ -775,7 +777,8 @@ def _weighed(scored: list[dict], kl: float) -> list[dict]:
 def _one_step(rows: list[dict], settings: dict) -> dict:
     "`settings` with which all `rows` are one step, in parts of the size that was asked for."
     size = min(settings.get("per_device_train_batch_size", len(rows)), len(rows))
-    return settings | dict(per_device_train_batch_size=size, gradient_accumulation_steps=math.ceil(len(rows)/size))
+    parts = math.ceil(len(rows)/size)
+    return settings | dict(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
 
 @patch
 def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
@@ -789,11 +792,16 @@ def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
             self._ledgers[1].append([r | {"round": n} for r in made])
             scored = [r for r in made if r["reward"] is not None]
             live = _weighed(scored, kl)
-            done.dropped += Counter({"abstained": len(made) - len(scored), "no advantage": len(scored) - len(live)})
+            left_out = {"abstained": len(made) - len(scored), "no advantage": len(scored) - len(live)}
+            done.dropped += Counter(left_out)
             if scored: done.metrics["reward"].append(fmean(r["reward"] for r in scored))
-            if live: _add(done, reinforce(self.policy, live, done.optimizer or None, snapshot, kl, **_one_step(live, settings)))
+            if live:
+                one_step = _one_step(live, settings)
+                _add(done, reinforce(self.policy, live, done.optimizer or None, snapshot, kl, **one_step))
             progress(i + 1, len(batches))
-    if not done.n_rows: raise ValueError(f"nothing to train on: in no group did the rewards differ; left out: {dict(done.dropped)}.")
+    if not done.n_rows:
+        why = f"in no group did the rewards differ; left out: {dict(done.dropped)}"
+        raise ValueError(f"nothing to train on: {why}.")
     return done
 
 # %% ../nbs/45_pipeline.ipynb #940ef2cc

@@ -27,7 +27,7 @@ from trl import RewardConfig, RewardTrainer
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
-from .update import (COMMON, _PAIR, _PAIR_TOO, UpdateResult, _checked, _machine, _own_progress, _quietly,
+from .update import (COMMON, _ANSWER, _PAIR, _PAIR_TOO, _PROMPT, UpdateResult, _checked, _machine, _own_progress, _quietly,
                                 _same_random_state, _WholeSteps, tokenize_pairs)
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
@@ -40,6 +40,7 @@ class _Scorer(PreTrainedModel):
         self.model = core.base_model
         self.score = torch.nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=core.device)
         torch.nn.init.zeros_(self.score.weight)
+
     @classmethod
     def _can_set_experts_implementation(cls): return True  # the layers are the base's, and chosen already
 
@@ -83,8 +84,11 @@ def __call__(self: RewardModel,
     truncated: list | None = None, # n times: was the answer cut off? Then it has no end token
     **columns,         # not used
 ) -> list[float]:      # n rewards; only differences on the same prompt mean something
-    "Rewards of answers. Raises `ValueError` for lists of different lengths, or an answer that does not fit the context."
+    """Rewards of answers. Raises `ValueError` for lists of different lengths, what is no prompt or no answer, or an
+    answer that does not fit the context."""
     if len(prompts) != len(completions): raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: expected as many.")
+    given = [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)]
+    _checked(given, {"prompt": _PROMPT, "completion": _ANSWER}, {})
     cut, b = truncated or [False]*len(prompts), self.base
     ids = [b.encode(p) + b.completion_ids(text_of(c), finished=not t) for p, c, t in zip(prompts, completions, cut)]
     for i, x in enumerate(ids):
@@ -128,7 +132,8 @@ def train(self: RewardModel,
         if args.n_gpu > 1: args._n_gpu = 1
         b.peft.set_adapter(name); self.head.requires_grad_(True)
         try:
-            trainer = _Pairwise(scorer, args=args, train_dataset=Dataset.from_list(rows), processing_class=b.tokenizer)
+            data = Dataset.from_list(rows)
+            trainer = _Pairwise(scorer, args=args, train_dataset=data, processing_class=b.tokenizer)
             _own_progress(trainer, progress)
             trainer.train()
             losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]

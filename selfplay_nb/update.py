@@ -293,10 +293,11 @@ _PAIR_TOO = {"margin": _NUMBER, "probability": _PROBABILITY, "chosen_ids": _IDS,
 # %% ../nbs/11_update.ipynb #c599959e
 def _check_trainable(policy: Policy):
     if policy.frozen:
-        raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): train a policy, or snapshot(frozen=False).")
+        raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): "
+                         "train a policy, or snapshot(frozen=False).")
 
 def _checked(rows, needed: dict, optional: dict, kind: str = "row") -> list[dict]:
-    "`rows` as a list. Raises `ValueError`, with row and column, unless all columns are `needed` or `optional` has them."
+    "`rows` as a list. Raises `ValueError`, with row and column, for what is missing or no such thing."
     rows, columns = list(rows), ", ".join(map(repr, needed))
     columns = " and".join(columns.rsplit(",", 1))
     for i, row in enumerate(rows):
@@ -304,10 +305,12 @@ def _checked(rows, needed: dict, optional: dict, kind: str = "row") -> list[dict
             raise ValueError(f"{kind} {i} is {row!r:.60}: expected a dict with {columns}.")
         missing = [c for c in needed if c not in row]
         if missing:
-            raise ValueError(f"{kind} {i} lacks {missing}; {kind} {i} has {sorted(map(str, row))}: expected {columns}.")
+            has = sorted(map(str, row))
+            raise ValueError(f"{kind} {i} lacks {missing}; {kind} {i} has {has}: expected {columns}.")
         for column, (expected, is_good) in (needed | optional).items():
             if column in row and not is_good(row[column]):
-                raise ValueError(f"{kind} {i}, column {column!r} is {row[column]!r:.60}: expected {expected}.")
+                value = f"{row[column]!r:.60}"
+                raise ValueError(f"{kind} {i}, column {column!r} is {value}: expected {expected}.")
     return rows
 
 # %% ../nbs/11_update.ipynb #29d7efb6
@@ -319,7 +322,8 @@ def _prompt_ids(base: Base, rows: list[dict], kind: str = "row") -> list[list[in
         if key not in known:
             known[key] = base.encode(row["prompt"])
         if not known[key]:
-            raise ValueError(f"{kind} {i}, column 'prompt' is {row['prompt']!r:.60}: expected at least one token.")
+            value = f"{row['prompt']!r:.60}"
+            raise ValueError(f"{kind} {i}, column 'prompt' is {value}: expected at least one token.")
     return [known[repr(row["prompt"])] for row in rows]
 
 def _answer_ids(base: Base, row: dict, column: str, truncated: str) -> list[int]:
@@ -332,12 +336,12 @@ def tokenize_pairs(
     base: Base,        # whose tokenizer and context
     pairs: list[dict], # `{"prompt", "chosen", "rejected"}`, and what `dpo` takes beside them
 ) -> tuple[list[dict], list[dict], Counter]: # the good pairs, for each `prompt_ids`, `chosen_ids` and `rejected_ids`, and the dropped by reason
-    "Drop faulty and over-long pairs, and tokenize the others. Raises `ValueError` for a row that is no pair, with its column."
+    "Drop faulty and over-long pairs, and tokenize the others. Raises `ValueError` for a row that is no pair."
     pairs = _checked(pairs, _PAIR, _PAIR_TOO, "pair")
     _prompt_ids(base, pairs, "pair")
     pairs, dropped = validate_pairs(pairs)
-    rows = [{"prompt_ids": prompt} | {f"{k}_ids": _answer_ids(base, p, k, f"{k}_truncated") for k in ("chosen", "rejected")}
-            for p, prompt in zip(pairs, _prompt_ids(base, pairs))]
+    def answers(p): return {f"{k}_ids": _answer_ids(base, p, k, f"{k}_truncated") for k in ("chosen", "rejected")}
+    rows = [{"prompt_ids": prompt} | answers(p) for p, prompt in zip(pairs, _prompt_ids(base, pairs))]
     fits = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= base.context_length for r in rows]
     if not all(fits): dropped["over-long"] += fits.count(False)
     return [p for p, ok in zip(pairs, fits) if ok], [r for r, ok in zip(rows, fits) if ok], dropped
@@ -345,9 +349,11 @@ def tokenize_pairs(
 # %% ../nbs/11_update.ipynb #4b5c3a47
 def _known(pair, k):
     if k not in pair:
-        raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; it has {sorted(pair)}.")
+        raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; "
+                         f"it has {sorted(pair)}.")
     if not (isinstance(pair[k], Real) and math.isfinite(pair[k])):
-        raise ValueError(f"a pair's {k!r} is {pair[k]!r}: expected the reference's log-probability, a finite number.")
+        raise ValueError(f"a pair's {k!r} is {pair[k]!r}: expected the reference's log-probability, "
+                         "a finite number.")
     return pair[k]
 
 # %% ../nbs/11_update.ipynb #02221e1c
@@ -408,7 +414,8 @@ class _Tokenized(_WholeSteps, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         rows, tokens = self.weights(inputs)
         of_terms = self.args.loss_weights or [1.]*len(self.loss_types)
-        self.loss_weights = [w*(tokens if term == "sft" else rows) for term, w in zip(self.loss_types, of_terms, strict=True)]
+        shares = [tokens if term == "sft" else rows for term in self.loss_types]
+        self.loss_weights = [w*share for w, share in zip(of_terms, shares, strict=True)]
         core = self.model.get_base_model()
         share = can_share(core.config) and not self.aux_loss_enabled
         with _beginnings_once(core, inputs["completion_mask"]) if share else nullcontext():
@@ -416,8 +423,8 @@ class _Tokenized(_WholeSteps, DPOTrainer):
     def _get_train_sampler(self, train_dataset=None): return _ByPrompt(self.train_dataset["prompt_ids"], self.args.seed)
 
 # %% ../nbs/11_update.ipynb #e7829ca6
-DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2],
-           router_aux_loss_coef=0.)
+DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"],
+           loss_weights=[1., .2], router_aux_loss_coef=0.)
 
 def dpo(
     policy: Policy,     # the adapter to train
@@ -443,17 +450,19 @@ def dpo(
 class _SharedSFT(SFTTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         core, labels = self.model.get_base_model(), inputs["labels"]
-        if not can_share(core.config) or self.aux_loss_enabled: return super().compute_loss(model, inputs, *args, **kwargs)
+        if not can_share(core.config) or self.aux_loss_enabled:
+            return super().compute_loss(model, inputs, *args, **kwargs)
         mask = (labels != -100).long()
         start = max(0, mask.argmax(1).min().item() - 1)  # no logits where no row has a completion
         with _beginnings_once(core, mask, start): return super().compute_loss(model, {**inputs, "labels": labels[:, start:]}, *args, **kwargs)
 
 # %% ../nbs/11_update.ipynb #98e8c613
-SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16, completion_only_loss=True, router_aux_loss_coef=0.)
+SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16, completion_only_loss=True,
+           router_aux_loss_coef=0.)
 
 def sft(
     policy: Policy,    # the adapter to train
-    rows: list[dict],  # `{"prompt", "completion"}`; `completion_ids` if they were sampled, `truncated` if it was cut off
+    rows: list[dict],  # `{"prompt", "completion"}`; `completion_ids` if they were sampled, `truncated` if cut off
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
     **settings,        # any field of TRL's `SFTConfig`, over the defaults in `SFT`; `progress`, called as `progress(step, steps)`
 ) -> UpdateResult:
@@ -466,7 +475,7 @@ def sft(
         if not text_of(row["completion"]).strip(): dropped["empty"] += 1
         elif len(prompt + answer) > policy.base.context_length: dropped["over-long"] += 1
         else: tokens.append({"input_ids": prompt + answer, "completion_mask": [0]*len(prompt) + [1]*len(answer)})
-    def count_tokens(trainer): trainer.model_accepts_loss_kwargs = True  # TRL divides by a step's tokens, whatever the model
+    def count_tokens(trainer): trainer.model_accepts_loss_kwargs = True  # TRL then divides by a step's tokens
     return _train(policy, _SharedSFT, SFTConfig, tokens, SFT | settings, optimizer, dropped, count_tokens)
 
 # %% ../nbs/11_update.ipynb #88fb2ebe
@@ -477,16 +486,19 @@ class _Reinforce(_WholeSteps, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rows, core = inputs["rows"], self.model.get_base_model()
         longest = max(len(r["prompt_ids"] + r["completion_ids"]) for r in rows)
-        def padded(before, within, filler=0): # a value for each token of the prompts, of the completions, and of the padding
+        def padded(before, within, filler=0): # values for the prompts' tokens, the completions', the padding
             lists = [before(r) + within(r) for r in rows]
-            return torch.tensor([values + [filler]*(longest - len(values)) for values in lists], device=core.device)
+            even = [values + [filler]*(longest - len(values)) for values in lists]
+            return torch.tensor(even, device=core.device)
         def zeros(r): return [0]*len(r["prompt_ids"])
         def ones(r): return [1]*len(r["completion_ids"])
         def numbers(column): return torch.tensor([r[column] for r in rows], device=core.device)
-        ids = padded(lambda r: r["prompt_ids"], lambda r: r["completion_ids"], self.processing_class.pad_token_id)
+        pad = self.processing_class.pad_token_id
+        ids = padded(lambda r: r["prompt_ids"], lambda r: r["completion_ids"], pad)
         real, completion = padded(lambda r: [1]*len(r["prompt_ids"]), ones), padded(zeros, ones)
         with _beginnings_once(core, completion) if can_share(core.config) else nullcontext():
-            said = model(input_ids=ids, attention_mask=real, labels=ids.masked_fill(completion == 0, -100), fused_lm_head=True)
+            labels = ids.masked_fill(completion == 0, -100)
+            said = model(input_ids=ids, attention_mask=real, labels=labels, fused_lm_head=True)
         losses = -numbers("advantage")*said.log_probs.sum(1)
         if self.kl:
             gap = padded(zeros, lambda r: r["ref_logps"])[:, 1:] - said.log_probs  # 0 outside of completions
@@ -499,7 +511,7 @@ REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, remove_unus
 
 def reinforce(
     policy: Policy,    # the adapter to train
-    rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `completion_ids` if they were sampled, `truncated` if it was cut off, `weight`
+    rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `weight`, and what `sft` takes beside them
     optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
     reference: Policy | None = None, # a snapshot on the same base, or the base itself, if there is a `kl`
     kl: float = 0.,    # what a nat of divergence from `reference` costs, for each token
@@ -507,24 +519,30 @@ def reinforce(
 ) -> UpdateResult:
     """Raise the probability of completions with a positive advantage, lower that of the others (Williams, 1992).
 
-    The loss is the mean over a step's rows of `weight` (by default 1) times: -advantage times the completion's summed log-probability,
-    and `kl` times its tokens' k3 estimates of the divergence from `reference` (Shao et al., 2024). Rows that are empty, over-long, have an
-    advantage that is not finite, or without `kl` one of 0, are dropped and counted. Raises as `dpo` does."""
+    The loss is the mean over a step's rows of `weight` (by default 1) times: -advantage times the completion's
+    summed log-probability, and `kl` times its tokens' k3 estimates of the divergence from `reference` (Shao et
+    al., 2024). Rows that are empty, over-long, have an advantage that is not finite, or without `kl` one of 0,
+    are dropped and counted. Raises as `dpo` does."""
     _check_trainable(policy)
-    if not (isinstance(kl, Real) and 0 <= kl < math.inf): raise ValueError(f"kl is {kl!r}: expected a number of at least 0.")
-    if kl and reference is None: raise ValueError(f"kl is {kl} without a reference: expected a snapshot on the same base, or the base itself.")
+    if not (isinstance(kl, Real) and 0 <= kl < math.inf):
+        raise ValueError(f"kl is {kl!r}: expected a number of at least 0.")
+    if kl and reference is None:
+        raise ValueError(f"kl is {kl} without a reference: expected a snapshot on the same base, or the base itself.")
     if kl: _check_reference(policy, reference)
-    rows = _checked(rows, {"prompt": _PROMPT, "completion": _ANSWER, "advantage": _NUMBER}, {"completion_ids": _IDS, "weight": _NUMBER})
+    needed = {"prompt": _PROMPT, "completion": _ANSWER, "advantage": _NUMBER}
+    rows = _checked(rows, needed, {"completion_ids": _IDS, "weight": _NUMBER})
     good, dropped = [], Counter()
     for row, prompt in zip(rows, _prompt_ids(policy.base, rows)):
-        ids, advantage, weight = _answer_ids(policy.base, row, "completion", "truncated"), float(row["advantage"]), float(row.get("weight", 1))
+        ids = _answer_ids(policy.base, row, "completion", "truncated")
+        advantage, weight = float(row["advantage"]), float(row.get("weight", 1))
         if not math.isfinite(advantage*weight): dropped["non-finite"] += 1
         elif not advantage and not kl: dropped["no advantage"] += 1
         elif not ids: dropped["empty"] += 1
         elif len(prompt + ids) > policy.base.context_length: dropped["over-long"] += 1
-        else: good.append({"prompt_ids": prompt, "completion_ids": ids, "advantage": advantage, "weight": weight})
+        else: good.append(dict(prompt_ids=prompt, completion_ids=ids, advantage=advantage, weight=weight))
     if kl and good:
-        scored = policy.base._score(reference.name, [r["prompt_ids"] for r in good], [r["completion_ids"] for r in good])
+        prompts, answers = ([r[k] for r in good] for k in ("prompt_ids", "completion_ids"))
+        scored = policy.base._score(reference.name, prompts, answers)
         good = [r | {"ref_logps": logps.tolist()} for r, (logps, _) in zip(good, scored)]
     make = partial(_Reinforce, data_collator=lambda rows: {"rows": rows})
     def prepare(trainer):

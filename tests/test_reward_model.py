@@ -75,3 +75,11 @@ def test_memory_of_the_real_one_is_small(real):
     judge = RewardModel(real)
     try: assert judge.n_bytes < .1*real.model.get_memory_footprint()
     finally: judge.delete()
+
+
+@pytest.mark.parametrize("prompt, completion, said", [(None, "x", "row 1, column 'prompt' is None"), ("a", None, "row 1, column 'completion' is None"),
+                                                      ("a", 5, "row 1, column 'completion' is 5"), ([], "x", "row 1, column 'prompt'")])
+def test_what_is_no_prompt_or_answer_is_named(tiny, prompt, completion, said):
+    judge = RewardModel(tiny)
+    with pytest.raises(ValueError, match=said): judge(["a", prompt], ["x", completion])
+    assert judge([[dict(role="user", content="a")]], [[dict(role="assistant", content="x")]]) == judge(["a"], ["x"])
