@@ -1,13 +1,15 @@
 # make demo   a 4-bit model beats its own snapshot (goes on with runs/demo; FRESH=1 begins anew)
 # make test   everything that CI checks
+# make floor  the library at the lowest versions that pyproject.toml allows, in an environment of its own, with an empty cache
 # make lab    JupyterLab at index.ipynb
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
 PYTHON ?= python3
 BIN = .venv/bin
+FLOOR = .venv/floor
 DIR ?= runs/demo
 
-.PHONY: demo test lab learning costs readme clean
+.PHONY: demo test floor lab learning costs readme clean
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
@@ -15,6 +17,13 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+floor: .venv/bin/python
+	rm -rf $(FLOOR)
+	$(BIN)/python -m venv $(FLOOR)
+	$(BIN)/python tests/floor.py > $(FLOOR)/floor.txt
+	$(FLOOR)/bin/python -m pip install -q --disable-pip-version-check -c $(FLOOR)/floor.txt -e .
+	$(FLOOR)/bin/python tests/floor.py try
 
 lab: .venv/dev
 	$(BIN)/jupyter lab index.ipynb

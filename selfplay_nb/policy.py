@@ -177,9 +177,10 @@ def check_adapter(
 @patch
 def _other_senses(self: Base) -> str | None:
     "A pattern of the modules that a model has beside the one for text: nothing would train adapters there."
+    if self.model.config is self.model.config.get_text_config(): return None
     text = self.model.get_decoder()
     name = next(n for n, m in self.model.named_modules() if m is text)
-    return None if self.model.config is self.model.config.get_text_config() else rf"(?!{re.escape(name)}\.).*"
+    return rf"(?!{re.escape(name)}\.).*"
 
 @patch
 def add_adapter(self: Base,

@@ -75,3 +75,24 @@ def test_the_tiny_model_is_in_four_bits(tmp_path):
     model, _ = load_model(tiny_model_folder(tmp_path), device="cpu")
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
+def test_no_line_about_a_package_that_is_not_needed():
+    "What bitsandbytes says at its import, on a CPU with AVX512-BF16 and without the package `kernels`; what else it says stays."
+    code = """if True:
+        import logging, selfplay_nb
+        log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already `pip install kernels`", "x")
+        log.warning("something else")"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert said == "something else\n"
+
+
+def test_an_adapter_of_the_wheel_model_names_the_model_on_the_hub(real, tmp_path):
+    import json
+
+    from selfplay_nb.policy import Policy
+    student = Policy(real, "student", r=2, target_modules=["q_proj"])
+    config = json.loads((student.save(tmp_path/"saved")/"adapter_config.json").read_text())
+    student.delete()
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
