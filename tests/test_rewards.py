@@ -359,7 +359,7 @@ def test_what_has_a_time_limit_cannot_touch_the_model(tiny):
     policy = Policy(tiny, "judge", seed=0)
     def asks(prompts, completions, **columns): return policy.logprobs(prompts, completions).tolist()
     def samples(prompts, completions, **columns): return [len(t) for t in policy.generate(prompts, max_new_tokens=8)]
-    for reward in asks, samples, ModelJudge(policy):
+    for reward in asks, samples, ModelJudge(policy, "", "{rubric}{prompt}{a}{b}"):  # its context is small
         guarded = Guarded(reward, timeout=60)
         with pytest.raises(RuntimeError, match=r"time limit.*judge_timeout=0"):
             guarded.compare(["?"], ["a"], ["b"]) if is_judge(reward) else guarded(["?"]*4, ["a"]*4)
