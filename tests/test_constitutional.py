@@ -1,8 +1,8 @@
 "Constitutions and their files, rules and the model's yes/no, attribution, revision and AI feedback: no model needed."
 import math
-import time
 import random
 import re
+import time
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -441,7 +441,8 @@ def test_feedback_keeps_token_ids_and_never_chooses_what_was_cut_off():
 
 # rules read long texts too
 
-PHRASES = ["forget ", "instead of ", "replaces ", "forget the doc ", "i can't ", "only ", "no need ", "without asking ", "no ", "not ", "1,", "1.1", "https://", "may ", "i once ", "as an ",
+PHRASES = ["forget ", "instead of ", "replaces ", "forget the doc ", "i can't ", "only ", "no need ", "without asking ", "no ", "not ", "1,", "1.1",
+    "https://", "may ", "i once ", "as an ",
            "look ", "all ", "the only ", "who needs ", "\t", "-", "a", "anyone who ", "nothing to ", "instead of an expert "]
 
 @pytest.mark.parametrize("rule", RULES)

@@ -512,7 +512,8 @@ def test_what_only_looks_like_a_mark_stays():
 
 # differences of long texts
 
-@pytest.mark.parametrize("old, new", [("the "*512, "the "*511 + "end"), ("a "*1000 + "b", "b " + "a "*1000), ("! "*1000, "!? "*700), ("x y "*3000, "y x "*3000), ("", "the "*9000),
+@pytest.mark.parametrize("old, new", [("the "*512, "the "*511 + "end"), ("a "*1000 + "b", "b " + "a "*1000), ("! "*1000, "!? "*700),
+    ("x y "*3000, "y x "*3000), ("", "the "*9000),
                                       (" "*5000, "\n"*5000), ("w "*200 + "z", "v "*200 + "z")])
 def test_differences_of_repetitive_texts_take_a_moment(old, new):
     begun = time.process_time()
