@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from .callbacks import control, load_exam, summary
+from .callbacks import check_wish, control, load_exam, summary
 from .evaluation import compare
 from .trainer import SelfPlayConfig, SelfPlayTrainer
 
@@ -66,9 +66,15 @@ def _setting(text: str):
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=NUMBER") from None
 
 def tell(args):
-    "Write a wish into a run's folder."
-    if not (Path(args.run_dir)/"config.json").exists(): raise ValueError(f"{args.run_dir} holds no run.")
-    control(args.run_dir, **{k: v for k, v in dict(pause=args.pause, stop=args.stop, set=dict(args.set or [])).items() if v is not None and v != {}})
+    "Write a wish into a run's folder. Raises `ValueError` if no run is running there, or the setting cannot change."
+    from selfplay_nb.monitor import headline, run_state
+    wishes = dict(pause=args.pause, stop=args.stop, set=dict(args.set or []))
+    wishes = {k: v for k, v in wishes.items() if v is not None and v != {}}
+    if not wishes: raise ValueError("nothing to tell: expected --pause, --no-pause, --stop or --set NAME=NUMBER.")
+    check_wish(wishes.get("set", {}))
+    state = run_state(args.run_dir)
+    if not state["alive"]: raise ValueError(f"nobody to tell: the run in {args.run_dir} is not running. {headline(state)}")
+    control(args.run_dir, **wishes)
     print(f"Told {args.run_dir}.")
 
 # %% ../nbs/50_cli.ipynb #86c0233b
@@ -90,7 +96,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("selfplay_nb", description="Self-play for language models")
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("train", help="begin a run of self-play, or go on with it"); _add_config(p)
-    p.add_argument("--fresh", action="store_true", help="begin anew: delete what is in the run folder"); p.set_defaults(do=train)
+    p.add_argument("--fresh", action="store_true", help="begin anew: delete the run in the folder"); p.set_defaults(do=train)
     p = commands.add_parser("learning", help="seeds and controls: the experiment behind the learning curve")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2]); p.add_argument("--folder", default="runs/learning")
     p.add_argument("--out", default="runs/learning/learning.jsonl")

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .pairs import Ledger, validate_pairs
-from .players import answers_of, is_messages, name_of, prompt_text, text_of
+from .players import answers_of, is_messages, name_of, prompt_text, seed_of, text_of
 from .rates import Rate
 from .reward import as_reward, is_single, rows_of, score_samples
 
@@ -296,10 +296,10 @@ class Curriculum:
     def on_train_begin(self, trainer, total): self.given = trainer.prompts
 
     def on_round_begin(self, trainer):
-        c = trainer.config; n, seed = self.pool*c.prompts_per_round, 1000*c.seed + trainer.round
+        c = trainer.config; n, seed = self.pool*c.prompts_per_round, seed_of("screening", c.seed, trainer.round)
         pool = trainer.task.problems("train", n, seed) if self.given is None else random.Random(seed).sample(self.given, min(n, len(self.given)))
         trainer.call("on_stage", stage="screening")
-        f = AdversarialFilter(trainer.student, trainer.reward, self.n_samples, right_from=self.right_from, seed=10**9 + seed, round=trainer.round + 1,
+        f = AdversarialFilter(trainer.student, trainer.reward, self.n_samples, right_from=self.right_from, seed=seed, round=trainer.round + 1,
                               max_new_tokens=c.max_new_tokens, temperature=c.temperature)
         self.screened = list(f.screen(pool, lambda answers, tokens: trainer.call("on_progress", answers=0, tokens=tokens)))
         trainer.prompts = [s.row for s in informative(self.screened)[:c.prompts_per_round]]

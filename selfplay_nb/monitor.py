@@ -9,7 +9,6 @@ __all__ = ['run_state', 'headline', 'Monitor', 'Background']
 import base64
 import io
 import json
-import os
 import threading
 import time
 from html import escape
@@ -18,7 +17,8 @@ from pathlib import Path
 import ipywidgets as widgets
 from fastcore.basics import patch
 
-from .callbacks import control, read_control, run_figure
+from .callbacks import check_wish, control, process_begun, read_control, run_figure
+from .players import is_messages
 from .widgets import display_live, preformatted
 
 # %% ../nbs/43_monitor.ipynb #5ee68e1b
@@ -28,17 +28,35 @@ def run_state(
     "What a run's folder says about it; raises `ValueError` for a folder that holds no run."
     run_dir = Path(run_dir)
     if not (run_dir/"config.json").exists(): raise ValueError(f"{run_dir} holds no run: expected a run_dir that a trainer has begun.")
-    try: live = json.loads((run_dir/"live.json").read_text())
-    except (OSError, ValueError): live = {}
     file = run_dir/"metrics.jsonl"
-    history = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    history = [m for m in map(_parsed, lines) if isinstance(m, dict) and _is(m.get("round"), int)]
+    live = _tidy(_parsed((run_dir/"live.json").read_text(errors="replace"))) if (run_dir/"live.json").exists() else {}
     return {"live": live, "history": history, "alive": _alive(live)}
+
+def _parsed(text: str):
+    "JSON, or None: a file that is being written, or that somebody else wrote, is no reason to fall over."
+    try: return json.loads(text)
+    except (ValueError, RecursionError): return None
+
+def _is(x, kind) -> bool: return isinstance(x, kind) and (kind is bool or not isinstance(x, bool))
+
+_FIELDS = dict(pid=0, begun=None, round=0, total=0, stage="", paused=False, tokens_per_second=0., memory_mb=0., seconds_left=None, settings={}, last_pair=None,
+               stopping="", refused="")
+
+def _tidy(live) -> dict:
+    "What `Live` wrote, with a default for each field that is missing or of another kind."
+    if not isinstance(live, dict): return {}
+    def kind(v): return (int, float) if v is None or _is(v, (int, float)) else type(v)
+    kinds = {k: kind(v) for k, v in _FIELDS.items()} | {"last_pair": dict}
+    live = {k: live[k] if _is(live.get(k), kinds[k]) else v for k, v in _FIELDS.items()}
+    live["settings"] = {k: v for k, v in live["settings"].items() if _is(v, (int, float))}
+    return live
 
 def _alive(live) -> bool:
     if not live or live["stage"] in ("finished", "failed", "interrupted") or live["stage"] == live["stopping"] != "": return False
-    try: os.kill(live["pid"], 0); return True
-    except PermissionError: return True  # somebody else's
-    except (OSError, TypeError): return False
+    begun = process_begun(live["pid"])
+    return begun is not None and (live["begun"] is None or abs(begun - live["begun"]) < 1)  # else its number is another's now
 
 # %% ../nbs/43_monitor.ipynb #8a0d4df9
 def _clock(seconds) -> str: return "–" if seconds is None else f"{int(seconds)//60}:{int(seconds)%60:02}"
@@ -82,7 +100,8 @@ def look(self: Monitor) -> bool: # does the run go on?
     self.state, self.status.value = state, f"<p role='status'><b>{escape(headline(state))}</b></p>"
     self.pause.description = "Go on" if read_control(self.dir).get("pause") else "Pause"
     self.pause.disabled = self.stop.disabled = self.apply.disabled = not alive
-    if live and tuple(self.setting.options) != (names := tuple(live["settings"])): self.setting.options = names; self.setting.value = names[0]
+    names = tuple(live.get("settings", ()))
+    if names and tuple(self.setting.options) != names: self.setting.options = names; self.setting.value = names[0]
     if live.get("refused"): self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
     if self.drawn != len(history): self.drawn = len(history); self.draw(history)
     self.pair.value = _pair_html(live.get("last_pair"))
@@ -101,18 +120,24 @@ def draw(self: Monitor, history: list[dict]):
 def _wrong(m: dict) -> list[str]:
     "What a person should know about a round."
     u = m.get("unjudged")
-    return [*m.get("alarms", []), *([f"{100*u['share']:.0f} % of the answers could not be judged ({u['first']})"] if u else [])]
+    known = isinstance(u, dict) and _is(u.get("share"), (int, float))
+    share = [f"{100*u['share']:.0f} % of the answers could not be judged ({u.get('first')})"] if known else []
+    return [*map(str, m.get("alarms") or []), *share]
 
 def _pair_html(p) -> str:
-    if not p: return ""
-    prompt = p["prompt"] if isinstance(p["prompt"], str) else p["prompt"][-1]["content"]
-    return preformatted(prompt, "A pair of the last round: the prompt") + preformatted(p["chosen"], "chosen") + preformatted(p["rejected"], "rejected")
+    if not p or any(k not in p for k in ("prompt", "chosen", "rejected")): return ""
+    prompt = p["prompt"][-1].get("content") if is_messages(p["prompt"]) else p["prompt"]
+    parts = (prompt, "A pair of the last round: the prompt"), (p["chosen"], "chosen"), (p["rejected"], "rejected")
+    return "".join(preformatted(str(text), title) for text, title in parts)
 
 # %% ../nbs/43_monitor.ipynb #6b33fb17
 @patch
 def wish(self: Monitor, **wishes):
     "Write a wish, and say so."
-    control(self.dir, **wishes); self.look()
+    try: check_wish(wishes.get("set") or {}); control(self.dir, **wishes)
+    except (ValueError, OSError) as e: self.said.value = f"<p role='alert'>Not changed: {escape(str(e))}</p>"; return
+    self.look()
+    if not self.state["alive"]: self.said.value = "<p role='alert'>The run is not running: nobody was asked.</p>"; return
     self.said.value = f"<p role='status'>Asked the run: {escape(', '.join(f'{k}={v}' for k, v in wishes.items()))}.</p>"
 
 @patch
@@ -124,7 +149,7 @@ def change(self: Monitor):
 
 @patch
 def show_value(self: Monitor):
-    if self.setting.value: self.value.value = f"{self.state['live']['settings'][self.setting.value]:g}"
+    if self.setting.value in self.state["live"].get("settings", {}): self.value.value = f"{self.state['live']['settings'][self.setting.value]:g}"
 
 # %% ../nbs/43_monitor.ipynb #5c92f3a1
 @patch

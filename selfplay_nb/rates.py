@@ -101,12 +101,12 @@ def ratio_interval(
     totals,              # of each prompt, such as its nats
     counts,              # of each prompt, such as its tokens
     level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts
+) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
     "Interval of sum(totals)/sum(counts) by Student's t over prompts, its upper end on the scale of logarithms if all are positive."
     from scipy.special import stdtrit
     totals, counts = np.asarray(totals, float), np.asarray(counts, float)
     n, r = len(totals), float(totals.sum()/counts.sum())
-    if n < 2: return math.nan, math.nan
+    if n < 2 or not math.isfinite(r): return math.nan, math.nan
     spread = float(((totals - r*counts)/counts.mean()).std(ddof=1))
     half = float(stdtrit(n - 1, .5 + level/2))*spread/math.sqrt(n)
     return r - half, r*math.exp(half/r) if (totals > 0).all() else r + half
@@ -114,7 +114,7 @@ def ratio_interval(
 def mean_interval(
     values,              # a number for each prompt
     level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts
+) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
     "`ratio_interval` of a mean."
     return ratio_interval(values, np.ones(len(values)), level)
 

@@ -248,8 +248,7 @@ def paired_change(
     "Change in accuracy with the adjusted Wald interval for matched pairs."
     from scipy.special import stdtrit
     gained, lost = sum(b > a for a, b in zip(before, after)), sum(a > b for a, b in zip(before, after))
-    n = len(before) + 2
-    t = float(stdtrit(n - 1, .5 + level/2))
+    t, n = float(stdtrit(max(1, len(before) - 1), .5 + level/2)), len(before) + 2
     mid, half = (gained - lost)/n, t*math.sqrt(max(gained + lost + 1 - (gained - lost)**2/n, 0))/n
     return Estimate((gained - lost)/len(before), max(-1., mid - half), min(1., mid + half))
 

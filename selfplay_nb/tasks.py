@@ -41,8 +41,9 @@ class ArithmeticTask:
     shots: int = 2                   # solved examples in front of each problem, at most two
 
     def __post_init__(self):
-        if self.level not in LEVELS: raise ValueError(f"level {self.level!r}: expected one of {sorted(LEVELS)}.")
-        if self.shots not in (0, 1, 2): raise ValueError(f"shots is {self.shots!r}: expected 0, 1 or 2.")
+        if type(self.level) is not int or self.level not in LEVELS: raise ValueError(f"level {self.level!r}: expected one of {sorted(LEVELS)}.")
+        if type(self.shots) is not int or self.shots not in (0, 1, 2): raise ValueError(f"shots is {self.shots!r}: expected 0, 1 or 2.")
+        if not isinstance(self.system, str): raise ValueError(f"system is {self.system!r}: expected a text, the system message of each prompt.")
 
     @property
     def name(self) -> str: return f"arithmetic, level {self.level}"
@@ -81,7 +82,7 @@ def problems(self: ArithmeticTask,
 ) -> list[dict]:   # rows with `prompt` (messages) and `answer` (int)
     "Draw `n` different problems of a split. Raises `ValueError` if the level does not have so many."
     if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-    if not isinstance(n, int) or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
+    if type(n) is not int or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
     rng, found, shown = random.Random(f"{self.level} {split} {seed}"), {}, {key for key, _, _ in self._shown()}
     for _ in range(200*n + 2000):
         key, problem = self._problem(rng)

@@ -243,8 +243,9 @@ def test_a_model_is_known_by_its_weights(tiny_folder, tmp_path):
 
 
 def test_a_record_is_ours_whole_and_of_this_version(tmp_path):
-    file = tmp_path/"config.json"; write_record(file, {"a": 1})
-    assert read_record(file) == {"a": 1} == run_record(tmp_path) and run_record(tmp_path/"nowhere") is None
+    file = tmp_path/"config.json"; write_record(file, {"a": 1, "kind": "run"})
+    assert read_record(file) == {"a": 1, "kind": "run"} == run_record(tmp_path, "run") and run_record(tmp_path/"nowhere", "run") is None
+    with pytest.raises(ValueError, match="holds 'run', not 'pipeline'"): run_record(tmp_path, "pipeline")
     ours = json.loads(file.read_text())
     for text, said in [("{", "damaged"), ("[]", "lacks the mark"), ('{"model_type": "llama"}', "lacks the mark"), ("\xff", "damaged"),
                        (json.dumps(ours | {"format": 99}), "format 99")]:
@@ -254,16 +255,17 @@ def test_a_record_is_ours_whole_and_of_this_version(tmp_path):
 
 def test_only_runs_are_forgotten_and_only_what_they_made(tmp_path):
     def run(name, *others):
-        folder = tmp_path/name; write_record((folder.mkdir(), folder)[1]/"config.json", {}); (folder/"checkpoints").mkdir(); (folder/".git").mkdir()
+        folder = tmp_path/name; folder.mkdir(); write_record(folder/"config.json", dict(kind="run"))
+        (folder/"checkpoints").mkdir(); (folder/".git").mkdir()
         for o in others: (folder/o).write_text("mine")
         return folder
-    forget_run(whole := run("whole", "pairs.jsonl"), ["checkpoints", "pairs.jsonl"]); assert [f.name for f in whole.iterdir()] == [".git"]
-    with pytest.raises(ValueError, match="thesis.txt"): forget_run(other := run("other", "thesis.txt"), ["checkpoints"])
+    forget_run(whole := run("whole", "pairs.jsonl"), "run", ["checkpoints", "pairs.jsonl"]); assert [f.name for f in whole.iterdir()] == [".git"]
+    with pytest.raises(ValueError, match="thesis.txt"): forget_run(other := run("other", "thesis.txt"), "run", ["checkpoints"])
     assert (other/"checkpoints").exists() and (other/"thesis.txt").exists()
-    linked = run("linked"); (linked/"checkpoints").rmdir(); (linked/"checkpoints").symlink_to(other); forget_run(linked, ["checkpoints"])
+    linked = run("linked"); (linked/"checkpoints").rmdir(); (linked/"checkpoints").symlink_to(other); forget_run(linked, "run", ["checkpoints"])
     assert (other/"checkpoints").exists() and not (linked/"checkpoints").is_symlink()
     (tmp_path/"system").mkdir(); (tmp_path/"system"/".DS_Store").write_text("x"); (tmp_path/"system"/"lost+found").mkdir()
-    assert run_record(tmp_path/"system") is None
+    assert run_record(tmp_path/"system", "run") is None
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
@@ -276,5 +278,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
 def test_signals_interrupt(name):
     number = getattr(signal, name); before = signal.getsignal(number)
     if before is not signal.SIG_DFL: pytest.skip(f"{name} has another use here")
-    with pytest.raises(KeyboardInterrupt), signals_interrupt(): signal.raise_signal(number)
+    with pytest.raises(SystemExit) as ended, signals_interrupt():
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(number)
+    assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before

@@ -224,16 +224,24 @@ def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
     assert told["verdict"] == "accept" and told["decided"] == games == math.ceil(math.log(.95*20*(before + 1)*(before + 2))/math.log(.7/.5))
 
 
-@pytest.mark.parametrize("later, parted", [
-    ([round_of(1), round_of(2, "undecided"), round_of(3)], 0), ([round_of(1), round_of(2, "accept"), round_of(3)], 2),
-    ([round_of(1), round_of(2, "reject"), round_of(3)], 2), ([round_of(1), round_of(2, "accept"), round_of(3, rolled_back_to=1)], 0)])
-def test_the_gate_asks_nothing_that_the_student_was_trained_on(tmp_path, later, parted):
-    trainer, asked = make(tmp_path/"run", None, gate=True, prompts_per_round=300), set()
-    trainer.student = trainer.reference = Scripted(lambda prompt, rng: asked.add(prompt[-1]["content"]) or "17", "draws")
-    trainer.history, trainer.round = [round_of(0), *later], 3
-    assert trainer.ask_gate()["prompts"] == len(asked) > 200
-    drawn = [{p["prompt"][-1]["content"] for p in trainer.draw(n)} for n in range(4)]
-    assert not any(asked & d for d in drawn[parted:]) and all(asked & d for d in drawn[:parted])
+@pytest.mark.parametrize("verdict", ["undecided", "accept", "reject"])
+def test_the_gate_asks_the_users_prompts_and_nothing_that_the_student_was_trained_on(tmp_path, tiny_folder, verdict, monkeypatch):
+    pool, gates, asked = [dict(prompt=f"say {i}", answer=i) for i in range(30)], [], []
+    play, ask = CompetitiveSelfPlay.train_step, SelfPlayTrainer.ask_gate
+    def spy(self, prompts, *args, **kwargs): asked.extend(prompts) if self.n_samples == 1 else None; return play(self, prompts, *args, **kwargs)
+    def gate(self): asked.clear(); told = ask(self); gates.append(set(asked)); return told | {"verdict": verdict}
+    monkeypatch.setattr(CompetitiveSelfPlay, "train_step", spy); monkeypatch.setattr(SelfPlayTrainer, "ask_gate", gate)
+    class Curriculum:
+        "Trains on some of the pool, and leaves its own choice in the place of the prompts."
+        trained = []
+        def on_round_begin(self, trainer):
+            trainer.prompts = pool[6*trainer.round:6*trainer.round + 6]; self.trained.append({p["prompt"] for p in trainer.prompts})
+    for rounds in 1, 3:  # the second goes on with what the first one trained on
+        trainer = make(tmp_path/"run", tiny_folder, None, [Curriculum()], gate=True, n_rounds=rounds)
+        with pytest.warns(UserWarning, match="the gate found .* prompts that the student was not trained on, of 256"): trainer.train(pool)
+    for n, seen in enumerate(gates):
+        since = set().union(*Curriculum.trained[0 if verdict == "undecided" else n:n+1])
+        assert seen == {p["prompt"] for p in pool} - since
 
 
 def test_a_gated_run_renews_only_what_passed(tmp_path, tiny_folder):

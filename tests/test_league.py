@@ -18,7 +18,7 @@ from selfplay_nb.league import DISTRIBUTIONS, ROLES, LeagueTraining, PolicySnaps
 from selfplay_nb.players import Scripted
 from selfplay_nb.rates import SPRT
 from selfplay_nb.ratings import bradley_terry
-from selfplay_nb.reward import as_reward, exact_number
+from selfplay_nb.reward import Guarded, as_reward, exact_number
 
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50, database=None)  # the same examples every time
 settings.load_profile("same")
@@ -423,3 +423,34 @@ def test_a_member_is_a_standard_adapter_folder(noisy, tmp_path):
     student, move = noisy
     move(); league = LeagueTraining(2, student.base, tmp_path); league.add(student)
     assert {f.name for f in Path(league["league_0"].folder).iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_before_anybody_has_joined_the_places_are_the_same_ones():
+    league = LeagueTraining(5)
+    assert league.sample_opponent(1000.) in league.leagues and len(league.leagues) == 5 and league.leagues[0] is league.leagues[0]
+
+
+def test_a_snapshots_answer_does_not_depend_on_the_batch(noisy, tmp_path):
+    student, move = noisy; move()
+    league = LeagueTraining(3, student.base, tmp_path); member = league.add(student)
+    assert member.takes_seeds and not PolicySnapshot("x", player=type("Plain", (), {"generate": None})()).takes_seeds
+    prompts, seeds = ["a", "b", "a"], [3, 4, 5]
+    whole = member.generate(prompts, max_new_tokens=6, seed=seeds)
+    assert whole == [member.generate(p, max_new_tokens=6, seed=s) for p, s in zip(prompts, seeds)]
+
+
+def test_games_that_nobody_could_judge_are_left_out(tmp_path):
+    def some(prompts, completions, **columns): return [math.nan if p == "b" else float(len(c)) for p, c in zip(prompts, completions)]
+    class Abstains:
+        def compare(self, prompts, a, b, **columns): return [None if p == "b" else 1. for p in prompts]
+    for k, judge in enumerate((Guarded(some), Abstains())):
+        league = LeagueTraining(anchors={"x": Scripted(lambda p, rng: "xx", "x"), "y": Scripted(lambda p, rng: "y", "y")}, folder=tmp_path/str(k))
+        rows = league.play([("x", "y")], [dict(prompt=p) for p in "abc"], judge)
+        assert [(r["prompt"], r["score"]) for r in rows] == [("a", 1.), ("c", 1.)] and len(league.games) == 2
+
+
+def test_what_others_left_among_the_members_stays(noisy, tmp_path):
+    student, move = noisy; league = LeagueTraining(1, student.base, tmp_path)
+    league.add(student); (tmp_path/"members"/".DS_Store").write_text("x"); (tmp_path/"members"/"mine").mkdir()
+    league.add(student); league.save()
+    assert {f.name for f in (tmp_path/"members").iterdir()} == {"league_1", ".DS_Store", "mine"}

@@ -3,13 +3,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from filelock import FileLock
 
 from selfplay_nb.__main__ import main
-from selfplay_nb.callbacks import Live, control, read_control
+from selfplay_nb.callbacks import Live, control, process_begun, read_control
 from selfplay_nb.monitor import Background, Monitor, headline, run_state
 from selfplay_nb.policy import Base
 from selfplay_nb.reward import as_reward, exact_number
@@ -89,11 +91,78 @@ def test_a_word_from_the_command_line(tmp_path, tiny_folder, monkeypatch, capsys
     monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)  # it is for good, and these are in this process
     done = trainer(tmp_path/"run", tiny_folder, n_rounds=1); done.train()
     def tell(*args): main(["control", *args])
+    with pytest.raises(SystemExit, match="is not running.*finished"): tell("--run-dir", str(tmp_path/"run"), "--stop")
+    assert read_control(tmp_path/"run") == {} and "Told" not in capsys.readouterr().out
+    file = tmp_path/"run"/"live.json"; file.write_text(json.dumps(json.loads(file.read_text()) | {"stage": "training"}))  # as while it runs
     tell("--run-dir", str(tmp_path/"run"), "--pause", "--set", "learning_rate=1e-4")
-    assert read_control(tmp_path/"run") == {"pause": True, "set": {"learning_rate": 1e-4}}
+    assert read_control(tmp_path/"run") == {"pause": True, "set": {"learning_rate": 1e-4}} and "Told" in capsys.readouterr().out
     tell("--run-dir", str(tmp_path/"run"), "--no-pause", "--stop")
+    assert read_control(tmp_path/"run") == {"stop": True, "set": {"learning_rate": 1e-4}}
+    for wish, said in (["--set", "r=8"], "'r'. cannot change"), (["--set", "learning_rate=1e308"], "from 0 to 1"), ([], "nothing to tell"):
+        with pytest.raises(SystemExit, match=said): tell("--run-dir", str(tmp_path/"run"), *wish)
     assert read_control(tmp_path/"run") == {"stop": True, "set": {"learning_rate": 1e-4}}
     with pytest.raises(SystemExit, match="holds no run"): tell("--run-dir", str(tmp_path))
     with pytest.raises(SystemExit): tell("--set", "x")
     assert "expected NAME=NUMBER" in capsys.readouterr().err
     control(tmp_path/"run", set=None)
+
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+@pytest.fixture
+def folder(tmp_path):
+    "Of a run, as far as a monitor can see."
+    (tmp_path/"config.json").write_text("{}")
+    def put(live, metrics=""):
+        (tmp_path/"live.json").write_text(live if isinstance(live, str) else json.dumps(live)); (tmp_path/"metrics.jsonl").write_text(metrics)
+        return tmp_path
+    return put
+
+LIVE = dict(pid=os.getpid(), round=1, total=3, stage="sampling", paused=False, tokens_per_second=1., memory_mb=1., seconds_left=3., settings={"beta": .1},
+            last_pair=None, stopping="", refused="")
+
+@pytest.mark.parametrize("live", [
+    "[1]", "[" * 100_000, "{", LIVE | dict(tokens_per_second="x"), {k: v for k, v in LIVE.items() if k != "stage"}, LIVE | dict(pid=-1), LIVE | dict(pid=2**70),
+    LIVE | dict(settings=[1]), LIVE | dict(last_pair={"prompt": []}), LIVE | dict(round="one"), LIVE | dict(last_pair=dict(prompt=3, chosen=None, rejected=[])),
+    {k: HOSTILE for k in LIVE}, LIVE | dict(last_pair=dict(prompt=HOSTILE, chosen=HOSTILE, rejected=HOSTILE), refused=HOSTILE, settings={HOSTILE: .1})])
+def test_a_monitor_falls_over_nothing(folder, live):
+    acc = dict(value=.5, low=.1, high=.9, n=5)
+    rows = [dict(round=HOSTILE, accuracy=acc, alarms=["x"]), dict(round=1, alarms=[HOSTILE], unjudged=dict(share=.5, first=HOSTILE)), [1],
+            dict(round=2, alarms=None)]
+    monitor = Monitor(folder(live, "".join(json.dumps(r) + "\n" for r in rows) + '{"round": 3, "acc'))
+    shown = "".join(w.value for w in (monitor.status, monitor.said, monitor.alarms, monitor.pair, monitor.curve))
+    assert HOSTILE not in shown and headline(monitor.state) and [m["round"] for m in monitor.state["history"]] == [1, 2] and "<b>Round 1</b>" in shown
+
+
+def test_a_process_number_that_was_given_again_is_no_life(folder):
+    mine = process_begun(os.getpid())
+    assert run_state(folder(LIVE | dict(begun=mine)))["alive"] and not run_state(folder(LIVE | dict(begun=mine - 60)))["alive"]
+
+
+@pytest.mark.parametrize("wish", [
+    "{", "[1]", '{"set": ["learning_rate"]}', '{"set": "x"}', '{"set": 5}', '{"set": {"self": 1}}', '{"set": {"run_dir": "/"}}',
+    '{"set": {"learning_rate": 1e308}}', '{"set": {"learning_rate": Infinity}}', '{"set": {"beta": "a"}}',
+    '{"set": {"beta": {"a": 1}}}', '{"set": {"beta": true}}',
+    "[" * 100_000, "\x00", '{"set": {"beta": ' + "9"*400 + "}}", '{"set": {"beta": ' + "9"*5000 + "}}", '{"stop": "no"}', '{"pause": "no"}'])
+def test_no_wish_breaks_a_run(tmp_path, wish):
+    run = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), base=object(), callbacks=[]); run.dir.mkdir()
+    live = Live(); live.on_train_begin(run, 3)
+    (run.dir/"control.json").write_text(wish); live._obey(run)
+    assert run.changes == {} and run.stopped == "" and bool(live.refused) == (wish.startswith('{"set"') and "9"*5000 not in wish)
+
+
+def test_a_run_does_not_wait_for_whoever_holds_its_control(tmp_path):
+    run = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), base=object(), callbacks=[]); run.dir.mkdir()
+    live = Live(); live.on_train_begin(run, 3); control(run.dir, stop=True)
+    with FileLock(run.dir/".control.lock"):
+        begun = time.time(); thread = threading.Thread(target=live._obey, args=(run,)); thread.start(); thread.join(20)
+    assert not thread.is_alive() and time.time() - begun < 20 and run.stopped == ""
+    live._obey(run); assert run.stopped == "stopped by hand"
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_heartbeat(tmp_path, monkeypatch):
+    run = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), base=object(), callbacks=[]); run.dir.mkdir()
+    live, now = Live(), time.time(); live.on_train_begin(run, 3)
+    monkeypatch.setattr("time.time", lambda: now - 3600)
+    time.sleep(1.1); live.on_progress(run, 1, 10)
+    assert json.loads((run.dir/"live.json").read_text())["time"] == now - 3600

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from selfplay_nb import pipeline
+from selfplay_nb.model import tiny_model_folder
 from selfplay_nb.pipeline import METHODS, RLHFOrchestrator, combine, group_advantages, load_rows, sppo, win_probability
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.tasks import ArithmeticTask
@@ -260,7 +261,7 @@ def test_other_calls_are_refused_unless_fresh(make, monkeypatch):
     o = make(); all_stages(o)
     p = make()
     with pytest.raises(ValueError, match="01_sft is another stage .data: "): p.run_sft(SFT_DATA[:-1])
-    with pytest.raises(ValueError, match="num_train_epochs: None there, 2 now"): p.run_sft(SFT_DATA, num_train_epochs=2)
+    with pytest.raises(ValueError, match="num_train_epochs: 1 there, 2 now"): p.run_sft(SFT_DATA, num_train_epochs=2)
     with pytest.raises(ValueError, match="01_sft is another stage .self_play now"): p.run_self_play(16)
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"): make(seed=1).run_sft(SFT_DATA)
     p.run_sft(SFT_DATA)
@@ -520,3 +521,55 @@ def test_the_stages_on_the_real_model(tmp_path):
     assert rm.metrics["accuracy"]["value"] > .5 and stage.after["value"] >= o.stages[0].after["value"] and sorted(real.adapters) == ["policy", "reward"]
     assert len(made) > 0 and Path(o.dir, "pairs.jsonl").exists()
     o.close(); assert real.adapters == []
+
+
+# --- the same run, and other people's things
+
+def test_adapters_of_others_are_left_alone(make, tiny):
+    mine = Policy(tiny, "policy", r=4, seed=9); kept = mine.state()
+    o = make()
+    with pytest.raises(ValueError, match="the base has adapters .'policy'. that no pipeline made"): o.run_sft(SFT_DATA)
+    assert tiny.adapters == ["policy"] and all(torch.equal(kept[k], v) for k, v in mine.state().items())
+    mine.delete(); assert o.run_sft(SFT_DATA[:4]).number == 1
+
+
+def test_files_of_others_are_left_alone(make, tmp_path):
+    for name, text in ("pairs.jsonl", '{"prompt": "mine"}'), ("config.json", '{"model_type": "llama"}'):
+        (tmp_path/name).mkdir(); (tmp_path/name/name).write_text(text)
+        with pytest.raises(ValueError, match="left alone"): make(name).run_sft(SFT_DATA)
+        with pytest.raises(ValueError, match="left alone"): make(name).run_sft(SFT_DATA, fresh=True)
+        assert (tmp_path/name/name).read_text() == text
+
+
+class Kinder(Letters):
+    def reward(self, prompts, completions, answer, **columns): return [1. + c.count(a) for c, a in zip(completions, answer)]
+
+def test_another_base_reward_or_default_is_refused(make, tiny, tiny_folder, tmp_path, monkeypatch):
+    o = make(); o.run_sft(SFT_DATA[:4]); o.close()
+    kinder = RLHFOrchestrator(o.dir, tiny, Kinder(), exam_size=12, validation_size=4, r=4, progress=False)
+    with pytest.raises(ValueError, match="run.reward.* there"): kinder.run_sft(SFT_DATA[:4])
+    with monkeypatch.context() as m:
+        m.setitem(pipeline.SFT, "learning_rate", 1e-5)
+        with pytest.raises(ValueError, match="settings.learning_rate: 0.0004 there, 1e-05 now"): make().run_sft(SFT_DATA[:4])
+    other = Base.load(tiny_model_folder(tmp_path/"other", seed=5), dtype=torch.float32, device="cpu"); other.name = tiny.name
+    with pytest.raises(ValueError, match="made on another base .weights"):
+        p = make(base=other); p.run_sft(SFT_DATA[:4]); p.policy.state()
+    file = o.folder(o.stages[1])/"stage.json"; whole = file.read_text()
+    for text, said in (json.dumps(json.loads(whole) | {"format": 99, "new": 1}), "stage.json is in format 99"), ("{", "stage.json is damaged"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said): make().run_sft(SFT_DATA[:4])
+
+
+def test_rows_without_a_task_are_not_evaluated_on_sums(tmp_path):
+    o = RLHFOrchestrator(tmp_path/"r", progress=False)
+    with pytest.raises(ValueError, match="come without a task.*task="): o.run_sft([dict(prompt="Write a poem.", completion="Roses")])
+    with pytest.raises(ValueError, match="come without a task"): o.run_self_play(16, prompts=["Write a poem.", "Say 4."])
+    assert not (tmp_path/"r").exists()
+
+
+def test_self_play_that_makes_no_pair_says_so(make):
+    class Same(Letters):
+        def reward(self, prompts, completions, **columns): return [.5]*len(completions)
+    o = RLHFOrchestrator(make().dir, make().model, Same(), exam_size=4, validation_size=0, r=4, progress=False)
+    with pytest.warns(UserWarning, match="made no pair to learn from; judge='task' found all answers to a prompt equal"):
+        assert o.run_self_play(8, n_samples=2) == []

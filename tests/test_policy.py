@@ -9,6 +9,7 @@ import torch
 import selfplay_nb.policy as policy_module
 import selfplay_nb.update as update_module
 from selfplay_nb.model import tiny_model_folder
+from selfplay_nb.players import Scripted, answers_of
 from selfplay_nb.policy import Base, Policy, lay_out, pack
 from selfplay_nb.update import dpo, reinforce, sft
 
@@ -338,6 +339,28 @@ def test_pairs_of_a_prompt_meet_in_a_batch():
     (lambda p: p.generate([]), ValueError, "no prompts"),
     (lambda p: p.generate(7), TypeError, "int"),
     (lambda p: p.generate(["a", 7]), TypeError, "prompt 1 is 7"),
+    (lambda p: p.generate({"prompt": "a"}), TypeError, "a row with the keys .'prompt'.*under 'prompt'"),
+    (lambda p: p.generate([{"prompt": "a", "answer": 3}]), TypeError, "prompt 0 is a row with the keys"),
+    (lambda p: p.generate({"role": "user", "content": "a"}), TypeError, "a message by itself"),
+    (lambda p: p.generate(({"role": "user", "content": "a"},)), TypeError, "prompt 0 is a message by itself"),
+    (lambda p: p.generate(b"a"), TypeError, "bytes"),
+    (lambda p: p.generate(None), TypeError, "NoneType"),
+    (lambda p: p.generate({"a", "b"}), TypeError, "set"),
+    (lambda p: p.generate("a", n_samples=True), ValueError, "n_samples is True"),
+    (lambda p: p.generate("a", max_new_tokens=2.), ValueError, "max_new_tokens is 2.0"),
+    (lambda p: p.generate("a", temperature="hot"), ValueError, "temperature is 'hot'"),
+    (lambda p: p.generate("a", temperature=float("nan")), ValueError, "temperature is nan"),
+    (lambda p: p.generate("a", top_p=None), ValueError, "top_p is None"),
+    (lambda p: p.generate("a", seed=-1), ValueError, "a seed is -1"),
+    (lambda p: p.generate("a", seed=[.5]), ValueError, "a seed is 0.5"),
+    (lambda p: p.logprobs("a", [1, 10**6]), ValueError, "token ids, whole numbers below"),
+    (lambda p: p.logprobs(["a", "b"], ["c", "d"], finished=[True]), ValueError, "2 prompts but 1 values"),
+    (lambda p: Policy("base"), TypeError, "expected a Base"),
+    (lambda p: Policy(p.base, "other", r=0), ValueError, "rank r is 0"),
+    (lambda p: Policy(p.base, 3), ValueError, "adapter name 3"),
+    (lambda p: Policy(p.base, "lora_A"), ValueError, "begins with 'lora_'"),
+    (lambda p: Policy(p.base, "base_layer"), ValueError, "part of the model"),
+    (lambda p: p.snapshot("../up"), ValueError, "letters, digits"),
     (lambda p: p.generate("a", n_samples=0), ValueError, "n_samples is 0"),
     (lambda p: p.generate("a", max_new_tokens=0), ValueError, "max_new_tokens is 0"),
     (lambda p: p.generate("a", temperature=-1), ValueError, "temperature is -1"),
@@ -364,6 +387,118 @@ def test_bad_input_is_named(policy, call, error, says):
     with pytest.raises(error, match=says):
         call(policy)
     assert isinstance(policy.generate("still alive", max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize("top_p", [.3, 1.])
+def test_a_number_that_rounds_to_1_draws_no_excluded_token(policy, monkeypatch, top_p):
+    "The largest float64 below 1 is 1 in float32, which is where the tokenizer's last token would be."
+    allowed = {x.token_ids[0] for x in policy.sample("q", n_samples=2000, max_new_tokens=1, top_p=top_p, seed=0)[0]}
+    monkeypatch.setattr(policy_module, "_uniforms", lambda seed, ids, k, n: np.full(n, np.nextafter(1, 0)))
+    said = policy.sample("q", n_samples=3, max_new_tokens=1, top_p=top_p, seed=0)[0]
+    with policy.base.running("student") as model:
+        order = model(torch.tensor([policy.base.encode("q")])).logits[0, -1].softmax(-1)
+    last = max(i for i in range(len(order)) if order[i] > 0) if top_p == 1 else max(allowed)
+    assert {x.token_ids[0] for x in said} == {last} and all(np.isfinite(x.logprobs).all() for x in said)
+
+
+# adapters of others
+
+def parts(base): return {n: p.detach().clone() for n, p in base.model.named_parameters() if "lora_" not in n}
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"init_lora_weights": "olora"}, "'olora', which changes the base"),
+    ({"init_lora_weights": "pissa"}, "'pissa', which changes the base"),
+    ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
+    ({"init_lora_weights": "loftq"}, "loftq"),
+    ({"init_lora_weights": "corda"}, "corda"),
+    ({"layer_replication": [[0, 2], [0, 2]]}, "has layer_replication"),
+    ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
+    ({"trainable_token_indices": [5, 6]}, "has trainable_token_indices"),
+    ({"bias": "all"}, "has bias"),
+    ({"r": 100_000}, "rank 100000, its matrices have .4"),
+    ({"r": 0}, "rank r is 0"),
+    ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "PROMPT_TUNING: expected LORA"),
+    ({"peft_type": "X"}, "damaged"),
+    ({"target_modules": ["nothing"]}, "nothing"),
+    ({"target_modules": ["q_proj"]}, "do not fit"),
+])
+@pytest.mark.parametrize("others", [True, False])
+def test_an_adapter_that_cannot_be_had_is_refused_and_leaves_nothing(tiny, tiny_folder, tmp_path, change, says, others):
+    made = Policy(Base.load(tiny_folder, dtype=torch.float32, device="cpu"), "made", r=4).save(tmp_path/"made")
+    if others: Policy(tiny, "student")
+    before, adapters, anchor = parts(tiny), tiny.adapters, Policy(tiny, "base").logprobs("a", "b")
+    config = json.loads((made/"adapter_config.json").read_text())
+    (made/"adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=says): Policy.load(tiny, made, "loaded")
+    after = {n.replace(".base_layer.", "."): p for n, p in parts(tiny).items()}
+    assert tiny.adapters == adapters and all(torch.equal(p, after[n.replace(".base_layer.", ".")]) for n, p in before.items())
+    assert torch.equal(Policy(tiny, "base").logprobs("a", "b"), anchor)
+    assert not any(".loaded." in n for n, _ in tiny.model.named_parameters())
+    (made/"adapter_config.json").write_text(json.dumps(config))
+    assert Policy.load(tiny, made, "loaded").generate("a", max_new_tokens=2) is not None  # the name is free
+
+
+def test_an_adapter_with_numbers_that_are_not_finite_is_refused(policy, tmp_path):
+    from safetensors.torch import load_file, save_file
+    file = policy.save(tmp_path/"saved")/"adapter_model.safetensors"
+    state = load_file(file)
+    next(iter(state.values()))[0, 0] = float("nan")
+    save_file(state, file)
+    with pytest.raises(ValueError, match="not finite"): Policy.load(policy.base, tmp_path/"saved", "loaded")
+    assert policy.base.adapters == ["student"]
+
+
+@pytest.mark.parametrize("settings", [dict(use_rslora=True), dict(use_dora=True), dict(lora_bias=True), dict(rank_pattern={"q_proj": 2}),
+                                      dict(init_lora_weights="gaussian"), dict(target_modules=["q_proj"], layers_to_transform=[1])])
+def test_adapters_of_peft_that_are_lora_alone_are_read_as_peft_reads_them(tiny, tiny_folder, tmp_path, settings):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    plain = Base.load(tiny_folder, dtype=torch.float32, device="cpu").model
+    made = get_peft_model(plain, LoraConfig(**dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | settings))
+    g = torch.Generator().manual_seed(0)
+    for n, w in made.named_parameters():
+        if "lora_" in n: w.data += .2*torch.randn(w.shape, generator=g)
+    made.save_pretrained(tmp_path/"made")
+    ours = Policy.load(tiny, tmp_path/"made", "loaded").logprobs("a question", "an answer", per_token=True)[0]
+    theirs = PeftModel.from_pretrained(Base.load(tiny_folder, dtype=torch.float32, device="cpu").model, tmp_path/"made").eval()
+    prompt, answer = tiny.encode("a question"), tiny.completion_ids("an answer")
+    with torch.no_grad(): logits = theirs(torch.tensor([prompt + answer])).logits[0, len(prompt)-1:-1].log_softmax(-1)
+    assert torch.allclose(ours, logits[range(len(answer)), answer], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["A", "x", "student-1", "loraX", "q", "w_0", "0_1"])
+def test_odd_names_keep_their_weights(tiny, tmp_path, name):
+    plain, odd = Policy(tiny, "plain", r=4), Policy(tiny, name, r=4)
+    filled(odd)
+    assert odd.state().keys() == plain.state().keys() and odd.n_parameters() == plain.n_parameters()
+    odd.save(tmp_path/"odd")
+    again = Policy.load(tiny, tmp_path/"odd", "again")
+    assert all(torch.equal(a, b) for a, b in zip(odd.state().values(), again.state().values(), strict=True))
+
+
+# whoever is asked
+
+def test_a_seed_for_each_prompt_whoever_is_asked(policy):
+    class Plain:
+        "A player that takes one seed for all."
+        def generate(self, prompts, n_samples=1, seed=0, **sampling):
+            rng = np.random.default_rng(seed); rows = [[str(rng.integers(10**9)) for _ in range(n_samples)] for _ in prompts]
+            return [r[0] for r in rows] if n_samples == 1 else rows
+    prompts, seeds = ["a", "b", "c"], [4, 5, 6]
+    for player in Plain(), Scripted(lambda p, rng: str(rng.random())), policy:
+        rows, *_ = answers_of(player, prompts, 2, seed=seeds)
+        for p, s, row in zip(prompts, seeds, rows):
+            assert [a.text for a in answers_of(player, [p], 2, seed=[s])[0][0]] == [a.text for a in row]
+        back, *_ = answers_of(player, prompts[::-1], 2, seed=seeds[::-1])
+        assert [[a.text for a in r] for r in back[::-1]] == [[a.text for a in r] for r in rows]
+        with pytest.raises(ValueError, match="2 seeds for 3 prompts"): answers_of(player, prompts, 2, seed=[1, 2])
+
+
+@pytest.mark.parametrize("said", ["one text for all", None, [1, 2], [["a"], ["b"]], ["a"]])
+def test_a_player_that_answers_in_another_shape(said):
+    class Odd:
+        def generate(self, prompts, **sampling): return said
+    with pytest.raises(ValueError, match="Odd.generate gave .* expected a text for each of 2 prompts"): answers_of(Odd(), ["a", "b"])
 
 
 def test_a_deleted_policy_says_so(policy):

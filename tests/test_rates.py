@@ -1,15 +1,42 @@
 "Agreement of raters and the sequential test; rates themselves are tested with the mechanisms."
+import json
 import math
 
 import numpy as np
 import pytest
 
-from selfplay_nb.rates import SPRT, agreement, wilson
+from selfplay_nb.rates import SPRT, Rate, agreement, finite, rate_interval, wilson, win_rate
 
 
 def verdicts(table):
     pairs = [(i, j) for i, row in enumerate(table) for j, n in enumerate(row) for _ in range(n)]
     return [list(x) for x in zip(*pairs)]
+
+
+# rates
+
+def test_few_observations_get_the_exact_interval_and_many_wilsons():
+    scipy = pytest.importorskip("scipy.stats")
+    for n in 1, 4, 8, 29:
+        for k in range(n + 1): assert rate_interval(k, n) == pytest.approx(tuple(scipy.binomtest(k, n).proportion_ci(method="exact")))
+    for k, n in (0, 30), (30, 30), (81, 263): assert rate_interval(k, n) == wilson(k, n) == Rate(k, n).interval
+    assert rate_interval(0, 0) == (0, 1) and rate_interval(3, 8, .5) == pytest.approx(tuple(scipy.binomtest(3, 8).proportion_ci(.5, "exact")))
+    low, high = rate_interval(2.5, 5)
+    assert low == pytest.approx(1 - high) and rate_interval(2, 5)[0] < low < rate_interval(3, 5)[0]
+    with pytest.raises(ValueError, match="5 successes out of 4"): rate_interval(5, 4)
+
+
+@pytest.mark.parametrize("rate", [Rate(0, 0), Rate(3, 4), Rate(2.5, 64, 7.25), Rate(0, 9), win_rate([[1, 0], [1, 1]]), win_rate([])])
+def test_a_rate_goes_to_json_and_back(rate):
+    d = json.loads(json.dumps(rate.to_dict(), allow_nan=False)); again = Rate.from_dict(d)
+    assert set(d) >= {"value", "n", "low", "high"} and (d["value"] is None) == (rate.n == 0) and (d["low"], d["high"]) == rate.interval
+    assert (again.n, again.n_effective, repr(again)) == (rate.n, rate.n_effective, repr(rate)) and again.interval == pytest.approx(rate.interval)
+    assert Rate.from_dict({k: d[k] for k in ("value", "n", "low", "high")}).n == rate.n   # as older files have it
+
+
+def test_what_is_not_finite_is_null():
+    x = {"a": [1., math.nan, (math.inf, 2)], "b": {"c": -math.inf, "d": "nan", "e": True}}
+    assert finite(x) == {"a": [1., None, [None, 2]], "b": {"c": None, "d": "nan", "e": True}}
 
 
 # agreement

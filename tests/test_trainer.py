@@ -1,17 +1,21 @@
 "The loop on the tiny model: it resumes bit for bit, refuses what it should, and leaves a readable run."
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from selfplay_nb import update
 from selfplay_nb.__main__ import main
 from selfplay_nb.callbacks import default_callbacks, summary
 from selfplay_nb.league import LeagueTraining
+from selfplay_nb.model import tiny_model_folder
 from selfplay_nb.pairs import Ledger
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward import as_reward, exact_number
@@ -174,11 +178,101 @@ def test_own_prompts(tmp_path, tiny_folder):
 
 def test_own_prompts_are_looked_at_first(tmp_path, tiny_folder):
     trainer = make(tmp_path/"run", tiny_folder)
-    for prompts, says in [([], "no prompts"), ([dict(answer=1)], "prompt 0 has"), ([dict(prompt="a", answer=1), "b"], "prompt 1 has"),
-                          ([trainer.exam_problems[3]], "held-out problem")]:
+    for prompts, says in [([], "no prompts"), ([dict(answer=1)], "row 0 has no column 'prompt'"),
+                          ([dict(prompt="a", answer=1), "b"], "row 1 of the prompts has"),
+                          ([trainer.exam_problems[3]], "row 0 of the prompts asks a held-out problem"),
+                          ("prompts.jsonl", "no file 'prompts.jsonl'")]:
         with pytest.raises(ValueError, match=says):
             trainer.train(prompts)
     assert not (tmp_path/"run").exists()
+
+
+def test_a_held_out_question_is_refused_in_every_spelling(tmp_path, tiny_folder):
+    trainer = make(tmp_path/"run", tiny_folder); held = trainer.exam_problems[3]["prompt"]; question = held[-1]["content"]
+    for row in question, question.replace(" ", ""), held, held[-1:], dict(prompt=question, answer=1), [dict(role="system", content="Be brief."), held[-1]]:
+        with pytest.raises(ValueError, match="held-out problem"): trainer.train([row])
+
+
+def test_prompts_come_in_every_container(tmp_path, tiny_folder):
+    rows = [dict(prompt=f"say {i}", answer=i) for i in range(9)]; file = tmp_path/"prompts.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows)); trainer = make(tmp_path/"run", tiny_folder)
+    assert trainer.check_prompts(str(file)) == trainer.check_prompts(dict(train=rows)) == trainer.check_prompts(rows) == rows
+
+
+def test_prompts_without_a_task_are_not_evaluated_on_sums(tmp_path):
+    trainer = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), callbacks=[])
+    with pytest.raises(ValueError, match="come without a task.*task="): trainer.train(["Write a poem about the sea.", "Say 4."])
+    assert trainer.check_prompts([dict(prompt="1000 + 1 =", answer=1001)])   # sums are what it evaluates
+
+
+def test_a_task_whose_splits_are_one_is_refused(tmp_path):
+    class One(Letters):
+        def problems(self, split, n, seed=0): return super().problems("train", n, 0)
+    with pytest.raises(ValueError, match="the two have to differ"): SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run")), task=One(), callbacks=[])
+
+
+def test_no_two_rounds_of_two_seeds_meet(tmp_path):
+    def drawn(seed, round):
+        trainer = SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run"), seed=seed), callbacks=[])
+        return json.dumps(trainer.draw(round))
+    assert len({drawn(seed, round) for seed in (0, 1, 2, 1000) for round in (0, 1, 999, 1000, 1001, 2000)}) == 24
+
+
+# the same run
+
+class Kind(Letters):
+    reward = property(lambda self: as_reward(lambda p, r: sum(map(ord, r)) % 89))
+
+def test_another_run_is_refused_with_a_sentence(tmp_path, tiny_folder, monkeypatch):
+    make(tmp_path/"run", tiny_folder, n_rounds=1).train(); base = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
+    def again(task=None, base=base, **changes):
+        return SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run"), **SMALL | changes), base=base, task=task or Letters(), callbacks=[]).train()
+    before = {f: f.read_bytes() for f in (tmp_path/"run").rglob("*") if f.is_file()}
+    other = Base.load(tiny_model_folder(tmp_path/"other", seed=5), dtype=torch.float32, device="cpu")
+    for said, given in [("task.system: 'You add numbers.' there, 'Add.' now", dict(task=Letters(system="Add."))), ("reward", dict(task=Kind())),
+                        ("base: '[0-9a-f]+' there", dict(base=other)), ("task.shots: 2 there, 0 now", dict(task=Letters(shots=0)))]:
+        with pytest.raises(ValueError, match=f"another configuration .*{said}"): again(**given)
+    with monkeypatch.context() as m:
+        m.setitem(update.DPO, "per_device_train_batch_size", 4)
+        with pytest.raises(ValueError, match="update.per_device_train_batch_size: 16 there, 4 now"): again()
+    assert {f: f.read_bytes() for f in (tmp_path/"run").rglob("*") if f.is_file()} == before
+    config = json.loads((tmp_path/"run"/"config.json").read_text())
+    for text, said in ("{", "damaged"), (json.dumps(config | {"format": 99}), "format 99"), (json.dumps(config | {"kind": "pipeline"}), "holds 'pipeline'"):
+        (tmp_path/"run"/"config.json").write_text(text)
+        with pytest.raises(ValueError, match=said): again()
+    (tmp_path/"run"/"config.json").write_text(json.dumps(config)); shutil.copytree(tiny_folder, tmp_path/"moved")
+    assert len(again(n_rounds=1, base=Base.load(tmp_path/"moved", dtype=torch.float32, device="cpu"))) == 2   # another folder, the same weights
+
+
+def test_a_signal_to_end_is_an_interruption(tmp_path, tiny_folder):
+    class Told:
+        def on_stage(self, trainer, stage): signal.raise_signal(signal.SIGTERM) if stage == "training" else None
+    trainer = make(tmp_path/"run", tiny_folder, [Told(), *default_callbacks()])
+    with pytest.raises(SystemExit): trainer.train()
+    assert trainer.interrupted and trainer.round == 0 and (tmp_path/"run"/"report.html").exists()
+
+
+def test_a_report_that_fails_does_not_hide_why_the_run_did(tmp_path, tiny_folder):
+    class Report:
+        def on_train_end(self, trainer): raise FileNotFoundError("no metrics")
+    with pytest.raises(OSError, match="disk is full"), pytest.warns(UserWarning, match="a callback failed too.*no metrics"):
+        make(tmp_path/"run", tiny_folder, [Stop(0, "saving", OSError("the disk is full")), Report()]).train()
+    with pytest.raises(FileNotFoundError): make(tmp_path/"other", tiny_folder, [Report()], n_rounds=0).train()
+
+
+def test_members_of_a_league_meet_when_one_joins(tmp_path, tiny_folder):
+    trainer = make(tmp_path/"run", tiny_folder, opponents="nash", league_size=2); trainer.train()
+    league = trainer.league; names = [m.name for m in league.members]
+    assert len(names) == 3 and all(len(league.between(a, b)) == 6 for i, a in enumerate(names) for b in names[:i])
+    assert not np.allclose(league.payoff(), .5)
+
+
+def test_a_round_that_teaches_nothing_says_so(tmp_path, tiny_folder):
+    class Same(Letters):
+        reward = property(lambda self: as_reward(lambda p, r: .5))
+    with pytest.warns(UserWarning, match="round 1: no pair to learn from: the reward was 0.5 for every answer"):
+        SelfPlayTrainer(SelfPlayConfig(str(tmp_path/"run"), **SMALL | {"n_rounds": 2}), base=Base.load(tiny_folder, dtype=torch.float32, device="cpu"),
+                        task=Same(), callbacks=[]).train()
 
 
 def test_a_task_that_is_too_small_is_known_before_anything_is_loaded(tmp_path):
