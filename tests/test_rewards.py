@@ -303,16 +303,6 @@ def test_rewards_written_for_messages():
     assert seen[0] == ([[{"role": "user", "content": "text"}], chat("x")], [chat("four"), chat("two!!")])
 
 
-def test_players_may_answer_in_messages():
-    class Chat:
-        name = "chat"
-        def generate(self, prompts, n_samples=1, seed=0, **kwargs): return [[chat("y"*(1 + (seed + i + k) % 5)) for k in range(n_samples)] for i,
-            _ in enumerate(prompts)]
-    for judge in as_reward(lambda p, r: len(r)), RuleJudge(lambda p, a, b: .5 + .5*((len(a) > len(b)) - (len(a) < len(b)))):
-        prefs = CompetitiveSelfPlay(Chat(), Chat(), judge, n_samples=3).train_step(["a", "b"], seed=1)
-        assert prefs and all(isinstance(p[k], str) and set(p[k]) == {"y"} for p in prefs for k in ("chosen", "rejected"))
-
-
 # columns and prompts
 
 ODD = dict(round=[1, 2], seed=[5, 6], progress=["x", "y"], role=["a", "b"], reward=[1, 2], policy=[1, 2], n_samples=[3, 4], name=["p", "q"])
