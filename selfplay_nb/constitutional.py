@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .judge import ModelJudge, RewardJudge
+from .judge import ModelJudge, RewardJudge, without_mark
 from .templates import Template, clip, fill, special_tokens
 from .pairs import validate_pairs, write_whole
 from .players import answers_of, name_of, prompt_text, text_of
@@ -561,8 +561,8 @@ def revise(self: ConstitutionalReviser,
     def ask(template, k, **parts):
         asked, marks = zip(*[fill(template, special_tokens(self.policy), self.max_chars, {"principle": p}, prompt=t, **{n: v[i] for n, v in parts.items()})
                              for i, (p, t) in enumerate(zip(drawn[k//2], texts))])
-        return [(_without(mark, a.text), a.truncated) for a, mark in zip(say(list(asked), k + 1), marks)]
-    out, now = Revisions(), [a.text for a in say(prompts, 0)]
+        return [(without_mark(text_of(a.text), mark), a.truncated) for a, mark in zip(say(list(asked), k + 1), marks)]
+    out, now = Revisions(), [text_of(a.text) for a in say(prompts, 0)]
     for k in range(n_revisions):
         critiques = ask(self.critique_template, 2*k, response=now)
         revised = ask(self.revise_template, 2*k + 1, response=now, critique=[c for c, _ in critiques])
@@ -570,11 +570,6 @@ def revise(self: ConstitutionalReviser,
                 for i, (p, (c, _), (r, cut)) in enumerate(zip(prompts, critiques, revised))]
         now = [r if r.strip() else old for (r, _), old in zip(revised, now)]
     return out
-
-def _without(mark: str, text: str) -> str:
-    "A text without pieces of its prompt's mark, which a small model likes to copy."
-    clean = re.sub(r"[0-9a-f]{5,16}", lambda m: "" if m[0] in mark else m[0], text)
-    return text if clean == text else clean.strip()
 
 # %% ../nbs/27_constitutional.ipynb #812547e0
 class Revisions(list):

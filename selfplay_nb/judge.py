@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUBRIC', 'TEMPLATE', 'FEWEST', 'CANARIES', 'Verdicts', 'Judge', 'RewardJudge', 'RuleJudge', 'ModelJudge',
-           'ModelVerdicts', 'correlation', 'without_length', 'Check', 'Panel', 'as_labels', 'PanelVerdicts']
+           'without_mark', 'ModelVerdicts', 'correlation', 'without_length', 'Check', 'Panel', 'as_labels',
+           'PanelVerdicts']
 
 # %% ../nbs/12_judge.ipynb #2f0fafb2
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from fastcore.basics import patch
 from .rates import Rate, agreement
 from .players import name_of, prompt_text, text_of
 from .reward import as_number, as_reward, rewards_of
-from .templates import Template, fill, special_tokens
+from .templates import Template, fence_mark, fill, special_tokens
 
 # %% ../nbs/12_judge.ipynb #b1bae768
 class Verdicts(list):
@@ -121,6 +123,19 @@ def render(self: ModelJudge,
 ) -> str:
     "The judge's prompt for one match in one order."
     return fill(self.template, special_tokens(self.policy), self.max_chars, {"rubric": self.rubric}, prompt=prompt_text(prompt), a=text_of(a), b=text_of(b))[0]
+
+# %% ../nbs/12_judge.ipynb #6c7ac9f4
+def without_mark(
+    text: str, # what a model said
+    mark: str, # of its prompt's fences
+) -> str:
+    "The text without copies of the mark, or of five of its digits and more with whatever digits are joined to them; and without a last line that begins one."
+    pieces = {mark[i:i+5] for i in range(len(mark) - 4)}
+    copied = lambda run: any(run[i:i+5] in pieces for i in range(len(run) - 4))
+    clean = re.sub(r"[0-9a-f]{5,}", lambda m: "" if copied(m[0]) else m[0], text)
+    *before, last = clean.rstrip().split("\n")
+    if before and len(last.strip()) > 2 and mark.startswith(last.strip()): clean = "\n".join(before)
+    return text if clean == text else clean.strip()
 
 # %% ../nbs/12_judge.ipynb #08cf273d
 class ModelVerdicts(Verdicts):

@@ -19,6 +19,7 @@ from pathlib import Path
 # %% ../nbs/26_refinement.ipynb #60ba8c9d
 from fastcore.basics import patch
 
+from .judge import without_mark
 from .pairs import validate_pairs, write_whole
 from .players import answers_of, as_prompts, name_of, prompt_text, seed_of, text_of
 from .reward import as_reward, is_judge, is_single, rewards_of, rows_of
@@ -369,9 +370,7 @@ def _score(self: IterativeRefiner, new):
 # %% ../nbs/26_refinement.ipynb #28400dd2
 def _said(answer, mark: str) -> str:
     "An answer's text ('' for none) without pieces of the mark."
-    text = text_of(answer.text or "") if answer else ""
-    cut = re.sub(r"[0-9a-f]{5,16}", lambda m: "" if m[0] in mark else m[0], text)
-    return text if cut == text else cut.strip()
+    return without_mark(text_of(answer.text or ""), mark) if answer else ""
 
 # %% ../nbs/26_refinement.ipynb #06341fe0
 @patch
@@ -587,7 +586,6 @@ def critique_rows(self: Traces,
         for i, v in enumerate(t.versions[1:], 1):
             s = t.step_to(i); u, gain = t.versions[s.source], _gain(t, i, s.source)
             if s.truncated: dropped["truncated"] += 1
-            elif gain is None and t.judge: dropped["unjudged"] += 1
             elif gain is not None and not gain > 0: dropped["no gain"] += 1
             else: rows.append(dict(prompt=refiner._render(refiner.critic, refiner.critique_template, t.prompt, response=u.text)[0], completion=s.critique,
                                    original=u.text, critique=s.critique, improved=v.text, by=s.by, margin=gain or 0., source="critique"))

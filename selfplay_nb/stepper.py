@@ -230,7 +230,7 @@ def _save(self: RefinementStepper, progress):
                              "Give another name, or load a trace before it is saved again.")
     for file, text in files.items():
         write_whole(file, text)
-        self.made[file.resolve()] = text
+        self.made[file.resolve()] = file.read_text(encoding="utf-8")
     rows = {file.name: text.count("\n") for file, text in files.items() if file != path}
     return f"Saved {path.name}, " + ", ".join(f"{name} ({n} row{'s'*(n != 1)})" for name, n in rows.items()) + "."
 

@@ -88,6 +88,19 @@ def test_saving(card, wrapper, tmp_path):
     assert f"Saved 6 principles to {tmp_path}/c.toml" in card.status.value
 
 
+def test_saving_never_replaces_what_was_not_saved_here(card, wrapper, tmp_path, monkeypatch):
+    (tmp_path/"c.toml").write_text("# written by hand")
+    card.save_button.click()
+    assert "is there already and was not made here" in card.status.value and (tmp_path/"c.toml").read_text() == "# written by hand"
+    monkeypatch.chdir(tmp_path)
+    other = ConstitutionCard(wrapper, PROMPT, A, B)
+    (tmp_path/"constitution.toml").write_text("# mine"); other.save_button.click(); move(other); other.save_button.click()
+    saved = Constitution.load(tmp_path/"runs"/"constitution.toml")
+    assert {p: p.weight for p in saved} == wrapper.principle_weights and (tmp_path/"constitution.toml").read_text() == "# mine"
+    (tmp_path/"runs"/"constitution.toml").write_text("# changed by hand"); other.save_button.click()
+    assert "was changed since" in other.status.value and (tmp_path/"runs"/"constitution.toml").read_text() == "# changed by hand"
+
+
 @pytest.mark.parametrize("spoil, says", [
     (lambda card, wrapper: setattr(card.file, "value", "  ") or card.save_button.click(), "ValueError: no file name"),
     (lambda card, wrapper: setattr(card.file, "value", __file__ + "/<b>.toml") or card.save_button.click(), "Error: [Errno"),

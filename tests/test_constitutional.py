@@ -2,6 +2,7 @@
 import math
 import random
 import re
+import time
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_a_bad_file_names_itself_the_entry_and_the_field(tmp_path, text, says):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     CONSTITUTION.save(tmp_path/"c.toml")
-    with pytest.raises(UnicodeEncodeError): Constitution(["\ud800"]).save(tmp_path/"c.toml")
+    (tmp_path/"c.toml.new").mkdir()  # where it would be written first
+    with pytest.raises(OSError): Constitution(["Be brief"]).save(tmp_path/"c.toml")
     assert fields(Constitution.load(tmp_path/"c.toml")) == fields(CONSTITUTION)
 
 
@@ -435,3 +437,29 @@ def test_feedback_keeps_token_ids_and_never_chooses_what_was_cut_off():
     with pytest.raises(ValueError, match="Scripted has no logprobs"): ai_feedback(Policy(), ["q"], Scripted(None))
     with pytest.raises(ValueError, match="n_pairs is 0"): ai_feedback(Policy(), ["q"], Asked(longer_a), n_pairs=0)
     with pytest.raises(ValueError, match="no prompts"): ai_feedback(Policy(), [], Asked(longer_a))
+
+
+# rules read long texts too
+
+PHRASES = ["forget ", "instead of ", "replaces ", "forget the doc ", "i can't ", "only ", "no need ", "without asking ", "no ", "not ", "1,", "1.1",
+    "https://", "may ", "i once ", "as an ",
+           "look ", "all ", "the only ", "who needs ", "\t", "-", "a", "anyone who ", "nothing to ", "instead of an expert "]
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_takes_a_moment_for_a_long_text(rule):
+    begun = time.process_time()
+    for phrase in PHRASES: assert 0 <= RULES[rule]((phrase*40_000)[:40_000]) <= 1
+    assert time.process_time() - begun < 8
+    assert RULES["limitations"]("It replaces all the other doctors.") < RULES["limitations"]("It covers the basics.")
+
+
+STUFFED = ["Perhaps, because studies show it; however, others disagree; start here. I cannot know, it is a general overview.",
+           "try step perhaps maybe likely because data study however others critics I cannot limited overview", "perhaps " * 50, "42", "How long does it take?"]
+
+def test_words_alone_never_pass_a_right_answer():
+    "What stuffed words earn without a verifier is no secret (see the page); with one, they stay behind whatever is right."
+    right, wrong = "It is 42.", [s.replace("42", "41") for s in STUFFED]
+    rules, checked = ConstitutionalRewardWrapper(), ConstitutionalRewardWrapper(exact_number)
+    assert max(rules.score("6 * 7 =", s) for s in STUFFED) > .8 > rules.score("6 * 7 =", right)  # rules read words only
+    assert all(checked.score("6 * 7 =", w, answer=42) < 1 <= checked.score("6 * 7 =", right, answer=42) for w in wrong)
+    assert sum(p.weight for p in CONSTITUTION) <= 1 and rules.score("?", "") == 0

@@ -4,10 +4,12 @@ import json
 import random
 import re
 import string
+import time
 from dataclasses import replace
 
 import pytest
 
+from selfplay_nb.judge import without_mark
 from selfplay_nb.pairs import FIELDS, validate_pairs
 from selfplay_nb.players import Scripted
 from selfplay_nb.refinement import (
@@ -471,3 +473,59 @@ def test_a_batch_sums_itself_up(scored):
     assert "3 traces; best version: v0 in 2, v2 in 1" in text and "the limit of iterations 2, an empty answer 1" in text
     assert [t.after(1).text for t in scored] == ["branch", "same worth", " "] and repr(Traces()) and "not finished" in repr(trace_dict())
     assert repr(Trace("p")) == "Trace: nothing generated"
+
+
+# what is said by default, and what is no part of it
+
+def test_where_nothing_is_said_answers_are_not_drawn_from_the_tail():
+    seen = []
+    class Notes(Scripted):
+        def generate(self, prompts, n_samples=1, seed=0, **sampling):
+            seen.append(sampling)
+            return super().generate(prompts, n_samples, seed)
+    player = Notes(lambda p, rng: f"{rng.random()}")
+    IterativeRefiner(player).refine_batch(["a"], 1)
+    assert len(seen) == 3 and all(0 < s["temperature"] < 1 and 0 < s["top_p"] < 1 for s in seen)
+    seen.clear()
+    IterativeRefiner(player, temperature=1., top_p=1., critique_sampling=dict(temperature=0)).refine_batch(["a"], 1)
+    assert [s["temperature"] for s in seen] == [1., 0, 1.] and {s["top_p"] for s in seen} == {1.}
+
+
+COPIES = ["{mark}\n{said}\n{mark}", "{said}\n{mark}", "{said} {mark}f", "{said}\n{mark}{mark}", "{mark}3\n{said}", "{said}\n0{part}", "{said}\n{start}"]
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_no_copy_of_the_mark_is_part_of_an_answer(copy):
+    said = ["The sum is 122, not 53048.", "Lost a ten."]
+    def player(prompt, rng):
+        mark = re.search("^[0-9a-f]{16}$", prompt, re.M)
+        if not mark: return said[0]
+        return copy.format(mark=mark[0], said=said["critique" in prompt.lower()] + str(len(fenced_texts(prompt))), part=mark[0][4:12], start=mark[0][:4])
+    trace = IterativeRefiner(Scripted(player)).refine_batch(["59 + 63 ="], 1)[0]
+    assert [v.text for v in trace.versions] == [said[0], "Lost a ten.3"] and trace.steps[0].critique == "Lost a ten.2"
+
+
+def test_what_only_looks_like_a_mark_stays():
+    for text in "It is 122.\n\ndeadbeef", "0123456789abcdef", "a\nb", "", "5\n53", "The face of 1234567":
+        assert without_mark(text, "53048e5cc503f233") == text
+    assert without_mark("53048e5cc503f233", "53048e5cc503f233") == ""
+
+
+# differences of long texts
+
+@pytest.mark.parametrize("old, new", [("the "*512, "the "*511 + "end"), ("a "*1000 + "b", "b " + "a "*1000), ("! "*1000, "!? "*700),
+    ("x y "*3000, "y x "*3000), ("", "the "*9000),
+                                      (" "*5000, "\n"*5000), ("w "*200 + "z", "v "*200 + "z")])
+def test_differences_of_repetitive_texts_take_a_moment(old, new):
+    begun = time.process_time()
+    parts = word_diff(old, new)
+    assert time.process_time() - begun < 2
+    assert "".join(t for s, t in parts if s != "+") == old and "".join(t for s, t in parts if s != "-") == new
+    assert all(t for _, t in parts) and all(a[0] != b[0] for a, b in zip(parts, parts[1:]))
+
+
+def test_differences_at_the_ends_and_between():
+    assert word_diff("a b c", "a b c") == [("=", "a b c")] and word_diff("", "") == []
+    assert word_diff("a b c", "a x c") == [("=", "a "), ("-", "b"), ("+", "x"), ("=", " c")]
+    assert word_diff("the the", "the the the") == [("=", "the the"), ("+", " the")]
+    long = " ".join(f"word{i}" for i in range(2000))
+    assert word_diff(long, long.replace("word1000 ", "other "))[1:3] == [("-", "word1000"), ("+", "other")]

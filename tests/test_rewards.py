@@ -12,8 +12,8 @@ import pytest
 
 from selfplay_nb.adversarial import AdversarialFilter, Screened
 from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.constitutional import ConstitutionalRewardWrapper, ConstitutionalReviser
-from selfplay_nb.judge import Judge, ModelJudge, Panel, RewardJudge, RuleJudge, as_labels
+from selfplay_nb.constitutional import ConstitutionalReviser, ConstitutionalRewardWrapper
+from selfplay_nb.judge import ModelJudge, Panel, RewardJudge, RuleJudge, as_labels
 from selfplay_nb.players import Answer, Scripted
 from selfplay_nb.refinement import IterativeRefiner
 from selfplay_nb.reward import (
@@ -71,14 +71,17 @@ def test_tensors_are_numbers_too():
 
 
 BREAKS = {  # what is returned for three answers, and what is said about it
-    "one scalar": (lambda c: 1., r"1\.0 \(float\)"), "none at all": (lambda c: None, r"None \(NoneType\)"), "a column": (lambda c: np.ones((3, 1)), r"shape \(3, 1\)"),
-    "a row": (lambda c: np.ones((1, 3)), r"shape \(1, 3\)"), "an array of no dimension": (lambda c: np.array(1.), r"shape \(\)"), "a word": (lambda c: "good", "'good'"),
+    "one scalar": (lambda c: 1., r"1\.0 \(float\)"), "none at all": (lambda c: None, r"None \(NoneType\)"),
+        "a column": (lambda c: np.ones((3, 1)), r"shape \(3, 1\)"),
+    "a row": (lambda c: np.ones((1, 3)), r"shape \(1, 3\)"), "an array of no dimension": (lambda c: np.array(1.), r"shape \(\)"),
+        "a word": (lambda c: "good", "'good'"),
     "a dict": (lambda c: {x: 1. for x in c}, "dict"), "a set": (lambda c: {1., 2., 3.}, "set"), "an object": (lambda c: object(), "object")}
 WRONG = {
     "words": (lambda c: ["good"]*3, "'good' for completion 0"), "numbers in words": (lambda c: [1., "2", 3.], "'2' for completion 1"),
     "complex": (lambda c: [1., 2., 1j], "1j for completion 2"), "lists": (lambda c: [[1.]]*3, r"\[1.0\] for completion 0"),
     "tuples": (lambda c: [(1., 2.)]*3, "completion 0"), "infinite": (lambda c: [1., math.inf, 2.], "inf for completion 1"),
-    "beyond a float": (lambda c: [1., 10**400, 2.], "1000.* for completion 1"), "a signaling nan": (lambda c: [1, Decimal("sNaN"), 1], "sNaN.* for completion 1")}
+    "beyond a float": (lambda c: [1., 10**400, 2.], "1000.* for completion 1"),
+        "a signaling nan": (lambda c: [1, Decimal("sNaN"), 1], "sNaN.* for completion 1")}
 LENGTH = {"too few": (lambda c: [1., 2.], "returned 2 numbers for 3"), "too many": (lambda c: [1.]*4, "returned 4 numbers for 3"),
           "nothing": (lambda c: [], "returned 0 numbers for 3")}
 
@@ -88,8 +91,10 @@ def test_what_is_no_list_of_numbers_is_refused_by_name(fn, says):
     reward, answer = returns(fn), Scripted(lambda p, rng: "xyz", "says")
     told = rf"(?s)reward 'odd' returned.*{says}.*expected|reward 'odd' {says}.*expected"
     calls = [lambda: rewards_of(reward, ["?"]*3, THREE), lambda: score(reward, ["?"]*3, THREE), lambda: WeightedReward({"a": reward}, {"a": 1})(["?"]*3, THREE),
-             lambda: ConstitutionalRewardWrapper(reward).attribution(["?"]*3, THREE), lambda: AdversarialFilter(answer, reward, n_samples=3).find_adversarial_examples(["a"], progress=False),
-             lambda: IterativeRefiner(answer, reward=reward).refine_batch(["a", "b", "c"]), lambda: SkillConditioning(answer, reward, n_samples=3).collect(["a"])]
+             lambda: ConstitutionalRewardWrapper(reward).attribution(["?"]*3, THREE),
+             lambda: AdversarialFilter(answer, reward, n_samples=3).find_adversarial_examples(["a"], progress=False),
+             lambda: IterativeRefiner(answer, reward=reward).refine_batch(["a", "b", "c"]),
+             lambda: SkillConditioning(answer, reward, n_samples=3).collect(["a"])]
     for call in calls:
         with pytest.raises(ValueError, match=told): call()
 
@@ -135,7 +140,8 @@ def test_what_a_reward_raises_is_passed_on_with_its_name():
 def gaps(prompts, completions, **columns): return [None if c == "3" else NAN if c == "4" else float(c) for c in completions]
 
 
-@pytest.mark.parametrize("reward", [gaps, Guarded(gaps), WeightedReward({"g": gaps}, {"g": 1.}), WeightedReward({"g": Guarded(gaps), "f": finished}, {"g": 1., "f": 0.})])
+@pytest.mark.parametrize("reward", [gaps, Guarded(gaps), WeightedReward({"g": gaps}, {"g": 1.}),
+    WeightedReward({"g": Guarded(gaps), "f": finished}, {"g": 1., "f": 0.})])
 def test_an_answer_that_a_reward_abstains_from_is_left_out_and_counted(reward, tmp_path):
     prompts = [f"{i}?" for i in range(20)]
     prefs = CompetitiveSelfPlay(chance(), chance(), reward, n_samples=4).train_step(prompts)
@@ -143,8 +149,10 @@ def test_an_answer_that_a_reward_abstains_from_is_left_out_and_counted(reward, t
     assert prefs and gone and prefs.dropped["unjudged"] == 20*16 - prefs.win_rate.n > 4*gone
     assert {p[k] for p in prefs for k in ("chosen", "rejected")} <= set("125") and math.isfinite(prefs.mean_reward)
 
-    found = AdversarialFilter(chance(), reward, n_samples=6, right_from=5, ledger=tmp_path/"l.jsonl").find_adversarial_examples(prompts, early_stop=False, progress=False)
-    again = AdversarialFilter(chance(), reward, n_samples=6, right_from=5, ledger=tmp_path/"l.jsonl").find_adversarial_examples(prompts, early_stop=False, progress=False)
+    found = AdversarialFilter(chance(), reward, n_samples=6, right_from=5, ledger=tmp_path/"l.jsonl").find_adversarial_examples(prompts,
+        early_stop=False, progress=False)
+    again = AdversarialFilter(chance(), reward, n_samples=6, right_from=5, ledger=tmp_path/"l.jsonl").find_adversarial_examples(prompts,
+        early_stop=False, progress=False)
     assert found and repr(again) == repr(found) and found.unjudged == sum(a in "34" for s in found.screened for a in s.answers) > 0
     assert all(math.isfinite(v) for e in found for v in (e["spread"], e["uncertainty"], e["margin"], e["best_reward"], e["probability"]))
     assert {e[k] for e in found for k in ("best", "worst")} <= set("125") and json.dumps(list(found), allow_nan=False)
@@ -156,7 +164,8 @@ def test_an_answer_that_a_reward_abstains_from_is_left_out_and_counted(reward, t
     assert rows and {r["completion"] for r in rows} <= set("125") and rows.dropped["unjudged"] > 0
     traces = IterativeRefiner(chance(), reward=reward).refine_batch(prompts, 2)
     assert all((v.score is None) == (v.text in "34") for t in traces for v in t.versions)
-    assert {r["completion"] for r in traces.sft_rows()[0]} <= set("125") and traces.sft_rows(version=0)[1]["unjudged"] == sum(t.versions[0].text in "34" for t in traces)
+    assert {r["completion"] for r in traces.sft_rows()[0]} <= set("125")
+    assert traces.sft_rows(version=0)[1]["unjudged"] == sum(t.versions[0].text in "34" for t in traces)
 
 
 def test_a_reward_that_abstains_from_everything():
@@ -188,7 +197,8 @@ def test_judges_abstain():
     assert games and games.dropped["unjudged"] and {p[k] for p in games for k in ("chosen", "rejected")}.isdisjoint("3") and math.isfinite(games.mean_reward)
 
 
-@pytest.mark.parametrize("rewards, levels", [([1, NAN, 3], [0, None, 2]), ([NAN, NAN], [None, None]), ([1, NAN, 1], [None]*3), ([None, 2, 1], [None, 2, 0]), ([5., NAN], [None]*2)])
+@pytest.mark.parametrize("rewards, levels", [([1, NAN, 3], [0, None, 2]), ([NAN, NAN], [None, None]), ([1, NAN, 1], [None]*3),
+    ([None, 2, 1], [None, 2, 0]), ([5., NAN], [None]*2)])
 def test_quantiles_leave_gaps_out(rewards, levels):
     assert by_quantile(rewards, 3) == levels
     assert by_grade((.5,))(rewards) == [None if r is None or r != r else 1 for r in rewards]
@@ -225,12 +235,14 @@ def test_what_is_both_is_told_which_it_is_meant_to_be():
     both = Both(); as_a_reward = CompetitiveSelfPlay(words, words, both, n_samples=4).train_step(["a", "b"])
     assert (both.scored, both.compared) == (16, 0) and all(len(p["chosen"]) > len(p["rejected"]) for p in as_a_reward) and as_a_reward[0]["margin"] > 1
     both = Both(); guarded = Guarded(both)
-    assert CompetitiveSelfPlay(words, words, guarded, n_samples=4).train_step(["a", "b"]) == as_a_reward and not hasattr(guarded, "compare") and not is_judge(guarded)
+    assert CompetitiveSelfPlay(words, words, guarded, n_samples=4).train_step(["a", "b"]) == as_a_reward and not hasattr(guarded,
+        "compare") and not is_judge(guarded)
     judge = Both(); judge.judges = True
     games = CompetitiveSelfPlay(words, words, judge, n_samples=4).train_step(["a", "b"])
     assert (judge.scored, judge.compared) == (0, 32) and all(len(p["chosen"]) < len(p["rejected"]) for p in games)
     assert is_judge(Guarded(judge)) and CompetitiveSelfPlay(words, words, Guarded(judge), n_samples=4).train_step(["a", "b"]) == games
-    for make in (lambda: IterativeRefiner(words, reward=judge), lambda: AdversarialFilter(words, judge), lambda: SkillConditioning(words, judge), lambda: as_reward(judge),
+    for make in (lambda: IterativeRefiner(words, reward=judge), lambda: AdversarialFilter(words, judge), lambda: SkillConditioning(words, judge),
+        lambda: as_reward(judge),
                  lambda: RewardJudge(judge), lambda: IterativeRefiner(words, reward=RuleJudge(lambda p, a, b: 1.))):
         with pytest.raises(ValueError, match="judge.*expected a reward"): make()
 
@@ -245,7 +257,8 @@ def test_the_constitution_is_a_reward_until_it_is_told_to_judge():
 
 
 @pytest.mark.parametrize("fn, lifted", [
-    (lambda p, r: 1., True), (lambda prompt, response, weight=2: 1., True), (lambda prompts, completions, **columns: [1.]*len(completions), False), (lambda p, r, **more: 1., True),
+    (lambda p, r: 1., True), (lambda prompt, response, weight=2: 1., True), (lambda prompts, completions, **columns: [1.]*len(completions), False),
+    (lambda p, r, **more: 1., True),
     (lambda completions, **kwargs: [1.]*len(completions), False), (lambda **kwargs: [1.]*len(kwargs["completions"]), False)])
 def test_either_form_of_a_reward_is_taken_everywhere(fn, lifted):
     assert (as_reward(fn) is not fn) == lifted and score(as_reward(fn), ["?"]*2, ["x", "y"]) == [1., 1.]
@@ -258,7 +271,8 @@ def test_either_form_of_a_reward_is_taken_everywhere(fn, lifted):
 
 @pytest.mark.parametrize("bad", [None, 3, "reward", ["a"]])
 def test_what_cannot_be_called_is_refused_before_anything_is_asked(bad):
-    for make in lambda: CompetitiveSelfPlay(chance(), chance(), bad), lambda: AdversarialFilter(chance(), bad), lambda: SkillConditioning(chance(), bad), lambda: RewardJudge(bad):
+    for make in lambda: CompetitiveSelfPlay(chance(), chance(), bad), lambda: AdversarialFilter(chance(), bad), lambda: SkillConditioning(chance(),
+        bad), lambda: RewardJudge(bad):
         with pytest.raises(ValueError, match="cannot be called: expected reward"): make()
 
 
@@ -268,9 +282,11 @@ def chat(text): return [{"role": "assistant", "content": text}]
 
 
 @pytest.mark.parametrize("reward, columns", [
-    (exact_number, dict(answer=[12, 3])), (near_number(9), dict(answer=[12, 3])), (finished, dict(truncated=[False, True])), (format_reward(r"\d+"), {}), (coin_flip(3), {}),
+    (exact_number, dict(answer=[12, 3])), (near_number(9), dict(answer=[12, 3])), (finished, dict(truncated=[False, True])),
+    (format_reward(r"\d+"), {}), (coin_flip(3), {}),
     (as_reward(lambda p, r: len(r)), {}), (WeightedReward({"f": finished, "e": exact_number}, {"f": 1, "e": 2}), dict(answer=[12, 3])),
-    (Guarded(exact_number), dict(answer=[12, 3])), (ConstitutionalRewardWrapper(), {}), (conversational(lambda prompts, completions, **c: [len(x[0]["content"]) for x in completions]), {})])
+    (Guarded(exact_number), dict(answer=[12, 3])), (ConstitutionalRewardWrapper(), {}),
+    (conversational(lambda prompts, completions, **c: [len(x[0]["content"]) for x in completions]), {})])
 def test_a_completion_as_messages_is_worth_what_its_text_is(reward, columns):
     prompts = [[{"role": "user", "content": "?"}]]*2
     assert rewards_of(reward, prompts, ["12", "4 apples"], **columns) == rewards_of(reward, prompts, [chat("12"), chat("4 apples")], **columns)
@@ -285,15 +301,6 @@ def test_rewards_written_for_messages():
     said = [[Answer("four")], [Answer(chat("two!!"))]]
     assert score_samples(reward, ["text", chat("x")], said) == [[4.], [5.]] and reward.__name__ == "trl"
     assert seen[0] == ([[{"role": "user", "content": "text"}], chat("x")], [chat("four"), chat("two!!")])
-
-
-def test_players_may_answer_in_messages():
-    class Chat:
-        name = "chat"
-        def generate(self, prompts, n_samples=1, seed=0, **kwargs): return [[chat("y"*(1 + (seed + i + k) % 5)) for k in range(n_samples)] for i, _ in enumerate(prompts)]
-    for judge in as_reward(lambda p, r: len(r)), RuleJudge(lambda p, a, b: .5 + .5*((len(a) > len(b)) - (len(a) < len(b)))):
-        prefs = CompetitiveSelfPlay(Chat(), Chat(), judge, n_samples=3).train_step(["a", "b"], seed=1)
-        assert prefs and all(isinstance(p[k], str) and set(p[k]) == {"y"} for p in prefs for k in ("chosen", "rejected"))
 
 
 # columns and prompts
@@ -322,20 +329,25 @@ def test_names_that_rewards_are_called_with_are_refused_in_a_sentence(column):
     rows = [{"prompt": "a", column: 1}, {"prompt": "b", column: 2}]
     reward = returns(lambda c: [1.]*len(c))
     for call in (lambda: CompetitiveSelfPlay(answer, answer, reward).train_step(rows), lambda: IterativeRefiner(answer, reward=reward).refine_batch(rows),
-                 lambda: SkillConditioning(answer, reward).collect(rows), lambda: AdversarialFilter(answer, reward).find_adversarial_examples(rows, progress=False),
-                 lambda: check_levels(answer, rows, reward), lambda: score_samples(reward, ["a"], [[Answer("1")]], **{column: [1]}), lambda: IterativeRefiner(answer, reward=reward).refine(rows[0])):
+                 lambda: SkillConditioning(answer, reward).collect(rows),
+                 lambda: AdversarialFilter(answer, reward).find_adversarial_examples(rows, progress=False),
+                 lambda: check_levels(answer, rows, reward), lambda: score_samples(reward, ["a"], [[Answer("1")]], **{column: [1]}),
+                 lambda: IterativeRefiner(answer, reward=reward).refine(rows[0])):
         with pytest.raises(ValueError, match=f"column is named '{column}'.*another name"): call()
     assert not asked
 
 
 def test_columns_that_a_judge_is_called_with():
-    with pytest.raises(ValueError, match="column is named 'a'"): CompetitiveSelfPlay(chance(), chance(), RuleJudge(lambda p, a, b: 1.)).train_step([{"prompt": "1 + 2", "a": 1}])
+    with pytest.raises(ValueError, match="column is named 'a'"): CompetitiveSelfPlay(chance(), chance(),
+        RuleJudge(lambda p, a, b: 1.)).train_step([{"prompt": "1 + 2", "a": 1}])
 
 
-@pytest.mark.parametrize("settings, says", [(dict(seed=[1, 2]), r"seed is \[1, 2\].*give rows"), (dict(round=[1, 2]), r"round is \[1, 2\].*give rows"), (dict(answer="ab"), "column 'answer' is 'ab'"),
+@pytest.mark.parametrize("settings, says", [(dict(seed=[1, 2]), r"seed is \[1, 2\].*give rows"),
+    (dict(round=[1, 2]), r"round is \[1, 2\].*give rows"), (dict(answer="ab"), "column 'answer' is 'ab'"),
                                             (dict(answer=[1]), "column 'answer' has 1 values for 2"), (dict(answer=3), "column 'answer' is 3")])
 def test_columns_given_beside_the_prompts(settings, says):
-    for call in CompetitiveSelfPlay(chance(), chance(), finished).train_step, SkillConditioning(chance(), finished).collect, IterativeRefiner(chance()).refine_batch:
+    for call in CompetitiveSelfPlay(chance(), chance(), finished).train_step, SkillConditioning(chance(),
+        finished).collect, IterativeRefiner(chance()).refine_batch:
         if "round" in settings and call.__name__ == "refine_batch": continue
         with pytest.raises(ValueError, match=says): call(["a", "b"], **settings)
 
@@ -344,9 +356,12 @@ def test_columns_given_beside_the_prompts(settings, says):
 def test_an_empty_prompt_is_refused_before_anything_is_asked(prompt):
     asked, answer = [], Scripted(lambda p, rng: asked.append(p) or "1", "counts")
     refiner = IterativeRefiner(answer)
-    calls = [lambda: refiner.refine(prompt), lambda: refiner.refine_batch(["a", prompt]), lambda: refiner.begin(prompt), lambda: CompetitiveSelfPlay(answer, answer, finished).train_step(["a", prompt]),
-             lambda: SkillConditioning(answer, finished).collect([prompt]), lambda: AdversarialFilter(answer, finished).find_adversarial_examples(["a", prompt], progress=False),
-             lambda: ConstitutionalReviser(answer).revise(prompt), lambda: check_levels(answer, [{"prompt": prompt}], finished), lambda: rows_of([{"prompt": prompt}], {})]
+    calls = [lambda: refiner.refine(prompt), lambda: refiner.refine_batch(["a", prompt]), lambda: refiner.begin(prompt),
+        lambda: CompetitiveSelfPlay(answer, answer, finished).train_step(["a", prompt]),
+             lambda: SkillConditioning(answer, finished).collect([prompt]),
+             lambda: AdversarialFilter(answer, finished).find_adversarial_examples(["a", prompt], progress=False),
+             lambda: ConstitutionalReviser(answer).revise(prompt), lambda: check_levels(answer, [{"prompt": prompt}], finished),
+             lambda: rows_of([{"prompt": prompt}], {})]
     for call in calls:
         with pytest.raises(ValueError, match="is empty|empty prompt"): call()
     assert not asked
@@ -359,7 +374,7 @@ def test_what_has_a_time_limit_cannot_touch_the_model(tiny):
     policy = Policy(tiny, "judge", seed=0)
     def asks(prompts, completions, **columns): return policy.logprobs(prompts, completions).tolist()
     def samples(prompts, completions, **columns): return [len(t) for t in policy.generate(prompts, max_new_tokens=8)]
-    for reward in asks, samples, ModelJudge(policy):
+    for reward in asks, samples, ModelJudge(policy, "", "{rubric}{prompt}{a}{b}"):  # its context is small
         guarded = Guarded(reward, timeout=60)
         with pytest.raises(RuntimeError, match=r"time limit.*judge_timeout=0"):
             guarded.compare(["?"], ["a"], ["b"]) if is_judge(reward) else guarded(["?"]*4, ["a"]*4)

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binomtest, page_trend_test
 
 from selfplay_nb.players import Answer, Scripted
+from selfplay_nb.policy import Policy
 from selfplay_nb.reward import exact_number, near_number
 from selfplay_nb.skill import (
     SKILLS,
@@ -265,3 +266,23 @@ def test_guidance_does_what_the_formula_says(policy):
     assert isinstance(Guided(policy).generate("q", max_new_tokens=2), str)
     with pytest.raises(ValueError, match="no logits"): Guided(Scripted(lambda p, r: "x"))
     with pytest.raises(ValueError, match="finite"): Guided(policy, scale=math.inf)
+
+
+# seeds
+
+def test_an_answer_at_a_level_does_not_depend_on_the_batch():
+    guess = Scripted(lambda p, rng: f"{p} {rng.random()}", "guess")
+    at = AtLevel(guess, "<expert>")
+    assert at.takes_seeds and at.generate(["a", "b", "c"], seed=[5, 6, 7]) == [at.generate([p], seed=[s])[0] for p, s in zip("abc", (5, 6, 7))]
+    assert at.generate(["a", "a"], seed=[5, 6]) != at.generate(["a", "a"], seed=[5, 5])
+    class Plain:
+        def generate(self, prompts, n_samples=1, seed=0): return [f"{seed}" for _ in prompts]
+    assert not AtLevel(Plain(), "<expert>").takes_seeds
+
+
+def test_policies_at_a_level_take_seeds(tiny):
+    policy = Policy(tiny, "student", seed=0)
+    for player in AtLevel(policy, "<expert>"), Guided(policy, scale=1.5):
+        together = player.generate(["a", "b", "a"], seed=[5, 6, 6], max_new_tokens=6)
+        assert player.takes_seeds and together == [player.generate([p], seed=[s], max_new_tokens=6)[0] for p, s in zip("aba", (5, 6, 6))]
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"): Guided(policy).generate(["a"], seed=[1, 2])

@@ -195,6 +195,58 @@ def test_a_file_that_is_none_is_refused_and_the_trace_stays(view, tmp_path, cont
     view.file.value = " "; view.save.click(); assert "no file is named" in said(view)
 
 
+def clicked(tmp_path, **kw):
+    view = RefinementStepper(refiner(), "Talk.", **kw)
+    view.run.click()
+    return view
+
+
+def test_saving_goes_to_the_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = {name: "measured for hours" for name in ("refinement.json", "refinement.sft.jsonl", "refinement.pairs.jsonl")}
+    for name, text in measured.items(): (tmp_path/name).write_text(text)
+    view = clicked(tmp_path)
+    view.save.click()
+    assert all((tmp_path/name).read_text() == text for name, text in measured.items()) and Trace.load(tmp_path/"runs"/"refinement.json") == view.trace
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.sft.jsonl", "t.pairs.jsonl", "t.critiques.jsonl"])
+def test_a_file_that_was_not_made_here_is_never_written_over(tmp_path, name):
+    (tmp_path/name).write_text("mine")
+    view = clicked(tmp_path, path=tmp_path/"t.json")
+    view.save.click()
+    assert f"{name} is there already and was not made here" in said(view) and (tmp_path/name).read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == [name]
+    view.file.value = str(tmp_path/"other"); view.save.click()
+    assert "Saved other.json" in said(view) and (tmp_path/name).read_text() == "mine"
+
+
+def test_what_was_made_or_loaded_here_may_be_saved_again(tmp_path):
+    view = clicked(tmp_path, path=tmp_path/"t.json")
+    view.save.click(); view.remark.value = "Again!"; view.refine.click(); view.save.click()
+    assert "Saved t.json" in said(view) and Trace.load(tmp_path/"t.json") == view.trace
+    stranger = clicked(tmp_path, path=tmp_path/"t.json")
+    stranger.save.click()
+    assert "was not made here" in said(stranger) and Trace.load(tmp_path/"t.json") == view.trace
+    stranger.load.click(); stranger.remark.value = "And again!"; stranger.refine.click(); stranger.save.click()
+    assert "Saved t.json" in said(stranger) and Trace.load(tmp_path/"t.json") == stranger.trace != view.trace
+    view.save.click()
+    assert "was changed since" in said(view) and Trace.load(tmp_path/"t.json") == stranger.trace
+
+
+def test_rows_beside_a_loaded_trace_that_are_not_its_own_stay(tmp_path):
+    view = clicked(tmp_path, path=tmp_path/"t.json")
+    view.trace.save(tmp_path/"t.json"); (tmp_path/"t.pairs.jsonl").write_text("mine")
+    view.load.click(); view.save.click()
+    assert "t.pairs.jsonl is there already" in said(view) and (tmp_path/"t.pairs.jsonl").read_text() == "mine"
+
+
+def test_an_empty_prompt_is_an_error_that_is_shown(tmp_path):
+    view = RefinementStepper(refiner(), "")
+    view.generate.click()
+    assert "is empty" in said(view) and view.trace is None
+
+
 # what is shown
 
 def everything(view): return "".join(w.value for w in (view.status, view.text, view.reason, view.curve)) + view._still()["text/html"]
