@@ -70,9 +70,9 @@ def tell(args):
     from selfplay_nb.monitor import headline, run_state
     wishes = dict(pause=args.pause, stop=args.stop, set=dict(args.set or []))
     wishes = {k: v for k, v in wishes.items() if v is not None and v != {}}
+    state = run_state(args.run_dir)
     if not wishes: raise ValueError("nothing to tell: expected --pause, --no-pause, --stop or --set NAME=NUMBER.")
     check_wish(wishes.get("set", {}))
-    state = run_state(args.run_dir)
     if not state["alive"]: raise ValueError(f"nobody to tell: the run in {args.run_dir} is not running. {headline(state)}")
     control(args.run_dir, **wishes)
     print(f"Told {args.run_dir}.")

@@ -101,7 +101,7 @@ def test_a_word_from_the_command_line(tmp_path, tiny_folder, monkeypatch, capsys
     for wish, said in (["--set", "r=8"], "'r'. cannot change"), (["--set", "learning_rate=1e308"], "from 0 to 1"), ([], "nothing to tell"):
         with pytest.raises(SystemExit, match=said): tell("--run-dir", str(tmp_path/"run"), *wish)
     assert read_control(tmp_path/"run") == {"stop": True, "set": {"learning_rate": 1e-4}}
-    with pytest.raises(SystemExit, match="holds no run"): tell("--run-dir", str(tmp_path))
+    with pytest.raises(SystemExit, match="holds no run"): tell("--run-dir", str(tmp_path), "--stop")
     with pytest.raises(SystemExit): tell("--set", "x")
     assert "expected NAME=NUMBER" in capsys.readouterr().err
     control(tmp_path/"run", set=None)
