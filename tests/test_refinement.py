@@ -77,7 +77,7 @@ def test_special_tokens_of_the_readers_tokenizer_are_broken():
     asked = {}
     class Reader:
         class base:
-            class tokenizer: all_special_tokens = ["⟪turn⟫"]
+            class tokenizer: all_special_tokens, added_tokens_decoder = ["⟪turn⟫"], {}
         def __init__(self, name): self.name = name
         def generate(self, prompts, n_samples=1, **kw): asked.setdefault(self.name, []).extend(prompts); return [f"a⟪turn⟫b {self.name}"]*len(prompts)
     [trace] = IterativeRefiner(Reader("policy"), Reader("critic")).refine_batch(["p⟪turn⟫q"], 1)
