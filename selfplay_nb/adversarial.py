@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from itertools import combinations, islice
@@ -19,8 +20,9 @@ from pathlib import Path
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from .checks import whole
 from .pairs import Ledger, validate_pairs
-from .players import answers_of, is_messages, name_of, prompt_text, seed_of, text_of
+from .players import answers_of, as_prompts, is_messages, name_of, prompt_text, seed_of, text_of
 from .rates import Rate
 from .reward import as_reward, is_single, rows_of, score_samples
 
@@ -100,7 +102,8 @@ def __repr__(self: Screened):
 def _rows(dataset):
     "The rows of `dataset` as dicts with a `prompt` and the same columns."
     columns = None
-    for i, p in enumerate([dataset] if is_single(dataset) else dataset):
+    several = isinstance(dataset, Iterable) and not isinstance(dataset, (set, bytes))
+    for i, p in enumerate([dataset] if is_single(dataset) else dataset if several else as_prompts(dataset)[0]):
         row = dict(p) if isinstance(p, dict) else {"prompt": p}
         if not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt"))):
             raise ValueError(f"row {i} is {p!r:.80}: expected a string, a list of chat messages, or a dict with such a 'prompt'.")
@@ -129,7 +132,7 @@ class AdversarialFilter:
         **sampling,            # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         for name, v, low in ("n_samples", n_samples, 2), ("batch_size", batch_size, 1):
-            if not isinstance(v, int) or v < low: raise ValueError(f"{name} is {v!r}: expected a whole number of at least {low}.")
+            whole(name, v, low)
         if not threshold >= 0: raise ValueError(f"threshold is {threshold!r}: expected a number of at least 0.")
         class_probabilities(0, 1, edge)  # raises for a bad edge
         self.policy, self.reward_fn, self.threshold, self.right_from, self.edge = policy, as_reward(reward_fn), threshold, right_from, edge
@@ -202,7 +205,7 @@ def find_adversarial_examples(self: AdversarialFilter,
     progress: bool = True,    # show a bar?
 ) -> "Findings":              # dicts with `prompt`, `best`, `worst` and numbers, most informative first
     "Find prompts on which the policy does well at times and badly at others. Raises `ValueError` for bad arguments and data."
-    if not isinstance(n_examples, int) or n_examples < 1: raise ValueError(f"n_examples is {n_examples!r}: expected a whole number of at least 1.")
+    whole("n_examples", n_examples)
     if not set(kinds) <= set(KINDS): raise ValueError(f"kinds are {kinds!r}: expected some of {KINDS}.")
     screened, found = [], []
     total = len(dataset) if hasattr(dataset, "__len__") else None

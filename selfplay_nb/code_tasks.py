@@ -20,6 +20,7 @@ from functools import lru_cache
 from html import escape
 from importlib.util import find_spec
 
+from .checks import whole
 from .players import text_of
 from .reward import WeightedReward
 from .sandbox import Result, SandboxUnavailable, _enclose, missing, run, run_many, source_of
@@ -282,7 +283,7 @@ class _CodeTask:
 
     def _draw(self, keys, split, n, seed):
         if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-        if not isinstance(n, int) or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
+        whole("n", n)
         keys = [k for k in keys if held_out(" ".join(map(str, k))) == (split == "held-out")]
         if n > len(keys): raise ValueError(f"{self.name} has {len(keys)} {split} problems: asked for {n}.")
         return random.Random(f"{self.name} {split} {seed}").sample(keys, n)

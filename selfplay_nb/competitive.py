@@ -13,6 +13,7 @@ from collections import Counter
 from itertools import product
 from fastcore.basics import patch
 
+from .checks import whole
 from .pairs import validate_pairs
 from .players import answers_together, name_of, text_of
 from .rates import Rate, win_rate
@@ -88,7 +89,7 @@ class CompetitiveSelfPlay:
         **sampling,           # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         for name, v in dict(n_samples=n_samples, pairs_per_prompt=pairs_per_prompt).items():
-            if not isinstance(v, int) or v < 1: raise ValueError(f"{name} is {v!r}: expected a whole number of at least 1.")
+            whole(name, v)
         self.policy, self.reference_policy = policy, reference_policy
         self.reward_fn = reward_fn if is_judge(reward_fn) else as_reward(reward_fn)
         self.n_samples, self.pairs_per_prompt, self.sampling = n_samples, pairs_per_prompt, sampling

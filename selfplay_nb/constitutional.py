@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import whole
 from .judge import ModelJudge, RewardJudge, without_mark
 from .templates import Template, clip, fill, special_tokens
 from .pairs import validate_pairs, write_whole
@@ -553,7 +554,7 @@ def revise(self: ConstitutionalReviser,
     progress=None,        # called by a `Policy` as `progress(finished answers, new tokens)`
 ) -> "Revisions":         # n·n_revisions rows
     "Answer, then critique and revise `n_revisions` times. Raises `ValueError` for bad input, before anything is generated."
-    if not isinstance(n_revisions, int) or n_revisions < 1: raise ValueError(f"n_revisions is {n_revisions!r}: expected a whole number of at least 1.")
+    whole("n_revisions", n_revisions)
     prompts, _ = rows_of(prompts, {}, seed=seed)
     texts, step = [prompt_text(p) for p in prompts], (2*n_revisions + 1)*seed
     drawn = [[self.constitution.draw(f"{seed} {k} {t}") for t in texts] for k in range(n_revisions)]
@@ -616,7 +617,7 @@ def ai_feedback(
     **sampling,        # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
 ) -> Feedback:         # pairs in TRL's form, with provenance and the principle
     "Preference pairs by AI feedback (Bai et al., 2022, arXiv 2212.08073). Raises `ValueError` for bad input, before anything is generated."
-    if not isinstance(n_pairs, int) or n_pairs < 1: raise ValueError(f"n_pairs is {n_pairs!r}: expected a whole number of at least 1.")
+    whole("n_pairs", n_pairs)
     if not hasattr(model, "logprobs"): raise ValueError(f"{type(model).__name__} has no logprobs: the verdict is read from them.")
     constitution, (prompts, _) = Constitution(CONSTITUTION if constitution is None else constitution), rows_of(prompts, {}, seed=seed)
     drawn = [[constitution.draw(f"{seed} {k} {prompt_text(p)}") for k in range(n_pairs)] for p in prompts]

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from html import escape
 
+from .checks import whole
 from .players import answers_of, prompt_text, seed_of, text_of
 from .reward import check_columns, score
 from .tasks import held_out
@@ -195,7 +196,7 @@ class CreativeTask:
     ) -> list[dict]:   # rows with `prompt`, `kind` and `spec` (JSON)
         "Draw `n` problems of a split. Raises `ValueError` if there are not so many."
         if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
+        whole("n", n)
         make = dict(story=_story, dialogue=_dialogue, content=_content)[self.kind]
         rng, found = random.Random(f"{self.kind} {split} {seed}"), {}
         for _ in range(60*n + 1000):
@@ -310,7 +311,7 @@ def dialogues(
     players = list(players) if isinstance(players, (list, tuple)) else [players, players]
     numbers = list(range(len(scenes))) if numbers is None else list(numbers)
     if not scenes or len(numbers) != len(scenes): raise ValueError(f"{len(scenes)} scenes and {len(numbers)} numbers: expected at least one, and as many.")
-    if not isinstance(turns, int) or turns < 1: raise ValueError(f"turns is {turns!r}: expected a whole number of at least 1.")
+    whole("turns", turns)
     if len(players) != 2: raise ValueError(f"{len(players)} players: expected one for both seats, or two.")
     talks = [Conversation((a, b), topic) for a, b, topic in scenes]
     for turn in range(turns):

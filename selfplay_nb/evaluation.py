@@ -13,8 +13,9 @@ from statistics import fmean, stdev
 
 from fastcore.basics import patch
 
+from .checks import whole
 from .judge import RewardJudge
-from .players import answers_of, columns_of, name_of
+from .players import answers_of, as_prompts, columns_of, name_of
 from .rates import Rate, win_rate
 from .reward import check_columns, score
 
@@ -56,6 +57,7 @@ def _checked(problems, *players, reserved=("prompts", "completions", "truncated"
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or "prompt" not in row: raise ValueError(f"problem {i} is {row!r:.60}: expected a dict with a 'prompt'.")
         if set(row) != set(rows[0]): raise ValueError(f"problem {i} has the columns {sorted(row)}, problem 0 {sorted(rows[0])}: expected the same in all.")
+    as_prompts([row["prompt"] for row in rows])  # raises for one that is none
     taken = [name for name in reserved if name in rows[0]]
     if taken: raise ValueError(f"problems have a column {taken[0]!r}, a name that verifiers and judges use for something else: rename it.")
     for player in players:
@@ -165,7 +167,7 @@ def versus(
     if not hasattr(judge, "compare"):
         check_columns(judge, **columns_of(problems)[1])
         judge = RewardJudge(judge)
-    if not isinstance(n_samples, int) or n_samples < 1: raise ValueError(f"n_samples is {n_samples!r}: expected a whole number of at least 1.")
+    whole("n_samples", n_samples)
     prompts = [p["prompt"] for p in problems]
     a, b = (answers_of(p, prompts, n_samples, seed=2*seed + i, **sampling)[0] for i, p in enumerate((policy, opponent)))
     games = [(p, x, y) for p, xs, ys in zip(problems, a, b) for x, y in zip(xs, ys)]

@@ -21,6 +21,7 @@ from html import escape
 from fastcore.basics import patch
 
 from .answers import denied
+from .checks import whole
 from .pairs import Ledger
 from .players import Answer, answers_together, name_of
 from .rates import Rate, win_rate
@@ -353,7 +354,7 @@ def _check(game, players, n, illegal, retries, batch):
         if not (hasattr(p, "generate") or hasattr(p, "act")): raise ValueError(f"{p!r:.80} cannot play: expected `generate`, or `act(state, rng)`.")
     if illegal not in ("retry", "lose", "random"): raise ValueError(f"illegal is {illegal!r}: expected 'retry', 'lose' or 'random'.")
     for name, v, low in ("n", n, 1), ("retries", retries, 0), ("batch", 1 if batch is None else batch, 1):
-        if not isinstance(v, int) or v < low: raise ValueError(f"{name} is {v!r}: expected a whole number of at least {low}.")
+        whole(name, v, low)
     if illegal == "random" and game.start(0).legal is None: raise ValueError(f"illegal is 'random', but {game.name} has no list of legal moves.")
 
 # %% ../nbs/36_games.ipynb #6cd9d7d7

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .rates import Rate, agreement
-from .players import name_of, prompt_text, text_of
+from .players import as_prompts, name_of, prompt_text, text_of
 from .reward import as_number, as_reward, rewards_of
 from .templates import Template, fence_mark, fill, special_tokens
 
@@ -45,9 +45,12 @@ class Judge:
         **columns,     # lists of n values for a reward, such as `answer`
     ) -> Verdicts:     # n probabilities that a beats b
         "Judge n matches; NaN where the judge abstains. Raises `ValueError` for lists of different lengths and for verdicts outside [0, 1]."
+        prompts, _ = as_prompts(prompts)
+        for side, answers in ("a", a), ("b", b):
+            if isinstance(answers, str) or not hasattr(answers, "__len__"):
+                raise ValueError(f"{side} is {answers!r:.60}: expected a list of {len(prompts)} answers.")
         sizes = {"prompts": len(prompts), "a": len(a), "b": len(b), **{k: len(v) for k, v in columns.items() if hasattr(v, "__len__")}}
         if len(set(sizes.values())) > 1: raise ValueError(f"lists of different lengths: {sizes}; expected one value for each prompt.")
-        if not prompts: raise ValueError("no matches to judge: expected non-empty lists.")
         verdicts = self._compare(prompts, a, b, **columns)
         if len(verdicts) != len(prompts): raise ValueError(f"judge {self.name!r} gave {len(verdicts)} verdicts for {len(prompts)} matches.")
         found = list(map(as_number, verdicts))

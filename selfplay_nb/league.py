@@ -21,12 +21,13 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import whole
 from .competitive import CompetitiveSelfPlay, Preferences
 from .pairs import Ledger, question, write_whole
 from .players import answers_of, columns_of
 from .rates import SPRT
 from .ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
-from .reward import score
+from .reward import rows_of, score
 
 # %% ../nbs/34_league.ipynb #7aed7bb4
 def near_skill(
@@ -129,7 +130,7 @@ class LeagueTraining:
         seed: int = 0,        # of the draws
     ):
         for name, v in dict(n_leagues=n_leagues, resident=resident, window=window).items():
-            if not isinstance(v, int) or v < 1: raise ValueError(f"{name} is {v!r}: expected a whole number of at least 1.")
+            whole(name, v)
         if not prior > 0: raise ValueError(f"prior is {prior!r}: expected a positive number of games.")
         self.n_leagues, self.base, self.resident, self.prior, self.window = n_leagues, base, resident, prior, window
         self.roles = ROLES | (matchmaking or {})
@@ -465,7 +466,7 @@ def train_step(self: LeagueTraining,
     **columns,               # lists of n values for the reward
 ) -> Preferences:
     "One step of `play.policy` against opponents that the league draws. Raises `ValueError` for bad input."
-    if not prompts: raise ValueError("no prompts: expected a non-empty list.")
+    prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
     names, p = [m.name for m in self.leagues], self.compute_matchmaking_probs(current_performance, role)
     drawn = self.rng.choice(names, min(opponents, len(prompts)), p=p).tolist()
     dealt = _Dealt([self[drawn[i*len(drawn)//len(prompts)]] for i in range(len(prompts))])

@@ -32,6 +32,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 from selfplay_nb.checkpoint import (
     RECORD, brief, content, differences, discard, locked, read_record, run_record, verify, weights_sum, write_record, writing,
 )
+from .checks import whole
 from .competitive import CompetitiveSelfPlay
 from .evaluation import Exam, examine
 from .model import DEFAULT_MODEL
@@ -597,9 +598,7 @@ def _draw(self: RLHFOrchestrator, n: int, data=None) -> tuple[list[dict], Counte
 # %% ../nbs/45_pipeline.ipynb #1d0d5210
 def _check_whole(numbers: dict, **low):
     "Raise `ValueError` unless all are whole numbers of at least 1, or of what `low` says."
-    for k, v in numbers.items():
-        if not isinstance(v, int) or isinstance(v, bool) or v < low.get(k, 1):
-            raise ValueError(f"{k} is {v!r}: expected a whole number of at least {low.get(k, 1)}.")
+    for k, v in numbers.items(): whole(k, v, low.get(k, 1))
 
 @patch
 def _play(self: RLHFOrchestrator, play: CompetitiveSelfPlay, refiner: IterativeRefiner | None, iterations: int, problems, seed, number, progress):

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .checks import whole
+
 # %% ../nbs/01_players.ipynb #e044f2d7
 def is_messages(x) -> bool:
     "Is `x` a conversation: a non-empty list of `{\"role\", \"content\"}` messages?"
@@ -22,7 +24,7 @@ def is_messages(x) -> bool:
 def as_prompts(
     prompts, # a string, a conversation, or a list of either
 ) -> tuple[list, bool]: # the prompts as a list, and whether a single one was given
-    "Normalize `prompts` to a list; raises `ValueError` for none and `TypeError` for anything else."
+    "Normalize `prompts` to a list; raises `ValueError` for none and for one without text, and `TypeError` for anything else."
     single = isinstance(prompts, str) or is_messages(prompts)
     expected = "expected a string, a list of {'role', 'content'} messages, or a non-empty list of these"
     if isinstance(prompts, (dict, set, bytes)) or not isinstance(prompts, Iterable):
@@ -31,7 +33,20 @@ def as_prompts(
     if not prompts: raise ValueError(f"no prompts: {expected}.")
     for i, p in enumerate(prompts):
         if not (isinstance(p, str) or is_messages(p)): raise TypeError(f"prompt {i} is {_shown(p)}: {expected}.")
+        _check_text(i, p)
     return prompts, single
+
+def _check_text(i: int, prompt):
+    "Raise `ValueError` for a prompt without text, or with text that is none."
+    if not isinstance(prompt, str):
+        roles = [m["role"] for m in prompt if not isinstance(m["role"], str)]
+        if roles: raise ValueError(f"prompt {i} has a message of the role {roles[0]!r:.60}: expected the role's name.")
+    text = prompt if isinstance(prompt, str) else "".join(map(content_of, prompt))
+    if not text.strip(): raise ValueError(f"prompt {i} is empty, {prompt!r:.60}: expected text.")
+    try: text.encode()
+    except UnicodeEncodeError as e: fault = text[e.start]
+    else: return
+    raise ValueError(f"prompt {i} has {fault!a}, which is half of a character: expected text that can be written as UTF-8.")
 
 def _shown(x):
     "What was given in the place of a prompt, and where the prompt may be."
@@ -91,7 +106,7 @@ class Scripted:
     def generate(self, prompts, n_samples: int = 1, seed: int | list[int] | None = None, **sampling):
         "Answer as a policy does; `seed` None is 0, other sampling settings mean nothing to it."
         prompts, single = as_prompts(prompts)
-        if n_samples < 1: raise ValueError(f"n_samples is {n_samples!r}: expected a whole number of at least 1.")
+        whole("n_samples", n_samples)
         seeds = seed if isinstance(seed, list) else [seed or 0]*len(prompts)
         if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
         seen, rows = Counter(), []

@@ -30,6 +30,7 @@ from html import escape
 from itertools import permutations, product
 
 from .answers import answer_and_rest, answer_in, read_number
+from .checks import whole
 from .players import seed_of, text_of
 from .reward import WeightedReward, finished
 from .tasks import held_out
@@ -111,7 +112,7 @@ def _collect(name, split, n, draws):
 
 def _check_draw(split, n):
     if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
+    whole("n", n)
 
 def _told(completions, truncated, lines):
     "The answer in each completion; None where it was cut off."

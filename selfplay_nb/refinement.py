@@ -19,6 +19,7 @@ from pathlib import Path
 # %% ../nbs/26_refinement.ipynb #60ba8c9d
 from fastcore.basics import patch
 
+from .checks import whole
 from .judge import without_mark
 from .pairs import validate_pairs, write_whole
 from .players import answers_of, as_prompts, name_of, prompt_text, seed_of, text_of
@@ -422,7 +423,7 @@ def _loop(self: IterativeRefiner, traces, max_iterations, progress=None):
     for t in traces: t.versions[t.tip].stop = t.stop or "limit"
 
 def _check_iterations(n):
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0: raise ValueError(f"max_iterations is {n!r}: expected a whole number of at least 0.")
+    whole("max_iterations", n, 0)
 
 # %% ../nbs/26_refinement.ipynb #e8a767a8
 @patch

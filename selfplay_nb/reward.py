@@ -16,13 +16,14 @@ import queue
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 
 from fastcore.basics import patch
 
 from .answers import gold_numbers, last_number
-from .players import is_messages, name_of, text_of
+from .players import as_prompts, is_messages, name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
 def is_judge(x) -> bool:
@@ -170,22 +171,18 @@ def rows_of(
     for name, v in settings.items():
         if not isinstance(v, numbers.Integral):
             raise ValueError(f"{name} is {v!r:.60}: expected a whole number. If it is a column, give rows: [{{'prompt': ..., {name!r}: ...}}, ...].")
-    rows = [prompts] if is_single(prompts) else list(prompts)
-    if not rows: raise ValueError("no prompts: expected a non-empty list.")
-    if isinstance(rows[0], dict):
-        names = sorted(rows[0])
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, (set, bytes))
+    rows = [prompts] if is_single(prompts) else list(prompts) if several else as_prompts(prompts)[0]
+    if rows and isinstance(rows[0], dict):
+        names = sorted(rows[0], key=str)
         for i, r in enumerate(rows):
-            if not isinstance(r, dict) or "prompt" not in r or sorted(r) != names:
+            if not isinstance(r, dict) or "prompt" not in r or sorted(r, key=str) != names:
                 raise ValueError(f"row {i} is {r!r:.80}: expected a dict with 'prompt' and the same columns as the first, {names}.")
         columns = {k: [r[k] for r in rows] for k in rows[0] if k != "prompt"} | columns
         rows = [r["prompt"] for r in rows]
     taken = [c for c in columns if c in (*TAKEN, "truncated")]
     if taken: raise ValueError(f"a column is named {taken[0]!r}, as what rewards are given by the library is: give it another name.")
-    for i, p in enumerate(rows):
-        if not (isinstance(p, str) or is_messages(p)):
-            raise TypeError(f"prompt {i} is {p!r:.60}: expected a string or a list of {{'role', 'content'}} messages.")
-        if not any(str(t or "").strip() for t in ([p] if isinstance(p, str) else [m.get("content") for m in p])):
-            raise ValueError(f"prompt {i} is empty: {p!r:.60}.")
+    rows, _ = as_prompts(rows)
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             raise ValueError(f"column {name!r} is {values!r:.60}: expected a list of {len(rows)} values, one for each prompt.")

@@ -18,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import whole
 from .players import answers_of, as_prompts, text_of
 from .rates import Rate, win_rate
 from .reward import as_reward, rows_of, score_samples
@@ -153,7 +154,7 @@ class SkillConditioning:
         n_samples: int = 8,   # answers a prompt
         **sampling,           # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
-        if not isinstance(n_samples, int) or n_samples < 1: raise ValueError(f"n_samples is {n_samples!r}: expected a whole number of at least 1.")
+        whole("n_samples", n_samples)
         if len(set(levels)) != len(levels) or len(levels) < 2: raise ValueError(f"levels are {levels!r}: expected at least two different tokens.")
         self.policy, self.reward_fn, self.label, self.levels = policy, as_reward(reward_fn), label, tuple(levels)
         self.n_samples, self.sampling = n_samples, sampling

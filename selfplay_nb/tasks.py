@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
+from .checks import whole
 from .reward import WeightedReward, exact_number, finished, near_number
 
 # %% ../nbs/10_tasks.ipynb #2bee04ee
@@ -82,7 +83,7 @@ def problems(self: ArithmeticTask,
 ) -> list[dict]:   # rows with `prompt` (messages) and `answer` (int)
     "Draw `n` different problems of a split. Raises `ValueError` if the level does not have so many."
     if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-    if type(n) is not int or n < 1: raise ValueError(f"n is {n!r}: expected a whole number of at least 1.")
+    whole("n", n)
     rng, found, shown = random.Random(f"{self.level} {split} {seed}"), {}, {key for key, _, _ in self._shown()}
     for _ in range(200*n + 2000):
         key, problem = self._problem(rng)
