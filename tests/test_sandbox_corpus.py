@@ -502,6 +502,8 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "shadows": "def add(a, b): return 0\n_note = candidate = check = add\n",
     "changes its arguments": "def add(a, b): a = b = 0; return a",
 }
+forges = {name: text for name, text in earns.items() if text.startswith(C)}  # what does more than to return a value
+VERDICTS = dict(earns=earns, forges=forges)
 MAY = {"reads on": 2 / 104} | {name: 2 / 104 for name in earns if "ahead" in name or "the tests' pipe" in name}
 
 
@@ -606,7 +608,7 @@ def faults_of(tier, kinds):
         return [lacks], 0
     slack = max(1, 10 * run("pass", tier=tier).seconds)  # a second, and more where the machine is so busy that nothing starts in time
     with Witness() as w:
-        programs = [(kind, name, whole(text.format(**w.names))) for kind in kinds if kind != "earns" for name, text in KINDS[kind].items()]
+        programs = [(kind, name, whole(text.format(**w.names))) for kind in kinds if kind in KINDS for name, text in KINDS[kind].items()]
         random.Random(0).shuffle(programs)  # those that wait beside those that work
         rs = run_many([dict(program=p, seconds=seconds.get(kind, 4.0)) for kind, _, p in programs], workers=4, tier=tier, memory=100)
         for (kind, name, _), r in zip(programs, rs):
@@ -622,13 +624,12 @@ def faults_of(tier, kinds):
             if "NameError" in r.stderr or "SyntaxError" in r.stderr or "KeyError" in r.stderr:
                 faults.append(f"{kind}, {name} is no program: {r.stderr[-300:]}")
         faults += w.reached()
-        if "earns" in kinds:
-            honest, *verdicts = check_many(
-                [dict(code=c, entry_point="add", tests=TESTS) for c in ("def add(a, b): return a + b", *earns.values())], tier=tier, seconds=3, workers=4
-            )
+        for cheats in (VERDICTS[kind] for kind in kinds if kind in VERDICTS):
+            jobs = [dict(code=c, entry_point="add", tests=TESTS) for c in ("def add(a, b): return a + b", *cheats.values())]
+            honest, *verdicts = check_many(jobs, tier=tier, seconds=3, workers=4)
             if not honest.ok or honest.total != 104:
                 faults.append(f"earns, honest: {honest} {honest.result!r}")
-            for name, v in zip(earns, verdicts):
+            for name, v in zip(cheats, verdicts):
                 ran += 1
                 if v.ok or v.share > MAY.get(name, 0) + 1e-9:
                     faults.append(f"earns, {name}: {v} {v.share}")
@@ -686,7 +687,9 @@ def test_strong(strong):
 
 
 def test_strong_as_nobody(strong, nobody):
-    assert corpus("strong", [*KINDS, "earns"], **nobody) == sum(map(len, KINDS.values())) + len(earns)
+    "All but cheats that only return a value: what these earn does not depend on the user."
+    assert len(forges) > 30
+    assert corpus("strong", [*KINDS, "forges"], **nobody) == sum(map(len, KINDS.values())) + len(forges)
 
 
 def test_process(strong):
