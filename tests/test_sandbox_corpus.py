@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from selfplay_nb.code_tasks import check_many
-from selfplay_nb.sandbox import _descendants, missing, run, run_many
+from selfplay_nb.code_tasks import check_code, check_many
+from selfplay_nb.sandbox import _descendants, missing, run_many
 
 HEAD = """import ctypes, errno, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -331,8 +331,7 @@ memory = {
     "standard input, grown": "os.write(0, bytes(180 << 20)) > 100 << 20 and reached()",
     "shared, given back in part": SHARED
     + "for _ in range(4): libc.munmap(ctypes.c_void_p(shared(45 << 20) + 4096), ctypes.c_size_t((45 << 20) - 4096))\ntime.sleep(.4); reached()",
-    "shared, not needed": SHARED
-    + "for _ in range(3):\n    if os.fork() == 0: break\n"
+    "shared, not needed": SHARED + "for _ in range(3):\n    if os.fork() == 0: break\n"
     "libc.madvise(ctypes.c_void_p(shared(60 << 20)), ctypes.c_size_t(60 << 20), 4); time.sleep(.4); reached()",
     "shared, by mmap": "m = mmap.mmap(-1, 60 << 20); reached()",
     "huge pages": "libc.mmap.restype = ctypes.c_void_p\nctypes.set_errno(0); libc.mmap(None, 2 << 20, 3, 0x40022, -1, 0)\n"
@@ -502,6 +501,8 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "shadows": "def add(a, b): return 0\n_note = candidate = check = add\n",
     "changes its arguments": "def add(a, b): a = b = 0; return a",
 }
+forges = {name: text for name, text in earns.items() if text.startswith(C)}  # what does more than to return a value
+VERDICTS = dict(earns=earns, forges=forges)
 MAY = {"reads on": 2 / 104} | {name: 2 / 104 for name in earns if "ahead" in name or "the tests' pipe" in name}
 
 
@@ -592,25 +593,29 @@ class Witness:
 def left():
     "What is below this process, to which orphans come."
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]: pass
-    except ChildProcessError: pass
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
     return [Path(f"/proc/{p}/cmdline").read_text()[-99:] for p in _descendants(os.getpid())]
 
 
 def faults_of(tier, kinds):
     "Run the corpus and say, for each program, what it got that it must not have."
-    assert not ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)    # orphans come here
+    assert not ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come here
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="corpus-tmp-")  # so that what is left can be told from others'
     faults, ran, seconds = [], 0, {"for_ever": 0.4, "memory": 2.0}
     if lacks := missing(tier):
         return [lacks], 0
-    slack = max(1, 10 * run("pass", tier=tier).seconds)  # a second, and more where the machine is so busy that nothing starts in time
     with Witness() as w:
-        programs = [(kind, name, whole(text.format(**w.names))) for kind in kinds if kind != "earns" for name, text in KINDS[kind].items()]
+        programs = [(kind, name, whole(text.format(**w.names))) for kind in kinds if kind in KINDS for name, text in KINDS[kind].items()]
+        programs += [("", f"control {i}", f"pass  # {i}") for i in range(6)]
         random.Random(0).shuffle(programs)  # those that wait beside those that work
         rs = run_many([dict(program=p, seconds=seconds.get(kind, 4.0)) for kind, _, p in programs], workers=4, tier=tier, memory=100)
+        # a second, and more where the machine is so busy that nothing starts in time
+        slack = max(1, 5 * max(r.seconds for (kind, _, _), r in zip(programs, rs) if not kind))
         for (kind, name, _), r in zip(programs, rs):
-            ran += 1
+            ran += bool(kind)
             if "REACHED" in r.stdout:
                 faults.append(f"{kind}, {name}: {r!r}")
             if r.seconds > seconds.get(kind, 4.0) + slack:
@@ -621,14 +626,16 @@ def faults_of(tier, kinds):
                 faults.append(f"{kind}, {name}: {r!r}")
             if "NameError" in r.stderr or "SyntaxError" in r.stderr or "KeyError" in r.stderr:
                 faults.append(f"{kind}, {name} is no program: {r.stderr[-300:]}")
+            if not kind and not r.ok:
+                faults.append(f"{name}: {r!r}")
         faults += w.reached()
-        if "earns" in kinds:
-            honest, *verdicts = check_many(
-                [dict(code=c, entry_point="add", tests=TESTS) for c in ("def add(a, b): return a + b", *earns.values())], tier=tier, seconds=3, workers=4
-            )
+        for cheats in (VERDICTS[kind] for kind in kinds if kind in VERDICTS):
+            honest = check_code("def add(a, b): return a + b", "add", TESTS, tier=tier, seconds=20)
+            jobs = [dict(code=c, entry_point="add", tests=TESTS) for c in cheats.values()]
+            verdicts = check_many(jobs, tier=tier, seconds=3, workers=4)
             if not honest.ok or honest.total != 104:
                 faults.append(f"earns, honest: {honest} {honest.result!r}")
-            for name, v in zip(earns, verdicts):
+            for name, v in zip(cheats, verdicts):
                 ran += 1
                 if v.ok or v.share > MAY.get(name, 0) + 1e-9:
                     faults.append(f"earns, {name}: {v} {v.share}")
@@ -686,7 +693,9 @@ def test_strong(strong):
 
 
 def test_strong_as_nobody(strong, nobody):
-    assert corpus("strong", [*KINDS, "earns"], **nobody) == sum(map(len, KINDS.values())) + len(earns)
+    "All but cheats that only return a value: what these earn does not depend on the user."
+    assert len(forges) > 30
+    assert corpus("strong", [*KINDS, "forges"], **nobody) == sum(map(len, KINDS.values())) + len(forges)
 
 
 def test_process(strong):
