@@ -14,11 +14,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
 
+from .checks import shown
 from .players import is_messages, text_of
 
 # %% ../nbs/04_pairs.ipynb #bceb612a
@@ -233,8 +235,11 @@ def validate_pairs(
     max_tokens: int = 0,  # the longest allowed, when `n_tokens` is given
 ) -> tuple[list[dict], Counter]: # the good rows, and how many were dropped for which reason
     "Drop empty, identical, non-finite, truncated, looping and over-long pairs, and count them. Raises `ValueError` for a row without the fields."
+    if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
+        raise ValueError(f"got {shown(rows)} as pairs: expected a list of dicts with {list(FIELDS)}.")
     good, dropped = [], Counter()
     for i, row in enumerate(rows):
+        if not isinstance(row, dict): raise ValueError(f"pair {i} is {shown(row)}: expected a dict with {list(FIELDS)}.")
         missing = [k for k in FIELDS if k not in row]
         if missing: raise ValueError(f"pair {i} lacks {missing}: expected {list(FIELDS)}, got {sorted(row)}.")
         fault = _fault(row, n_tokens, max_tokens)

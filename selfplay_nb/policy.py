@@ -37,6 +37,7 @@ from jinja2 import TemplateError
 from peft.tuners.lora.layer import LoraLayer
 from transformers import DynamicCache
 
+from .checks import whole
 from .model import DEFAULT_MODEL, WHEEL_MODELS, load_model
 from .players import as_prompts, content_of
 from .templates import control_tokens
@@ -255,6 +256,7 @@ class Policy:
         if not isinstance(base, Base): raise TypeError(f"base is {base!r:.60}: expected a Base, as Base.load() returns it.")
         self.base, self.name, self.frozen = base, name, name == "base"
         if name == "base": return
+        whole("r", r)
         config = LoraConfig(r=r, lora_alpha=lora_alpha or 2*r, target_modules=target_modules, exclude_modules=base._other_senses(),
                             lora_dropout=0., task_type="CAUSAL_LM")
         base.add_adapter(name, config, seed)
@@ -629,7 +631,7 @@ def _whole(x, least: int) -> bool: return isinstance(x, (int, np.integer)) and n
 
 def _check_sampling(n_samples, max_new_tokens, temperature, top_p):
     for name, v in dict(n_samples=n_samples, max_new_tokens=max_new_tokens).items():
-        if not _whole(v, 1): raise ValueError(f"{name} is {v!r}: expected a whole number of at least 1.")
+        whole(name, v)
     def number(x): return isinstance(x, Real) and not isinstance(x, bool)
     if not (number(temperature) and 0 <= temperature < float("inf")): raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or more.")
     if not (number(top_p) and 0 < top_p <= 1): raise ValueError(f"top_p is {top_p!r}: expected a number in (0, 1].")

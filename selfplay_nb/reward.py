@@ -23,6 +23,7 @@ from fractions import Fraction
 from fastcore.basics import patch
 
 from .answers import gold_numbers, last_number
+from .checks import function
 from .players import as_prompts, is_messages, name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
@@ -92,6 +93,7 @@ TAKEN = "prompts", "completions", "self"  # arguments of every reward
 
 def _checked(reward, prompts, completions, columns) -> tuple[list, list[float]]:
     "What the reward returned, as a list, and the same as numbers; raises as `rewards_of` does."
+    function("reward", reward, "reward(prompts, completions, **columns)")
     name, n = name_of(reward), len(completions)
     if hasattr(prompts, "__len__") and len(prompts) != n: raise ValueError(f"{len(prompts)} prompts for {n} completions: expected as many.")
     for column, values in columns.items():

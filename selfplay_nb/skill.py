@@ -291,14 +291,14 @@ def check_levels(
     **sampling,           # handed to `generate`: `temperature=0` for greedy answers
 ) -> SkillCheck:
     "Ask for each level on the same problems. Raises `ValueError` for no problems, or a verifier that leaves [0, 1]."
-    if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
     prompts, columns = rows_of(problems, {}, seed=seed)
     verifier, scores, texts = as_reward(verifier), [], []
     for level in levels:
         answers, _, _ = answers_of(AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling)
         scores.append(score_samples(verifier, prompts, answers, **columns))
         texts.append([[text_of(a.text) for a in row] for row in answers])
-        if not all(0 <= s <= 1 for row in scores[-1] for s in _known(row)): raise ValueError("the verifier gave a score outside [0, 1].")
+        if not all(0 <= s <= 1 for row in scores[-1] for s in _known(row)):
+            raise ValueError("the verifier gave a score outside [0, 1]: expected a share of right.")
     return SkillCheck(tuple(levels), prompts, list(map(list, zip(*scores))), list(map(list, zip(*texts))))
 
 # %% ../nbs/28_skill.ipynb #61116914

@@ -90,7 +90,7 @@ def _wrong(f, v) -> str | None:
 @patch
 def check(self: SelfPlayConfig):
     "Raise `ValueError` naming all fields whose values are not accepted."
-    wrong = [f"{f.name}={v!r} ({why})" for f in dataclasses.fields(self) if (why := _wrong(f, v := getattr(self, f.name)))]
+    wrong = [f"{f.name}={v!r} (expected {why})" for f in dataclasses.fields(self) if (why := _wrong(f, v := getattr(self, f.name)))]
     if wrong: raise ValueError("bad configuration: " + ", ".join(wrong))
     if not (self.compete or self.refine_iterations): raise ValueError("bad configuration: compete is False and refine_iterations 0: nothing to learn from.")
     if not .1 < self.gate_win_rate < .9: raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")

@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,7 @@ from transformers.utils import logging as hf_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
+from .checks import shown
 from .pairs import validate_pairs
 from .policy import Base, Policy, can_share, free_memory, is_product, lay_out, out_of_memory, pack
 from .players import is_messages, text_of
@@ -298,8 +300,10 @@ def _check_trainable(policy: Policy):
 
 def _checked(rows, needed: dict, optional: dict, kind: str = "row") -> list[dict]:
     "`rows` as a list. Raises `ValueError`, with row and column, for what is missing or no such thing."
-    rows, columns = list(rows), ", ".join(map(repr, needed))
-    columns = " and".join(columns.rsplit(",", 1))
+    columns = " and".join(", ".join(map(repr, needed)).rsplit(",", 1))
+    if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
+        raise ValueError(f"got {shown(rows)} as {kind}s: expected a list of dicts with {columns}.")
+    rows = list(rows)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{kind} {i} is {row!r:.60}: expected a dict with {columns}.")
@@ -329,7 +333,8 @@ def _prompt_ids(base: Base, rows: list[dict], kind: str = "row") -> list[list[in
 def _answer_ids(base: Base, row: dict, column: str, truncated: str) -> list[int]:
     "Token ids of an answer: those in the row, or its text's."
     ids = row.get(f"{column}_ids")
-    return list(ids) if ids else base.completion_ids(text_of(row[column]), finished=not row.get(truncated))
+    if ids: return base.completion_ids(list(ids))
+    return base.completion_ids(text_of(row[column]), finished=not row.get(truncated))
 
 # %% ../nbs/11_update.ipynb #6cbb8fab
 def tokenize_pairs(
