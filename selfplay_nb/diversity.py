@@ -85,7 +85,7 @@ def embed(
 ) -> np.ndarray:      # (n, d), float32
     "Mean of the bare base's last hidden states over each text's tokens."
     import torch
-    ids = [base.tokenizer(t, add_special_tokens=False)["input_ids"][:base.context_length] or [base.end_id] for t in texts]
+    ids = [base.completion_ids(t, finished=False)[:base.context_length] or [base.end_id] for t in texts]
     out = []
     with base.running("base") as model:
         for start in range(0, len(ids), batch_size):

@@ -27,7 +27,7 @@ from .pairs import Ledger, question, write_whole
 from .players import answers_of, columns_of
 from .rates import SPRT
 from .ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
-from .reward import rows_of, score
+from .reward import is_judge, rewards_of, rows_of
 
 # %% ../nbs/34_league.ipynb #7aed7bb4
 def near_skill(
@@ -429,11 +429,11 @@ def _stream(seed: int, name: str) -> int:
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
     "For each pairing the scores of its first player. A judge is asked once about all games, a reward once about each player's answers."
     n = len(prompts)
-    if hasattr(judge, "compare"):
+    if is_judge(judge):
         side = lambda i: [x.text for pair in pairings for x in said[pair[i]]]
         p = judge.compare(prompts*len(pairings), side(0), side(1), **{c: v*len(pairings) for c, v in columns.items()}) if pairings else []
         return [list(p[i:i+n]) for i in range(0, len(p), n)]
-    r = {name: score(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns) for name, xs in said.items()}
+    r = {name: rewards_of(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns) for name, xs in said.items()}
     return [[.5 + .5*((x > y) - (x < y)) if x == x and y == y else None for x, y in zip(r[a], r[b])] for a, b in pairings]
 
 # %% ../nbs/34_league.ipynb #bb3cf5f0

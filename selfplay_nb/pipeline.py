@@ -603,11 +603,10 @@ def _check_whole(numbers: dict, **low):
 @patch
 def _play(self: RLHFOrchestrator, play: CompetitiveSelfPlay, refiner: IterativeRefiner | None, iterations: int, problems, seed, number, progress):
     "One batch of games and refinements: pairs, scores of the games, and what was dropped."
-    prompts, columns = columns_of(problems)
-    games = play.train_step(prompts, seed=seed, round=number, progress=progress, **columns)
+    games = play.train_step(problems, seed=seed, round=number, progress=progress)
     rows, dropped = list(games), Counter(games.dropped)
     if refiner:
-        more, bad = refiner.refine_batch(prompts, iterations, seed=seed, progress=progress, **columns).pairs(round=number)
+        more, bad = refiner.refine_batch(problems, iterations, seed=seed, progress=progress).pairs(round=number)
         rows += more; dropped += bad
     return rows, games.scores, dropped
 

@@ -32,11 +32,11 @@ from .evaluation import Exam, examine
 from .league import DISTRIBUTIONS, ROLES, LeagueTraining
 from .model import DEFAULT_MODEL
 from .pairs import Ledger, form, load_rows, question_key, same_questions, write_whole
-from .players import columns_of, name_of, seed_of
+from .players import name_of, seed_of
 from .policy import Base, Policy
-from .rates import SPRT, Rate
+from .rates import SPRT, finite
 from .refinement import IterativeRefiner
-from .reward import Guarded, coin_flip
+from .reward import Guarded, coin_flip, is_judge
 from .tasks import ArithmeticTask
 from .update import COMMON, DPO, dpo, load_optimizer, save_optimizer
 from .vitals import Vitals, alarms, vitals
@@ -120,7 +120,7 @@ class SelfPlayTrainer:
         self.trained, self.warned = set(), set()  # sums of the questions since the student was the reference; what has been warned of
         self.made_of = self.identity()
         if config.gate: self.task.problems("train", min(32, config.gate_prompts))
-        if config.refine_iterations and hasattr(self.task.reward, "compare"):
+        if config.refine_iterations and is_judge(self.task.reward):
             raise ValueError("refine_iterations needs a reward that scores single answers; this task's judge compares two.")
 
     def call(self, event: str, **kwargs):
@@ -210,10 +210,9 @@ def compete(self: SelfPlayTrainer, problems: list[dict]) -> Preferences:
     self.call("on_stage", stage="sampling")
     play = CompetitiveSelfPlay(self.student, self.reference, self.reward, c.n_samples, c.pairs_per_prompt,
                                max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    prompts, columns = columns_of(problems)
     step = self.league.train_step if self.league else CompetitiveSelfPlay.train_step
-    return step(play, prompts, seed=seed_of("matches", c.seed, self.round), round=self.round + 1,
-                progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens), **columns)
+    return step(play, problems, seed=seed_of("matches", c.seed, self.round), round=self.round + 1,
+                progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens))
 
 # %% ../nbs/42_trainer.ipynb #86bb142c
 @patch
@@ -224,9 +223,8 @@ def refine(self: SelfPlayTrainer, problems: list[dict]) -> tuple[list[dict], dic
     self.call("on_stage", stage="refining")
     refiner = IterativeRefiner(self.student, reward=self.reward, critique_sampling={"max_new_tokens": max(48, c.max_new_tokens)},
                                max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    prompts, columns = columns_of(problems)
-    traces = refiner.refine_batch(prompts, c.refine_iterations, seed=seed_of("refinement", c.seed, self.round),
-                                  progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens), **columns)
+    traces = refiner.refine_batch(problems, c.refine_iterations, seed=seed_of("refinement", c.seed, self.round),
+                                  progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens))
     pairs, dropped = traces.pairs(self.round + 1)
     return pairs, {"refined_pairs": len(pairs), "refined_dropped": dict(dropped)}
 
@@ -248,7 +246,7 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 # %% ../nbs/42_trainer.ipynb #4682480a
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
-    "Does the student beat the reference? The verdict, the prompts played, and the win rate where somebody won. The verifier judges, or coins in a control."
+    "Does the student beat the reference? The verdict, the prompts played, and where somebody won the wins and the win rate, corrected for stopping. The verifier judges, or coins in a control."
     c, gates, seen = self.config, sum("gate" in m for m in self.history), set(self.trained)
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
@@ -258,14 +256,15 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
         problems = self.problems(min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen)
         if not problems: break
         seen |= set(map(question_key, problems))  # no game twice
-        prompts, columns = columns_of(problems)
-        scores = play.train_step(prompts, seed=seed_of("games", c.seed, self.round, look), **columns,
+        scores = play.train_step(problems, seed=seed_of("games", c.seed, self.round, look),
                                  progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens)).scores
         sprt.add([s for row in scores for s in row if s != .5]); played += len(problems)
     if sprt.verdict == "undecided" and played < c.gate_prompts:
         self.warn("gate", f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that it may ask, and is undecided: the "
                   "reference stays. Give more prompts, or gate=False.")
-    return {"verdict": sprt.verdict, "prompts": played, "decided": sprt.n, "win_rate": Rate(sum(sprt.scores), sprt.n).to_dict()}
+    value, low, high = sprt.estimate()
+    rate = finite(dict(value=value, n=sprt.n, low=low, high=high))
+    return {"verdict": sprt.verdict, "prompts": played, "decided": sprt.n, "won": sum(sprt.scores), "win_rate": rate}
 
 # %% ../nbs/42_trainer.ipynb #6c800c58
 @patch
@@ -424,10 +423,9 @@ def play_base(self: SelfPlayTrainer,
     n: int = 100, # held-out problems, the first of the exam's
 ) -> Preferences:
     "The student against the bare base on held-out problems, one answer a side, judged by the verifier; nothing is trained on it."
-    prompts, columns = columns_of(self.exam_problems[:n])
     play = CompetitiveSelfPlay(self.student, Policy(self.base, "base"), self.task.verifier, n_samples=1,
                                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
-    return play.train_step(prompts, seed=seed_of("against the base", self.config.seed), **columns)
+    return play.train_step(self.exam_problems[:n], seed=seed_of("against the base", self.config.seed))
 
 # %% ../nbs/42_trainer.ipynb #1620438c
 @patch
@@ -449,7 +447,7 @@ def save(self: SelfPlayTrainer):
     prune(self.dir/"checkpoints", self.config.keep, [f"round_{n:03d}" for n in marks])
 
 @patch
-def _write_metrics(self: SelfPlayTrainer): write_whole(self.dir/"metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history))
+def _write_metrics(self: SelfPlayTrainer): write_whole(self.dir/"metrics.jsonl", "".join(json.dumps(finite(m), allow_nan=False) + "\n" for m in self.history))
 
 # %% ../nbs/42_trainer.ipynb #e88ce78b
 def _link_tree(source: Path, target: Path):

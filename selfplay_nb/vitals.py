@@ -72,7 +72,7 @@ def vitals(
     return Vitals(kl_to_base(policy, prompts, s), diversity(s), perplexity(policy, passages or _fitting(policy.base)))
 
 def _fitting(base):
-    fits = lambda p: len(base.tokenizer(p)["input_ids"]) < base.context_length - 2
+    fits = lambda p: len(base.completion_ids(p)) < base.context_length - 2
     return [p for p in (p if fits(p) else p.split(".")[0] + "." for p in PASSAGES) if fits(p)]
 
 # %% ../nbs/40_vitals.ipynb #b728c600

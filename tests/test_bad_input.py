@@ -170,6 +170,11 @@ def test_prompts_of_a_policy(tiny):
         refused(lambda v: student.logprobs(v, ["a"]), value)
 
 
+def row(prompt, answer, **more):
+    "A row of every kind: the answer as completion, chosen and rejected."
+    return dict(prompt=prompt, completion=answer, chosen=answer, rejected=answer if answer != "7" else "8", advantage=1.) | more
+
+
 ROWS = {
     "None": None,
     "a number": 5,
@@ -180,13 +185,13 @@ ROWS = {
     "an empty row": [{}],
     "another column": [{"question": "Hi", "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1.}],
     "a prompt alone": [{"prompt": "Hi"}],
-    "prompt None": [{"prompt": None, "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1.}],
-    "a number as prompt": [{"prompt": 3, "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1.}],
-    "answers None": [{"prompt": "Hi", "completion": None, "chosen": None, "rejected": None, "advantage": 1.}],
-    "numbers as answers": [{"prompt": "Hi", "completion": 7, "chosen": 7, "rejected": 8, "advantage": 1.}],
-    "lists of text as answers": [{"prompt": "Hi", "completion": ["7"], "chosen": ["7"], "rejected": ["8"], "advantage": 1.}],
-    "messages without content": [{"prompt": "Hi", "completion": [{"role": "assistant"}], "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant"}], "advantage": 1.}],
-    "token ids out of range": [{"prompt": "Hi", "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1., "completion_ids": [10**9], "chosen_ids": [10**9], "rejected_ids": [-1]}],
+    "prompt None": [row(None, "7")],
+    "a number as prompt": [row(3, "7")],
+    "answers None": [row("Hi", None)],
+    "numbers as answers": [row("Hi", 7)],
+    "lists of text as answers": [row("Hi", ["7"])],
+    "messages without content": [row("Hi", [{"role": "assistant"}])],
+    "token ids out of range": [row("Hi", "7", completion_ids=[10**9], chosen_ids=[10**9], rejected_ids=[-1])],
 }
 UPDATES = {
     "sft": lambda policy, rows: sft(policy, rows),
@@ -263,7 +268,8 @@ def test_something_that_is_no_reward(entry):
             refused(SCORED[entry], thing)
 
 
-NUMBERS = {"zero": 0, "negative": -1, "a fraction": 1.5, "text": "2", "None": None, "not a number": math.nan, "infinite": math.inf, "a truth value": True, "a list": [2]}
+NUMBERS = {"zero": 0, "negative": -1, "a fraction": 1.5, "text": "2", "None": None, "not a number": math.nan,
+           "infinite": math.inf, "a truth value": True, "a list": [2]}
 COUNTS = {
     "samples of a duel": lambda n: CompetitiveSelfPlay(player(), player(), length, n_samples=n),
     "pairs of a duel": lambda n: CompetitiveSelfPlay(player(), player(), length, pairs_per_prompt=n),
