@@ -210,7 +210,8 @@ def trend(
     """Test for rising scores within prompts: Mantel's (1963) trend test with prompts as strata, exact variance, normal with continuity correction.
 
     The interval is over prompts, with half an observation of each extreme and one of no change added, which for two levels and right or
-    wrong is Agresti and Min's (2005, doi:10.1002/sim.1781), with Student's t in place of the normal distribution. Raises `ValueError` for a wrong shape or scores outside [0, 1]."""
+    wrong is Agresti and Min's (2005, doi:10.1002/sim.1781), with Student's t in place of the normal distribution.
+    Raises `ValueError` for a wrong shape or scores outside [0, 1]."""
     x = np.asarray(scores, float)
     if x.ndim != 2 or x.shape[1] < 2 or not len(x) or not ((x >= 0) & (x <= 1)).all():
         raise ValueError(f"scores of shape {x.shape}: expected (prompts, at least two levels), all in [0, 1].")

@@ -246,7 +246,9 @@ def update(self: SelfPlayTrainer, preferences: list[dict]):
 # %% ../nbs/42_trainer.ipynb #4682480a
 @patch
 def ask_gate(self: SelfPlayTrainer) -> dict:
-    "Does the student beat the reference? The verdict, the prompts played, and where somebody won the wins and the win rate, corrected for stopping. The verifier judges, or coins in a control."
+    """Does the student beat the reference? The verifier judges, or coins in a control.
+
+    The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win rate corrected for stopping."""
     c, gates, seen = self.config, sum("gate" in m for m in self.history), set(self.trained)
     self.call("on_stage", stage="gate")
     play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
