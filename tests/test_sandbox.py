@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -44,19 +45,28 @@ def alive():
     return found
 
 
-MARK = "PR_SET_CHILD_SUBREAPER"
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, monkeypatch):
+    "A place for temporary files that no other test uses at the same time."
+    folder = str(tmp_path_factory.mktemp("own"))
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
 
 
-def ours(mark):
-    "Supervisors, whose source carries `mark`, and the programs that they run."
+def ours():
+    "Processes that come from this one, or run in its own folder: supervisors, and the programs that they run."
+    parents = {pid: parent for (pid, _), (_, parent) in alive().items()}
     found = []
-    for p in filter(str.isdigit, os.listdir("/proc")):
+    for pid in parents:
+        line = [pid]
+        while line[-1] in parents:
+            line.append(parents[line[-1]])
         try:
-            line = Path(f"/proc/{p}/cmdline").read_text()
-            if mark in line or "-I\0-S\0main.py" in line:
-                found.append(int(p))
+            there = os.readlink(f"/proc/{pid}/cwd").startswith(tempfile.gettempdir())
         except OSError:
-            pass
+            there = False
+        if there or str(os.getpid()) in line[1:]:
+            found.append(int(pid))
     return found
 
 
@@ -108,7 +118,7 @@ def test_hostile(name, tier, tmp_path):
     program, right = HOSTILE[name]
     if name in KERNEL and missing("strong"):
         pytest.skip("this kernel cannot scope signals")
-    before, threads, folders = alive(), threading.active_count(), set(Path(sandbox.tempfile.gettempdir()).glob("sandbox-*"))
+    before, threads = set(ours()), threading.active_count()
     slack = max(1, 10*run("pass", tier=tier).seconds)   # a second, and more where the machine is so busy that nothing starts in time
     seconds = 1 if "timeout" in right else 4            # most of the latter end at once
     r = run(program, tier=tier, seconds=seconds, memory=100)
@@ -117,10 +127,9 @@ def test_hostile(name, tier, tmp_path):
     assert len(r.stdout) + len(r.stderr) <= 2*64_000
     if "daemon" in name:
         assert not os.path.exists(f"/proc/{int(r.stdout)}")
-    assert ours(MARK) == [], "a process is left"
-    assert not {p for p, (n, parent) in alive().items() if parent == str(os.getpid())} - set(before)
+    assert set(ours()) <= before, "a process is left"
     assert threading.active_count() == threads
-    assert set(Path(sandbox.tempfile.gettempdir()).glob("sandbox-*")) <= folders
+    assert os.listdir(tempfile.gettempdir()) == []
 
 
 def test_results(tier):
@@ -292,11 +301,14 @@ def test_arguments():
 def test_an_interrupted_caller_leaves_nothing():
     program = "import os\nif os.fork() == 0: os.setsid()\nwhile True: pass"
     code = f"from selfplay_nb.sandbox import run\nprint('go', flush=True)\nrun({program!r}, tier='process', seconds=30)"
+    before = set(ours())
     for kill in "terminate", "kill":
         p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-        p.stdout.readline(); wait_for(lambda: len(ours(MARK)) > 2)
+        p.stdout.readline()
+        wait_for(lambda: len(set(ours()) - before) > 3)  # the caller, its supervisor, the program and its child
+        started = set(ours()) - before
         getattr(p, kill)(); p.wait(); p.stdout.close()
-        wait_for(lambda: not ours(MARK))
+        wait_for(lambda: not started & {int(pid) for pid, _ in alive()} and set(ours()) <= before)
 
 
 def wait_for(condition, seconds=10):

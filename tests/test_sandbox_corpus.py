@@ -567,7 +567,7 @@ class Witness:
             files=files,
             victim=[self.victim.poll(), state.replace("R", "S"), limits, os.getpriority(os.PRIO_PROCESS, v), sorted(os.sched_getaffinity(v)), os.getpgid(v)],
             python=(python.st_mode, python.st_uid, python.st_mtime_ns, python.st_ctime_ns),
-            shared=sorted(os.listdir("/dev/shm")),
+            shared=sorted(x for x in os.listdir("/dev/shm") if not x.startswith(("sem.", "torch_"))),  # other tests' locks and tensors
             ipc=[Path(f"/proc/sysvipc/{kind}").read_text().count(f" {os.geteuid()} ") for kind in ("shm", "msg", "sem") if os.path.exists("/proc/sysvipc")],
             left=[x for folder in ("/tmp", "/var/tmp") for x in os.listdir(folder) if x == "corpus"],
         )
