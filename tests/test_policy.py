@@ -573,3 +573,27 @@ def test_a_policy_gradient_moves_the_right_way_and_counts_what_it_drops(policy):
     with pytest.raises(ValueError, match="no advantage"): reinforce(policy, bad)
     with pytest.raises(ValueError, match="row 0 has .*'advantage'"): reinforce(policy, PAIRS)
     with pytest.raises(ValueError, match="frozen"): reinforce(policy.snapshot("fixed"), rows)
+
+
+def test_saving_leaves_what_it_did_not_make(policy, tmp_path):
+    thesis = tmp_path/"project"
+    thesis.mkdir()
+    (thesis/"thesis.tex").write_text("years of work")
+    file = tmp_path/"file"
+    file.write_text("mine")
+    link = tmp_path/"link"
+    link.symlink_to(thesis)
+    foreign = tmp_path/"foreign"
+    foreign.mkdir()
+    for name in "adapter_config.json", "adapter_model.safetensors":
+        (foreign/name).write_text("of another program")
+    beside = policy.save(tmp_path/"beside")
+    (beside/"notes.txt").write_text("mine")
+    def contents(): return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = contents()
+    for folder in thesis, file, link, foreign, beside:
+        with pytest.raises(ValueError, match="left as it is"): policy.save(folder)
+    assert contents() == before and link.is_symlink()
+    (tmp_path/"empty").mkdir()
+    for folder in tmp_path/"empty", tmp_path/"new":
+        assert policy.save(folder) == policy.save(folder) == folder
