@@ -37,16 +37,12 @@ def as_prompts(
     return prompts, single
 
 def _check_text(i: int, prompt):
-    "Raise `ValueError` for a prompt without text, or with text that is none."
+    "Raise `ValueError` for a prompt without text, or with a role or content that is none."
     if not isinstance(prompt, str):
         roles = [m["role"] for m in prompt if not isinstance(m["role"], str)]
         if roles: raise ValueError(f"prompt {i} has a message of the role {roles[0]!r:.60}: expected the role's name.")
     text = prompt if isinstance(prompt, str) else "".join(map(content_of, prompt))
     if not text.strip(): raise ValueError(f"prompt {i} is empty, {prompt!r:.60}: expected text.")
-    try: text.encode()
-    except UnicodeEncodeError as e: fault = text[e.start]
-    else: return
-    raise ValueError(f"prompt {i} has {fault!a}, which is half of a character: expected text that can be written as UTF-8.")
 
 def _shown(x):
     "What was given in the place of a prompt, and where the prompt may be."

@@ -256,7 +256,7 @@ class Policy:
         if not isinstance(base, Base): raise TypeError(f"base is {base!r:.60}: expected a Base, as Base.load() returns it.")
         self.base, self.name, self.frozen = base, name, name == "base"
         if name == "base": return
-        whole("r", r)
+        whole("rank r", r)
         config = LoraConfig(r=r, lora_alpha=lora_alpha or 2*r, target_modules=target_modules, exclude_modules=base._other_senses(),
                             lora_dropout=0., task_type="CAUSAL_LM")
         base.add_adapter(name, config, seed)

@@ -94,10 +94,15 @@ len(PASSAGES), sum(len(p.split()) for p in PASSAGES)
 
 # %% ../nbs/23_retention.ipynb #ea47f6e6
 def _plain(policy):
-    "The same policy, reading strings as plain text; and the text that stands before a text's first token."
+    "The same policy, reading strings as plain text."
     p = copy(policy); p.base = copy(policy.base); p.base.chat = False
-    tok = p.base.tokenizer
-    return p, "" if tok("")["input_ids"] else tok.bos_token or tok.eos_token
+    return p
+
+def _start(base) -> list[int]:
+    "The token that stands before a text's first one."
+    tokenizer = base.tokenizer
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return tokenizer("")["input_ids"] or [begin]
 
 # %% ../nbs/23_retention.ipynb #df416279
 @dataclass(frozen=True)
@@ -118,8 +123,13 @@ def perplexity(
 ) -> Perplexity:
     "Score plain texts token by token, each by itself. Raises `ValueError` for none, an empty one, or one longer than the context."
     if isinstance(passages, str) or not passages: raise ValueError(f"passages is {passages!r:.40}: expected a non-empty list of texts.")
-    plain, start = _plain(policy)
-    lp = plain.logprobs([start]*len(passages), list(passages), finished=False, per_token=True)
+    base = policy.base
+    start, texts = _start(base), [base.completion_ids(passage, finished=False) for passage in passages]
+    for i, tokens in enumerate(texts):
+        if not tokens: raise ValueError(f"passage {i} has no tokens: expected text.")
+        if len(start + tokens) > base.context_length:
+            raise ValueError(f"passage {i} has {len(tokens)} tokens: expected fewer than the context of {base.context_length}.")
+    lp = [scores for scores, _ in base._score(policy.name, [start]*len(texts), texts)]
     return Perplexity([-float(x.sum()) for x in lp], [len(x) for x in lp])
 
 # %% ../nbs/23_retention.ipynb #fb64af10
@@ -230,7 +240,7 @@ def probe(
     for i, x in enumerate(items):
         if not {"prompt", "options"} <= set(x) or isinstance(x["options"], str) or len(x["options"]) < 2 or not all(x["options"]):
             raise ValueError(f"item {i} is {x!r:.80}: expected a 'prompt' and at least two 'options', none empty.")
-    plain, _ = _plain(policy)
+    plain = _plain(policy)
     flat = [(x["prompt"], " " + o) for x in items for o in x["options"]]
     lp = iter(plain.logprobs(*map(list, zip(*flat)), finished=False).tolist())
     rows = []
@@ -346,7 +356,7 @@ def lm_eval_model(
             for rows in groups.values():
                 given = requests[rows[0]].args[1]
                 until = [given["until"]] if isinstance(given.get("until"), str) else given.get("until") or []
-                samples = _plain(policy)[0].sample([requests[i].args[0] for i in rows], max_new_tokens=given.get("max_gen_toks", 256), seed=0,
+                samples = _plain(policy).sample([requests[i].args[0] for i in rows], max_new_tokens=given.get("max_gen_toks", 256), seed=0,
                                                    temperature=given.get("temperature", 0.) if given.get("do_sample") else 0)
                 for i, (s,) in zip(rows, samples): out[i] = s.text[:min([s.text.find(u) for u in until if u in s.text], default=None)]
             return out

@@ -210,8 +210,7 @@ def trend(
     """Test for rising scores within prompts: Mantel's (1963) trend test with prompts as strata, exact variance, normal with continuity correction.
 
     The interval is over prompts, with half an observation of each extreme and one of no change added, which for two levels and right or
-    wrong is Agresti and Min's (2005, doi:10.1002/sim.1781), with Student's t in place of the normal distribution.
-    Raises `ValueError` for a wrong shape or scores outside [0, 1]."""
+    wrong is Agresti and Min's (2005, doi:10.1002/sim.1781). Raises `ValueError` for a wrong shape or scores outside [0, 1]."""
     x = np.asarray(scores, float)
     if x.ndim != 2 or x.shape[1] < 2 or not len(x) or not ((x >= 0) & (x <= 1)).all():
         raise ValueError(f"scores of shape {x.shape}: expected (prompts, at least two levels), all in [0, 1].")
@@ -221,9 +220,7 @@ def trend(
     step = (c[1] - c[0])*gaps.min() if len(gaps) else 0               # the sum moves in steps of this size
     tail = lambda total: 1 - NormalDist().cdf((total - step/2)/math.sqrt(var)) if var > 1e-12 else 1.
     value, weight = np.r_[d, -c[c > 0].sum(), 0, c[c > 0].sum()], np.r_[np.ones(n), .5, 1, .5]
-    mean = value @ weight/weight.sum()
-    from scipy.stats import t
-    half = t.ppf(.975, max(1, n - 1))*math.sqrt((value - mean)**2 @ weight)/weight.sum()
+    mean = value @ weight/weight.sum(); half = 1.96*math.sqrt((value - mean)**2 @ weight)/weight.sum()
     return Trend(float(d.mean()), float(mean - half), float(mean + half), float(tail(d.sum())), float(tail(-d.sum())), n)
 
 # %% ../nbs/28_skill.ipynb #cd45bca6

@@ -100,8 +100,6 @@ PROMPTS = {
     "text among messages": [[SAY, "Hi"]],
     "None among messages": [[SAY, None]],
     "an image": [[{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]],
-    "half a surrogate": ["Hi \ud800"],
-    "half a surrogate in a message": [[{"role": "user", "content": "\udfff"}]],
     "splits": {"train": ["Hi"], "test": ["Ho"]},
     "a set of numbers": {1, 2},
     "an array of numbers": np.arange(3),

@@ -60,7 +60,7 @@ def test_columns_reach_the_reward():
     assert judge.compare(["?", "?"], ["12", "12"], ["11", "11"], answer=[12, 11]) == [1, 0]
 
 
-@pytest.mark.parametrize("args, says", [((["?"], ["a", "b"], ["c"]), "different lengths"), (([], [], []), "no matches")])
+@pytest.mark.parametrize("args, says", [((["?"], ["a", "b"], ["c"]), "different lengths"), (([], [], []), "no prompts")])
 def test_bad_matches(args, says):
     with pytest.raises(ValueError, match=says): RewardJudge(length).compare(*args)
 

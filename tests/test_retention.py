@@ -61,7 +61,7 @@ def test_perplexity_is_that_of_the_plain_text(tiny):
     assert tiny.chat and perplexity(student, TEXTS).value != pytest.approx(perplexity(Policy(tiny, "base"), TEXTS).value, rel=.01)
 
 
-@pytest.mark.parametrize("passages, says", [([], "non-empty list"), ("text", "non-empty list"), (["a", ""], "completion 1 has no tokens"),
+@pytest.mark.parametrize("passages, says", [([], "non-empty list"), ("text", "non-empty list"), (["a", ""], "passage 1 has no tokens"),
                                             (["x"*300], "context")])
 def test_bad_passages_are_named(tiny, passages, says):
     with pytest.raises(ValueError, match=says): perplexity(Policy(tiny, "base"), passages)

@@ -222,7 +222,7 @@ def test_levels_are_learned_and_shuffled_ones_are_not(seed):
 
 def test_an_exam_without_problems_or_with_another_scale_is_refused():
     player = Scripted(lambda p, r: "1")
-    with pytest.raises(ValueError, match="no problems"): check_levels(player, [], exact_number)
+    with pytest.raises(ValueError, match="no prompts"): check_levels(player, [], exact_number)
     def large(prompts, completions, **columns): return [2.]*len(completions)
     with pytest.raises(ValueError, match="outside"): check_levels(player, [dict(prompt="a")], large)
 
