@@ -320,7 +320,7 @@ def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
         update.sft(student, [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)], **settings)
         now = vitals(student, prompts[:8], 4, 8); student.delete()
         return now
-    learns, breaks = after([str(p["answer"]) for p in problems], num_train_epochs=4), after(["17"]*16, learning_rate=2e-3, num_train_epochs=8)
+    learns, breaks = after([str(p["answer"]) for p in problems], num_train_epochs=4), after(["17"]*16, learning_rate=4e-3, num_train_epochs=8)
     assert alarms(learns, start) == [] and learns.kl.low > 0
     assert any("collapsed" in a and "17" in a for a in alarms(breaks, start)) and any("forgetting" in a for a in alarms(breaks, start))
     assert breaks.kl.low > learns.kl.high and alarms(start, breaks) == []

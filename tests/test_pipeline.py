@@ -325,7 +325,8 @@ def test_rows_of_a_killed_stage_do_not_stay(make):
 
 
 def test_refinement_pairs_are_those_that_the_judge_prefers(make):
-    short = dict(critique_template="{prompt} {response} bad?", refine_template="{prompt} {response} {critique}", critique_sampling=dict(max_new_tokens=4), top_p=1.)
+    short = dict(critique_template="{prompt} {response} bad?", refine_template="{prompt} {response} {critique}",
+                 critique_sampling=dict(max_new_tokens=4), top_p=1.)
     o = make(); rows = o.run_self_play(64, refinement_iterations=2, n_samples=2, refiner=short, pairs_per_prompt=1)
     refined = [r for r in rows if r["source"] == "refinement"]
     assert refined and o.stages[1].metrics["sources"] == {"competitive": len(rows) - len(refined), "refinement": len(refined)}
