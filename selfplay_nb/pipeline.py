@@ -659,7 +659,8 @@ def _say_what_is_lost(self: RLHFOrchestrator, state: dict, n_rows: int, s: dict)
     "Warn, in a line, of a stage that made no pair, or that lost most of its matches to answers that were cut off."
     cut, decided = state["dropped"].get("truncated", 0), sum(v != .5 for row in state["scores"] for v in row)
     longer = f"raise max_new_tokens (now {self.max_new_tokens})"
-    if 2*cut > decided: warnings.warn(f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided): {longer}.", stacklevel=2)
+    if 2*cut > decided:
+        warnings.warn(f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided): {longer}.", stacklevel=2)
     if n_rows: return
     if not decided: why = f"judge={s['judge']!r} found all answers to a prompt equal: take one that tells them apart, other prompts, or a higher temperature"
     else: why = f"dropped {dict(state['dropped'])}: {longer}, or n_games"
