@@ -829,7 +829,7 @@ def snapshot(self: Policy,
 # %% ../nbs/02_policy.ipynb #c16060d1
 @patch
 def save(self: Policy, folder: str | Path) -> Path:
-    """Write the adapter as a standard PEFT folder; an adapter that this library saved there before is replaced.
+    """Write the adapter as a standard PEFT folder; an adapter of these two files alone that is there already is replaced.
 
     Raises `ValueError` for a folder that holds anything else, which is left as it is."""
     from safetensors.torch import save_file
@@ -839,7 +839,7 @@ def save(self: Policy, folder: str | Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         new = Path(tmp)/"new"; new.mkdir()
         weights = {k: v.contiguous() for k, v in self.state().items()}
-        save_file(weights, new/"adapter_model.safetensors", metadata={"format": "pt", "saved_by": "selfplay_nb"})
+        save_file(weights, new/"adapter_model.safetensors", metadata={"format": "pt"})
         config = self.base.peft.peft_config[self.name]
         known = WHEEL_MODELS.get(self.base.name)
         config.base_model_name_or_path = known.hub if known else self.base.name
@@ -849,14 +849,14 @@ def save(self: Policy, folder: str | Path) -> Path:
     return folder
 
 def _check_replaceable(folder: Path):
-    "Raise `ValueError` unless `folder` is missing, empty, or an adapter that `Policy.save` wrote and nothing else."
+    "Raise `ValueError` unless `folder` is missing, empty, or an adapter of the two files that `Policy.save` writes, and nothing else."
     from safetensors import SafetensorError, safe_open
     if not folder.exists() and not folder.is_symlink(): return
     names = {f.name for f in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {folder.name}
     try:
-        with safe_open(folder/"adapter_model.safetensors", "pt") as f: marked = (f.metadata() or {}).get("saved_by")
-    except (OSError, SafetensorError): marked = None
-    if names and not (marked == "selfplay_nb" and names == {"adapter_config.json", "adapter_model.safetensors"}):
+        with safe_open(folder/"adapter_model.safetensors", "pt") as weights: adapter = all(".lora_" in name for name in weights.keys())
+    except (OSError, SafetensorError): adapter = False
+    if names and not (adapter and names == {"adapter_config.json", "adapter_model.safetensors"}):
         raise ValueError(f"{folder} holds {sorted(names)[:5]} and is left as it is: expected a new or empty folder, or an adapter that Policy.save wrote.")
 
 # %% ../nbs/02_policy.ipynb #4d910622
