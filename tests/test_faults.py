@@ -232,7 +232,9 @@ def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
 def test_the_gate_asks_the_users_prompts_and_nothing_that_the_student_was_trained_on(tmp_path, tiny_folder, verdict, monkeypatch):
     pool, gates, asked = [dict(prompt=f"say {i}", answer=i) for i in range(30)], [], []
     play, ask = CompetitiveSelfPlay.train_step, SelfPlayTrainer.ask_gate
-    def spy(self, prompts, *args, **kwargs): asked.extend(p["prompt"] for p in prompts) if self.n_samples == 1 else None; return play(self, prompts, *args, **kwargs)
+    def spy(self, rows, *args, **kwargs):
+        if self.n_samples == 1: asked.extend(row["prompt"] for row in rows)
+        return play(self, rows, *args, **kwargs)
     def gate(self): asked.clear(); told = ask(self); gates.append(set(asked)); return told | {"verdict": verdict}
     monkeypatch.setattr(CompetitiveSelfPlay, "train_step", spy); monkeypatch.setattr(SelfPlayTrainer, "ask_gate", gate)
     class Curriculum:
