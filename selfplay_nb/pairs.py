@@ -279,7 +279,7 @@ def _row(self: Ledger, line: bytes) -> dict | None:
 
 @patch
 def _read(self: Ledger):
-    "Yield all rows in order."
+    "Yield all rows in order, up to the first line without an end: a writer may be at it, and what a later look finds there is no line."
     if not self.path.exists(): return
     with open(self.path, "rb") as f:
         for i, line in enumerate(f, 1):
@@ -288,6 +288,7 @@ def _read(self: Ledger):
             elif line.endswith(b"\n"):
                 raise ValueError(f"{self.path}, line {i} is damaged: {line[:60]!r} is no JSON object with {list(self.fields)}.")
             elif not line.startswith(b"{"): raise ValueError(f"{self.path} ends with {line[:60]!r}: expected JSON objects, a line each.")
+            if not line.endswith(b"\n"): return
 
 @patch
 def rows(self: Ledger,

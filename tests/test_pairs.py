@@ -153,6 +153,13 @@ def test_readers_and_writers_at_once_lose_nothing(tmp_path):
     assert [p.exitcode for p in [reader, *writers]] == [0, 0, 0] and len(rows) == len({r["prompt"] for r in rows}) == 1200
 
 
+def test_a_line_that_is_finished_while_it_is_read_is_no_damage(tmp_path):
+    path = tmp_path/"a.jsonl"; path.write_text(json.dumps(PAIR))
+    reading = Ledger(path)._read(); assert next(reading) == PAIR
+    Ledger(path).append([PAIR | dict(chosen="new")])
+    assert list(reading) == [] and [r["chosen"] for r in Ledger(path).rows()] == ["a", "new"]
+
+
 def test_half_a_character_is_kept(tmp_path):
     ledger = Ledger(tmp_path/"a.jsonl"); ledger.append([PAIR | dict(chosen="half \ud800"), PAIR | dict(chosen="– whole 四")])
     assert [r["chosen"] for r in Ledger(tmp_path/"a.jsonl").rows()] == ["half \ud800", "– whole 四"]
