@@ -61,16 +61,22 @@ def _rate(r):
 def round_line(m: dict) -> str:
     "A round's metrics on a line."
     exam = f"held-out {_rate(m['accuracy'])}" if "accuracy" in m else ""
-    if "win_rate" not in m: return f"start    {exam}"
+    if not m["round"]: return f"start    {exam}"
+    rows = next((f"{m[k]:4} {word}" for k, word in _COUNTS.items() if k in m), "")
+    reward = f"reward {m['reward']:.2f}" if m.get("reward") is not None else ""
+    won = f"win rate{_rate(m['win_rate'])}" if "win_rate" in m else ""
+    speed = f"{m['tokens_per_second']:4.0f} tok/s" if m.get("tokens_per_second") else ""
     gate = f"gate {m['gate']['verdict']}" if "gate" in m else ""
-    return (f"round {m['round']:2} {m['pairs']:4} pairs  reward {m['reward']:.2f}  win rate{_rate(m['win_rate'])} "
-            f"{m['tokens_per_second']:4.0f} tok/s {m['seconds']:3.0f} s  {exam}  {gate}".rstrip())
+    parts = f"round {m['round']:2} {rows}  {reward}  {won} {speed} {m['seconds']:3.0f} s  {exam}  {gate}"
+    return parts.rstrip()
+
+_COUNTS = {"pairs": "pairs", "with_advantage": "answers"}
 
 # %% ../nbs/41_callbacks.ipynb #e9d63e13
 def plot_metrics(
     history: list[dict], # metrics of a run
     ax=None,             # a matplotlib axes; by default a new figure
-    label: str = "held-out accuracy", # in the legend
+    label: str | None = None, # in the legend; by default what was measured
     **style,             # of the line
 ):
     "Held-out accuracy by round, with 95 % intervals; returns the axes."
@@ -79,9 +85,10 @@ def plot_metrics(
     exams = [m for m in history if "accuracy" in m]
     x, y = [m["round"] for m in exams], [100*m["accuracy"]["value"] for m in exams]
     low, high = ([100*m["accuracy"][k] for m in exams] for k in ("low", "high"))
-    line, = ax.plot(x, y, **({"marker": "o"} | style), label=label)
+    measure = exams[0].get("measure", "right") if exams else "right"
+    line, = ax.plot(x, y, **({"marker": "o"} | style), label=label or ("held-out accuracy" if measure == "right" else f"held-out, {measure}"))
     ax.fill_between(x, low, high, alpha=.2, color=line.get_color())
-    ax.set(xlabel="round of self-play", ylabel="right, %", ylim=(0, 100)); ax.grid(alpha=.3)
+    ax.set(xlabel="round of self-play", ylabel=f"{measure}, %", ylim=(0, 100)); ax.grid(alpha=.3)
     return ax
 
 # %% ../nbs/41_callbacks.ipynb #0d00a49e
@@ -113,7 +120,8 @@ def summary(
     seconds = sum(m["seconds"] + m.get("exam_seconds", 0) for m in history)
     final = Path(run_dir)/"against_base.json"
     base = f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}\n" if final.exists() else ""
-    return ("held-out, greedy      right   95 % interval    n\n"
+    measure = exams[0].get("measure", "right")
+    return (f"held-out, greedy      {measure:5}   95 % interval    n\n"
             + "".join(f"{name:20} {100*e.accuracy.value:5.1f} %  [{100*e.accuracy.interval[0]:4.1f}, {100*e.accuracy.interval[1]:4.1f}]  {len(e.rows):4}\n"
                       for name, e in (("before", a), (f"after {exams[-1]['round']} rounds", b)))
             + f"paired: {compare(a, b)}\n{base}{len(history)-1} rounds, {sum(m.get('pairs', 0) for m in history)} pairs, {seconds/60:.1f} minutes of run time")

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .checks import whole
 from .judge import RewardJudge
-from .players import answers_of, as_prompts, columns_of, name_of
+from .players import answers_of, as_player, as_prompts, columns_of, name_of
 from .rates import Rate, win_rate
 from .reward import check_columns, score
 
@@ -60,9 +60,7 @@ def _checked(problems, *players, reserved=("prompts", "completions", "truncated"
     as_prompts([row["prompt"] for row in rows])  # raises for one that is none
     taken = [name for name in reserved if name in rows[0]]
     if taken: raise ValueError(f"problems have a column {taken[0]!r}, a name that verifiers and judges use for something else: rename it.")
-    for player in players:
-        if not (hasattr(player, "generate") or hasattr(player, "sample")):
-            raise ValueError(f"{player!r:.60} cannot answer: expected a player, with `generate` as a `Policy` has it.")
+    for player in players: as_player(player)  # raises for what cannot answer
     return rows
 
 def examine(

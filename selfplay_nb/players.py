@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['is_messages', 'content_of', 'prompt_text', 'text_of', 'as_prompts', 'name_of', 'seed_of', 'columns_of', 'Scripted',
-           'Answer', 'answers_of', 'answers_together']
+           'as_player', 'places', 'Answer', 'answers_of', 'answers_together']
 
 # %% ../nbs/01_players.ipynb #c5eed7ee
 import hashlib
+import inspect
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -115,6 +116,31 @@ class Scripted:
 
     def __repr__(self): return f"Scripted({self.name!r})"
 
+# %% ../nbs/01_players.ipynb #42f08533
+def as_player(
+    player,               # a `Policy`, an object with `generate`, or a function `prompt -> text` or `(prompt, rng) -> text`
+    what: str = "player", # its place, for the error
+):                        # something with `generate` or `sample`
+    "Whoever answers prompts, in one form. Raises `ValueError` for what cannot answer."
+    if isinstance(player, type):
+        raise ValueError(f"{what} is the class {player.__name__}: expected one of its instances.")
+    if hasattr(player, "generate") or hasattr(player, "sample"):
+        return player
+    if not callable(player):
+        raise ValueError(f"{what} is {player!r:.60}, which cannot answer: expected a player, as a Policy, "
+                         "something with `generate`, or a function of the prompt.")
+    wants_luck = len(places(player)) > 1
+    answer = player if wants_luck else lambda prompt, rng: player(prompt)
+    return Scripted(answer, name_of(player))
+
+def places(
+    fn, # a function, or anything else that can be called
+) -> list:
+    "The arguments that it takes by place, without those that have a default."
+    try: parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError): return [None]  # written in C: nothing is known
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+
 # %% ../nbs/01_players.ipynb #b9f84e5f
 @dataclass
 class Answer:
@@ -124,13 +150,14 @@ class Answer:
 
 # %% ../nbs/01_players.ipynb #ea3a3f14
 def answers_of(
-    policy,                 # anything with `generate`, or with `sample` as a `Policy` has it
+    policy,                 # whatever `as_player` takes
     prompts: list,          # n prompts
     n_samples: int = 1,     # answers for each
     progress=None,          # called by a `Policy` as `progress(finished answers, new tokens)`
     **sampling,             # settings and seed (one for each prompt, if it is a list), handed on
 ) -> tuple[list, float, int]: # `Answer`s or `Sample`s (n, n_samples); seconds; tokens
-    "Ask a player, whatever it is; raises `ValueError` if it answers in another shape."
+    "Ask a player, whatever it is; raises `ValueError` if it cannot answer, or answers in another shape."
+    policy = as_player(policy)
     if hasattr(policy, "sample"):
         s = policy.sample(prompts, n_samples=n_samples, **sampling, **({"progress": progress} if progress else {}))
         return s, s.seconds, s.n_tokens

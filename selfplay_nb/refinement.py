@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .checks import whole
 from .judge import without_mark
 from .pairs import validate_pairs, write_whole
-from .players import answers_of, as_prompts, name_of, prompt_text, seed_of, text_of
+from .players import answers_of, as_player, as_prompts, name_of, prompt_text, seed_of, text_of
 from .reward import as_reward, is_judge, is_single, rewards_of, rows_of
 from .templates import Template, fill, special_tokens
 
@@ -301,7 +301,7 @@ class IterativeRefiner:
     refine_template = Template("prompt", "response", "critique")
 
     def __init__(self,
-        policy,                      # writes and rewrites: anything with `generate`
+        policy,                      # writes and rewrites: a player, see `as_player`
         critic=None,                 # criticises, likewise; by default the policy
         reward=None,                 # in TRL's convention, or `(prompt, response) -> float`: scores versions, and the loop stops when the score falls
         critique_template: str = CRITIQUE, # with the fields `prompt` and `response`; `mark` is optional
@@ -311,11 +311,11 @@ class IterativeRefiner:
         critique_sampling: dict | None = None, # settings of the critic, where they differ from:
         **sampling,                  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`; see `SAMPLING`
     ):
-        for name, p in dict(policy=policy, critic=critic or policy).items():
-            if not hasattr(p, "generate"): raise ValueError(f"{name} is {p!r:.60}: expected something with `generate`.")
+        policy = as_player(policy, "policy")
+        critic = as_player(critic, "critic") if critic else policy
         if reward is not None and not (callable(reward) or is_judge(reward)):
             raise ValueError(f"reward is {reward!r:.60}: expected a function in TRL's convention, or None.")
-        self.policy, self.critic, self.reward = policy, critic or policy, None if reward is None else as_reward(reward)
+        self.policy, self.critic, self.reward = policy, critic, None if reward is None else as_reward(reward)
         self.critique_template, self.refine_template, self.finds_nothing = critique_template, refine_template, finds_nothing
         self.max_chars, self.sampling = max_chars, SAMPLING | sampling
         self.critique_sampling = self.sampling | (critique_sampling or {})

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import warnings
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +21,22 @@ from time import perf_counter
 # %% ../nbs/42_trainer.ipynb #6ad9f752
 from fastcore.basics import patch
 
-from .callbacks import ADJUSTABLE, check_wish, default_callbacks
+from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_exam
 from selfplay_nb.checkpoint import (
     RECORD, brief, content, differences, discard, forget_run, locked, newest_whole, numbered, prune, random_states, run_record, set_random_states,
     signals_interrupt, verify, weights_sum, write_record, writing,
 )
-from .competitive import CompetitiveSelfPlay, Preferences
-from .evaluation import Exam, examine
+from .evaluation import Exam
 from .league import DISTRIBUTIONS, ROLES, LeagueTraining
 from .model import DEFAULT_MODEL
-from .pairs import Ledger, form, load_rows, question_key, same_questions, write_whole
+from .pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
 from .players import name_of, seed_of
 from .policy import Base, Policy
 from .rates import SPRT, finite
-from .refinement import IterativeRefiner
 from .reward import Guarded, coin_flip, is_judge
-from .tasks import ArithmeticTask
-from .update import COMMON, DPO, dpo, load_optimizer, save_optimizer
+from .rounds import METHODS, Experience, GameTask, arena, as_game
+from .tasks import ArithmeticTask, as_task
+from .update import COMMON, DPO, load_optimizer, save_optimizer
 from .vitals import Vitals, alarms, vitals
 
 # %% ../nbs/42_trainer.ipynb #0bf9f5da
@@ -49,9 +47,11 @@ class SelfPlayConfig:
     model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
     level: int = 2                 # of the arithmetic task
     shots: int = 0                 # solved examples in front of each of its problems, at most two
+    game: str = ""                 # instead of the arithmetic task: a game, as `as_game` knows it
     judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
+    method: str = "dpo"            # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12             # rounds of self-play
-    prompts_per_round: int = 32    # fresh prompts each round
+    prompts_per_round: int = 32    # fresh prompts each round; of a game, starts that are played in both seats
     compete: bool = True           # play the opponent, and learn from who wins
     n_samples: int = 8             # answers a side and prompt
     pairs_per_prompt: int = 4      # at most
@@ -59,7 +59,8 @@ class SelfPlayConfig:
     max_new_tokens: int = 24       # answers are cut off here
     temperature: float = 1.0       # of the players' sampling
     learning_rate: float = 1e-4    # of AdamW
-    beta: float = 0.1              # of DPO
+    beta: float = 0.1              # of dpo, ipo, sppo and spin
+    kl: float = 0.                 # of grpo and reinforce: what a nat of divergence from the reference costs, for each token
     sft_weight: float = 0.2        # of the likelihood term on chosen answers
     r: int = 16                    # LoRA rank
     opponents: str = "reference"   # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of `league.DISTRIBUTIONS`
@@ -83,7 +84,8 @@ def _wrong(f, v) -> str | None:
     if f.type is bool and not isinstance(v, bool): return "True or False"
     if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest): return f"a whole number of at least {lowest}"
     if f.type is float and not (isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0): return "a number of at least 0"
-    known = dict(opponents=("reference", "league", *DISTRIBUTIONS), judge=("rule", "coin"), on_alarm=("warn", "stop", "rollback")).get(f.name)
+    known = dict(opponents=("reference", "league", *DISTRIBUTIONS), judge=("rule", "coin"), method=tuple(METHODS),
+                 on_alarm=("warn", "stop", "rollback")).get(f.name)
     if known and v not in known: return f"one of {', '.join(known)}"
 
 # %% ../nbs/42_trainer.ipynb #ca866b4f
@@ -93,6 +95,11 @@ def check(self: SelfPlayConfig):
     wrong = [f"{f.name}={v!r} (expected {why})" for f in dataclasses.fields(self) if (why := _wrong(f, v := getattr(self, f.name)))]
     if wrong: raise ValueError("bad configuration: " + ", ".join(wrong))
     if not (self.compete or self.refine_iterations): raise ValueError("bad configuration: compete is False and refine_iterations 0: nothing to learn from.")
+    if self.method == "grpo" and self.n_samples < 2: raise ValueError("bad configuration: n_samples=1: grpo compares an answer with others to the same prompt.")
+    if self.opponents != "reference" and self.method in ("grpo", "spin") and not self.game:
+        raise ValueError(f"bad configuration: opponents={self.opponents!r}: {self.method} plays no opponent.")
+    if self.game and (self.watch or self.refine_iterations):
+        raise ValueError("bad configuration: on a game there is no watch and no refine_iterations.")
     if not .1 < self.gate_win_rate < .9: raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
     if self.on_alarm != "warn" and not self.watch: raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
     ArithmeticTask(self.level, shots=self.shots)
@@ -100,20 +107,26 @@ def check(self: SelfPlayConfig):
 
 # %% ../nbs/42_trainer.ipynb #c2f89719
 class SelfPlayTrainer:
-    "Self-play on a task, round after round. Everything it makes is in `config.run_dir`."
+    "Self-play on a task or a game, round after round. Everything it makes is in `config.run_dir`."
     def __init__(self,
         config: SelfPlayConfig,   # what to do
         base: Base | None = None, # a loaded base, whose adapters `student` and `reference` are replaced; by default `config.model_name` is loaded
-        task=None,                # with `problems`, `reward`, `verifier`; by default arithmetic at `config.level`, with `config.shots`
+        task=None,                # a task (see `as_task`) or a game; by default what the configuration says
         callbacks=None,           # by default `default_callbacks()`
+        collectors=None,          # where experience comes from (see `rounds.Collector`); by default what the method asks for
+        method=None,              # how to learn from it (see `rounds.Method`); by default `config.method`
     ):
         self.given = self.config = config.check(); self.dir = Path(config.run_dir)
-        self.task, self.no_task = task or ArithmeticTask(config.level, shots=config.shots), task is None
+        self.task, self.no_task = _task_of(config, task), task is None
+        self.arena, self.method, self.parts = arena(self.task), method or METHODS[config.method], (collectors, method)
+        self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         self.asks, self.pool = same_questions(self.exam_problems), None
         self.problems(config.prompts_per_round, 0)  # too few for a round, or held-out ones? Better known now
         coin = coin_flip(config.seed) if config.judge == "coin" else None
-        self.reward, self.referee = Guarded(coin or self.task.reward, config.judge_timeout or None), coin or self.task.verifier
+        reward = self.task.reward and (coin or self.task.reward)
+        self.reward = Guarded(reward, config.judge_timeout or None) if reward else None
+        self.referee = coin or self.task.verifier or self.task.reward
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
         self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.prompts = {}, {}, "", None, 0, None
@@ -128,22 +141,25 @@ class SelfPlayTrainer:
         for c in self.callbacks:
             if hasattr(c, event): getattr(c, event)(self, **kwargs)
 
+def _task_of(config: SelfPlayConfig, task):
+    "What a run plays."
+    if task is None and config.game: task = as_game(config.game)
+    if task is None: return ArithmeticTask(config.level, shots=config.shots)
+    return GameTask(task) if hasattr(task, "seats") else task if isinstance(task, GameTask) else as_task(task)
+
 # %% ../nbs/42_trainer.ipynb #30116754
 @patch
 def play_round(self: SelfPlayTrainer) -> dict:
     "One round of self-play; returns its metrics."
     start, changed, self.marks_before = perf_counter(), self.apply_changes(), dict(self.marks)
-    self.reward.reset()
     problems = self.draw(self.round)
     self.trained |= set(map(question_key, problems))
-    preferences = self.compete(problems) if self.config.compete else Preferences([], [], Counter(), [], [])
-    refined, gains = self.refine(problems)
-    self.check_survivors()
-    self.say_what_is_lost(preferences, refined)
-    self.ledger.append([*preferences, *refined])
-    result = self.update([*preferences, *refined])
+    experience = self.collect(problems)
+    self.keep(experience)
+    result = self.learn(experience)
     renewed = self.maybe_renew()
-    return {"round": self.round + 1, "seconds": perf_counter() - start, **self.describe(preferences, result), **gains, **renewed, **changed}
+    loss = {"loss": result and result.losses[-1], "train_seconds": result and result.seconds}
+    return {"round": self.round + 1, "seconds": perf_counter() - start, **experience.metrics, **loss, **self.unjudged(), **renewed, **changed}
 
 # %% ../nbs/42_trainer.ipynb #7deb6b39
 @patch
@@ -161,7 +177,7 @@ def train(self: SelfPlayTrainer,
             self.finish_round(self.play_round(), total)
         if self.round and not (self.dir/"against_base.json").exists():
             self.call("on_stage", stage="final")
-            write_whole(self.dir/"against_base.json", json.dumps(self.play_base().win_rate.to_dict()))
+            write_whole(self.dir/"against_base.json", json.dumps(self.play_base()))
     return self.history
 
 # %% ../nbs/42_trainer.ipynb #5dd0079a
@@ -204,42 +220,59 @@ def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
 
 # %% ../nbs/42_trainer.ipynb #b52ceef0
 @patch
-def compete(self: SelfPlayTrainer, problems: list[dict]) -> Preferences:
-    "The student against the reference, or against members of the league, on `problems`."
-    c = self.config
-    self.call("on_stage", stage="sampling")
-    play = CompetitiveSelfPlay(self.student, self.reference, self.reward, c.n_samples, c.pairs_per_prompt,
-                               max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    step = self.league.train_step if self.league else CompetitiveSelfPlay.train_step
-    return step(play, problems, seed=seed_of("matches", c.seed, self.round), round=self.round + 1,
-                progress=lambda n, tokens: self.call("on_progress", answers=n, tokens=tokens))
+def collect(self: SelfPlayTrainer, problems: list[dict]) -> Experience:
+    "What all collectors make of `problems`. Raises `RuntimeError` if the reward failed on too many answers."
+    if self.reward: self.reward.reset()
+    made = [c.collect(self, problems) for c in self.collectors]
+    self.check_survivors()
+    return sum(made[1:], made[0])
 
-# %% ../nbs/42_trainer.ipynb #86bb142c
 @patch
-def refine(self: SelfPlayTrainer, problems: list[dict]) -> tuple[list[dict], dict]:
-    "Pairs from the student's refinements of an answer to each problem, and metrics."
-    c = self.config
-    if not c.refine_iterations: return [], {}
-    self.call("on_stage", stage="refining")
-    refiner = IterativeRefiner(self.student, reward=self.reward, critique_sampling={"max_new_tokens": max(48, c.max_new_tokens)},
-                               max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    traces = refiner.refine_batch(problems, c.refine_iterations, seed=seed_of("refinement", c.seed, self.round),
-                                  progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens))
-    pairs, dropped = traces.pairs(self.round + 1)
-    return pairs, {"refined_pairs": len(pairs), "refined_dropped": dict(dropped)}
+def keep(self: SelfPlayTrainer, experience: Experience):
+    "Write what is about to be learned from to the run's ledgers."
+    self.ledger.append(experience.pairs)
+    if experience.answers: self.samples.append([r | {"round": self.round + 1} for r in experience.answers])
+
+# %% ../nbs/42_trainer.ipynb #073c4b57
+@patch
+def seed(self: SelfPlayTrainer, what: str) -> int:
+    "A seed for `what` in this round."
+    return seed_of(what, self.config.seed, self.round)
+
+@patch(as_prop=True)
+def sampling(self: SelfPlayTrainer) -> dict:
+    "How the players sample."
+    return dict(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
+
+@patch(as_prop=True)
+def update_settings(self: SelfPlayTrainer) -> dict:
+    "What every update is called with."
+    return dict(optimizer=self.optimizer, learning_rate=self.config.learning_rate, seed=self.seed("update"),
+                progress=lambda step, steps: self.progress(0, 0))
+
+@patch
+def stage(self: SelfPlayTrainer, name: str):
+    "Tell the callbacks what is going on."
+    self.call("on_stage", stage=name)
+
+@patch
+def progress(self: SelfPlayTrainer, answers: int, tokens: int):
+    "Tell the callbacks how far it is."
+    self.call("on_progress", answers=answers, tokens=tokens)
 
 # %% ../nbs/42_trainer.ipynb #f7f5cd96
 @patch
-def update(self: SelfPlayTrainer, preferences: list[dict]):
-    "DPO on this round's pairs against the reference that was played; None if there were no pairs."
-    c = self.config
+def learn(self: SelfPlayTrainer, experience: Experience):
+    "One update of the student; None, and a warning, if there was nothing to learn from."
     self.call("on_stage", stage="training")
-    if not preferences: return None
-    self.last_pair = {k: preferences[-1].get(k) for k in ("prompt", "chosen", "rejected", "source", "opponent")}
-    equal = self.league is None and not c.refine_iterations and self.fresh_reference  # the opponent was the reference, and so was the student at the start
-    result = dpo(self.student, preferences, self.reference, optimizer=self.optimizer, sampled_by_reference=equal, learning_rate=c.learning_rate,
-                 beta=c.beta, loss_weights=[1., c.sft_weight], seed=seed_of("update", c.seed, self.round),
-                 progress=lambda step, steps: self.call("on_progress", answers=0, tokens=0))
+    rows = getattr(experience, self.method.takes)
+    if len(experience) and not rows:
+        raise ValueError(f"the method learns from {self.method.takes}, and the collectors made none: {experience!r}.")
+    result = self.method.learn(self, experience) if rows else None
+    if result is None:
+        self.warn("pairs", f"no {self.method.takes[:-1]} to learn from: {experience.advice or 'none was made'}.")
+        return None
+    self.last_pair = {k: rows[-1].get(k) for k in ("prompt", "chosen", "rejected", "completion", "source", "opponent") if k in rows[-1]}
     self.optimizer, self.fresh_reference = result.optimizer, False
     return result
 
@@ -251,15 +284,13 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
     The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win rate corrected for stopping."""
     c, gates, seen = self.config, sum("gate" in m for m in self.history), set(self.trained)
     self.call("on_stage", stage="gate")
-    play = CompetitiveSelfPlay(self.student, self.reference, self.referee, n_samples=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
     sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/((gates + 1)*(gates + 2))), 0, 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         look += 1
         problems = self.problems(min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen)
         if not problems: break
         seen |= set(map(question_key, problems))  # no game twice
-        scores = play.train_step(problems, seed=seed_of("games", c.seed, self.round, look),
-                                 progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens)).scores
+        scores = self.arena.duel(self, problems, seed_of("games", c.seed, self.round, look))
         sprt.add([s for row in scores for s in row if s != .5]); played += len(problems)
     if sprt.verdict == "undecided" and played < c.gate_prompts:
         self.warn("gate", f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that it may ask, and is undecided: the "
@@ -289,10 +320,9 @@ def renew_reference(self: SelfPlayTrainer):
 @patch
 def meet(self: SelfPlayTrainer):
     "Who joined the league plays everybody in it, on as many problems as a round has, judged by the reward: the games behind `nash` and who has to leave."
-    c = self.config
-    problems = self.problems(c.prompts_per_round, seed_of("meeting", c.seed, self.round))
     self.call("on_stage", stage="league")
-    self.league.play(None, problems, self.reward, seed=seed_of("meeting games", c.seed, self.round), max_new_tokens=c.max_new_tokens, temperature=c.temperature)
+    problems = self.problems(self.config.prompts_per_round, self.seed("meeting"))
+    self.arena.meet(self, problems, self.seed("meeting games"))
 
 @patch
 def return_to_reference(self: SelfPlayTrainer):
@@ -302,21 +332,17 @@ def return_to_reference(self: SelfPlayTrainer):
 
 # %% ../nbs/42_trainer.ipynb #f5ee9e07
 @patch
-def describe(self: SelfPlayTrainer, preferences: Preferences, result) -> dict:
-    "A round's metrics as plain numbers."
-    cut, met = sum(r["rejected_truncated"] for r in preferences), {}
-    if self.league: met = {"opponents": dict(Counter(r["b"] for r in self.league.rows if r.get("round") == self.round + 1))}
-    if self.reward.failures: met["unjudged"] = dict(self.reward.failures) | {"share": self.reward.share, "first": self.reward.first}
-    return {"win_rate": preferences.win_rate.to_dict(), "wins": preferences.wins, "draws": preferences.draws, "losses": preferences.losses,
-            "reward": preferences.mean_reward, "pairs": len(preferences), "pairs_with_cut_rejected": cut, "dropped": dict(preferences.dropped),
-            "tokens_per_second": preferences.tokens_per_second, "loss": result and result.losses[-1], "train_seconds": result and result.seconds} | met
+def unjudged(self: SelfPlayTrainer) -> dict:
+    "How many answers of this round the reward failed on, by reason."
+    r = self.reward
+    return {"unjudged": dict(r.failures) | {"share": r.share, "first": r.first}} if r and r.failures else {}
 
 # %% ../nbs/42_trainer.ipynb #8f632045
 @patch
 def check_survivors(self: SelfPlayTrainer):
     "Raise `RuntimeError` if the reward failed on too many answers of this round. Nothing has been trained on then."
     r = self.reward
-    if r.share > self.config.max_unjudged:
+    if r and r.share > self.config.max_unjudged:
         raise RuntimeError(f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of {r.asked} answers "
                            f"({dict(r.failures)}; first: {r.first}). Nothing of this round was trained on, the checkpoint before stands. "
                            "Mend the reward, and the same call goes on.")
@@ -327,26 +353,22 @@ def warn(self: SelfPlayTrainer, kind: str, text: str):
     "Warn of each kind of thing once."
     if kind not in self.warned: self.warned.add(kind); warnings.warn(f"round {self.round + 1}: {text}", stacklevel=2)
 
-@patch
-def say_what_is_lost(self: SelfPlayTrainer, preferences: Preferences, refined: list[dict]):
-    "Warn of a round without pairs, and of many matches that were lost to answers that were cut off."
-    cut, decided = preferences.dropped["truncated"], preferences.wins + preferences.losses
-    longer = f"raise max_new_tokens (now {self.config.max_new_tokens})"
-    if 2*cut > decided: self.warn("cut", f"{cut} of {decided} decided matches were dropped, since the better answer was cut off: {longer}.")
-    if preferences or refined: return
-    known = {r for row in preferences.rewards for r in row}
-    if preferences.draws and not decided:
-        same = f"was {known.pop():g} for every answer" if len(known) == 1 else "was equal in every match"
-        self.warn("pairs", f"no pair to learn from: the reward {same}. Give one that tells answers apart, other prompts, or a higher temperature.")
-    else: self.warn("pairs", f"no pair to learn from ({dict(preferences.dropped) or 'none was made'}): {longer}, or take more prompts_per_round or n_samples.")
-
 # %% ../nbs/42_trainer.ipynb #1fd52e9e
 @patch
 def exam(self: SelfPlayTrainer, policy=None) -> Exam:
     "Examine `policy` (by default the student) on the held-out problems."
+    return self.examine(policy)[0]
+
+@patch
+def examine(self: SelfPlayTrainer, policy=None) -> tuple[Exam, dict]:
+    "An exam, and further figures."
     self.call("on_stage", stage="exam")
-    return examine(policy or self.student, self.exam_problems, self.task.verifier, self.config.max_new_tokens,
-                   progress=lambda n, tokens: self.call("on_progress", answers=0, tokens=tokens))
+    return self.arena.exam(self, policy or self.student)
+
+@patch(as_prop=True)
+def first_exam(self: SelfPlayTrainer) -> Exam | None:
+    "The exam before the first round, if it is over."
+    return load_exam(self.dir, 0) if self.history else None
 
 # %% ../nbs/42_trainer.ipynb #8198314c
 @patch
@@ -354,8 +376,9 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     "Examine if it is time to, then save."
     round = metrics["round"]
     if round % self.config.exam_every == 0 or round == total:
-        start = perf_counter(); exam = self.exam()
-        metrics |= {"accuracy": exam.accuracy.to_dict(), **self.check_up(round), "exam_seconds": perf_counter() - start}
+        start = perf_counter(); exam, more = self.examine()
+        metrics |= {"accuracy": exam.accuracy.to_dict(), **more, **self.check_up(round), "exam_seconds": perf_counter() - start}
+        if self.arena.measure != "right": metrics["measure"] = self.arena.measure
         write_whole(self.dir/"exams"/f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
         if not self.config.gate and "rolled_back_to" not in metrics: self.mark_best(round, exam.accuracy.value)
     self.round = round
@@ -423,21 +446,19 @@ def adjustable(self: SelfPlayTrainer) -> dict:
 @patch
 def play_base(self: SelfPlayTrainer,
     n: int = 100, # held-out problems, the first of the exam's
-) -> Preferences:
-    "The student against the bare base on held-out problems, one answer a side, judged by the verifier; nothing is trained on it."
-    play = CompetitiveSelfPlay(self.student, Policy(self.base, "base"), self.task.verifier, n_samples=1,
-                               max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
-    return play.train_step(self.exam_problems[:n], seed=seed_of("against the base", self.config.seed))
+) -> dict:        # the win rate: `value`, `n`, `low`, `high`
+    "The student against the bare base on held-out problems, judged by the verifier; nothing is trained on it."
+    return self.arena.against_base(self, Policy(self.base, "base"), self.exam_problems[:n])
 
 # %% ../nbs/42_trainer.ipynb #1620438c
 @patch
 def save(self: SelfPlayTrainer):
     "Write this round's checkpoint, and remove those that are no longer needed."
     self.call("on_stage", stage="saving")
-    state = dict(round=self.round, ledger=self.ledger.position, changes=self.changes, marks=self.marks, rollbacks=self.rollbacks,
+    state = dict(round=self.round, ledger=self.ledger.position, samples=self.samples.position, changes=self.changes, marks=self.marks, rollbacks=self.rollbacks,
                  fresh_reference=self.fresh_reference, last_pair=self.last_pair, trained=sorted(self.trained), random=random_states(),
                  history=self.history)
-    with writing(self.dir/"checkpoints"/f"round_{self.round:03d}", beside=[self.ledger.path]) as folder:
+    with writing(self.dir/"checkpoints"/f"round_{self.round:03d}", beside=[self.ledger.path, self.samples.path]) as folder:
         self.student.save(folder/"student"); self.reference.save(folder/"reference")
         save_optimizer(self.optimizer, folder/"optimizer.safetensors")
         if self.league: _link_tree(self.league.save(), folder/"league")
@@ -494,7 +515,8 @@ _FREE = "run_dir", "model_name", "n_rounds", "keep"  # the same run may have oth
 def identity(self: SelfPlayTrainer) -> dict:
     "What the run's results depend on, by content, apart from the prompts and the base."
     settings = {k: v for k, v in dataclasses.asdict(self.given).items() if k not in _FREE}
-    made_of = dict(task=self.task, reward=self.reward.reward, verifier=self.task.verifier, held_out=self.exam_problems, update=COMMON | DPO)
+    made_of = dict(task=self.task, reward=self.reward and self.reward.reward, verifier=self.task.verifier, held_out=self.exam_problems, update=COMMON | DPO)
+    if any(self.parts): made_of |= dict(parts=self.parts)
     return settings | {k: brief(content(v)) for k, v in made_of.items()}
 
 @patch
@@ -517,10 +539,17 @@ def resume(self: SelfPlayTrainer):
     now["base"] = weights_sum(self.base.model)
     if old: self.same_run(old["identity"], now)
     write_record(self.dir/RECORD, {"kind": KIND} | dataclasses.asdict(self.given) | {"identity": now})
-    state, ledger = json.loads((found/"state.json").read_text()) if found else {"ledger": 0}, self.dir/"pairs.jsonl"
-    if ledger.exists() and ledger.stat().st_size > state["ledger"]: os.truncate(ledger, state["ledger"])  # what a crash left behind the checkpoint
-    self.ledger = Ledger(ledger); self.ledger.rewind(self.ledger.position)
+    state = json.loads((found/"state.json").read_text()) if found else {}
+    self.ledger = _cut_ledger(self.dir/"pairs.jsonl", state.get("ledger", 0))
+    self.samples = _cut_ledger(self.dir/"samples.jsonl", state.get("samples", 0), ("prompt", "completion", "advantage"))
     self._go_on(found, state) if found else self._begin()
+
+def _cut_ledger(path: Path, position: int, fields=FIELDS) -> Ledger:
+    "A ledger without what a crash left behind the checkpoint."
+    if path.exists() and path.stat().st_size > position: os.truncate(path, position)
+    ledger = Ledger(path, fields)
+    ledger.rewind(ledger.position)  # made, if it is not there
+    return ledger
 
 # %% ../nbs/42_trainer.ipynb #5604c540
 @patch
@@ -568,8 +597,8 @@ def _league(self: SelfPlayTrainer) -> LeagueTraining | None:
     return LeagueTraining(c.league_size, self.base, self.dir/"league", matchmaking={"main": mixture}, seed=c.seed)
 
 # %% ../nbs/42_trainer.ipynb #6713ff89
-MADE = ("metrics.jsonl", "pairs.jsonl", "live.json", "control.json", "curve.png", "report.html", "against_base.json", "checkpoints", "exams", "league",
-        "logs")  # what a run may leave
+MADE = ("metrics.jsonl", "pairs.jsonl", "samples.jsonl", "live.json", "control.json", "curve.png", "report.html",
+        "against_base.json", "checkpoints", "exams", "league", "logs")  # what a run may leave
 
 @patch
 def start_anew(self: SelfPlayTrainer):

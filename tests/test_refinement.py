@@ -187,7 +187,7 @@ def test_bad_arguments_are_refused_before_anything_is_generated():
                         (lambda: refiner.refine_batch(["a"], answer=[1, 2]), ValueError), (lambda: refiner.refine(3), TypeError),
                         (lambda: refiner.begin(["a", "b"]), TypeError)]:
         with pytest.raises(error): call()
-    with pytest.raises(ValueError, match="expected something with `generate`"): IterativeRefiner("model")
+    with pytest.raises(ValueError, match="cannot answer: expected a player"): IterativeRefiner("model")
     with pytest.raises(ValueError, match="critic is 3"): IterativeRefiner(GROWS, 3)
     with pytest.raises(ValueError, match="reward is 'rule'"): IterativeRefiner(GROWS, reward="rule")
 
