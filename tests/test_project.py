@@ -54,11 +54,11 @@ def test_versions_agree():
 
 # A module imports only from the floors below its own.
 FLOORS = [{"checks"}, {"answers", "model", "players", "rates", "templates", "sandbox", "checkpoint"}, {"policy", "reward", "pairs", "ratings"},
-          {"update", "tasks", "judge", "games"},
+          {"update", "judge", "games"}, {"tasks"},
           {"competitive", "evaluation", "diversity", "retention", "human", "reward_model", "refinement", "constitutional", "skill", "adversarial",
            "code_tasks", "reasoning", "creative", "game_training"},
-          {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks"},
-          {"trainer", "pipeline", "costs", "monitor", "stepper", "card", "board"}, {"__main__", "viewer"}]
+          {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks", "rounds"},
+          {"trainer", "pipeline", "protocols", "costs", "monitor", "stepper", "card", "board"}, {"__main__", "viewer"}]
 
 
 def imports(module):
