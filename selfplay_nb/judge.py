@@ -94,7 +94,8 @@ def as_judge(
         return _OnlyCompares(judge) if callable(judge) else judge
     if not callable(judge):
         raise ValueError(f"judge is {judge!r:.60}: expected one with compare(prompts, a, b, **columns), a function of prompt, a and b, or a reward.")
-    return RuleJudge(judge) if len(places(judge)) == 3 else RewardJudge(judge)
+    names = [getattr(p, "name", None) for p in places(judge)]
+    return RuleJudge(judge) if len(names) == 3 and "completions" not in names else RewardJudge(judge)
 
 class _OnlyCompares(Judge):
     "A judge that could score single answers too."
