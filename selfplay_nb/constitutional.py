@@ -31,7 +31,7 @@ from .rates import Rate, win_rate
 from .reward import as_reward, rewards_of, rows_of
 
 # %% ../nbs/27_constitutional.ipynb #cd33b117
-LONGEST = 20_000 # characters of an answer that are looked at
+LONGEST = 10_000 # characters of an answer that are looked at
 
 class Lexicon:
     "A rule of English phrases for and against. It sees words, not whether they are true or make sense."
