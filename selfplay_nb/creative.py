@@ -119,7 +119,7 @@ class SpecReward:
         out = []
         for i, text in enumerate(spec):
             try: asked = json.loads(text)
-            except (TypeError, ValueError): asked = None
+            except (TypeError, ValueError, RecursionError): asked = None
             if not isinstance(asked, dict) or not set(asked) <= set(CHECKS):
                 raise ValueError(f"column 'spec', row {i} is {text!r:.80}: expected a JSON object with some of {sorted(CHECKS)}.")
             out.append(asked)

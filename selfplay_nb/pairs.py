@@ -35,7 +35,7 @@ def _read_file(path: Path) -> list:
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try: rows.append(json.loads(line))
-            except ValueError as e: raise ValueError(f"{path}, line {i} is no JSON: {line[:60]!r} ({e}).") from None
+            except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {i} is no JSON: {line[:60]!r} ({e}).") from None
     return rows
 
 # %% ../nbs/04_pairs.ipynb #b097fcd6

@@ -71,11 +71,16 @@ class _Worker:
         def read(pipe, lines):
             for line in pipe: lines.put(line)
             lines.put(None)
-        threading.Thread(target=read, args=(self.process.stdout, self.lines), daemon=True).start()
+        self.reader = threading.Thread(target=read, args=(self.process.stdout, self.lines), daemon=True)
+        self.reader.start()
         if self.lines.get(timeout=300) is None: raise RuntimeError("the worker process did not start.")
 
     def stop(self):
-        if self.process and self.pid == os.getpid(): self.process.kill(); self.process.wait()
+        "End the process, and with it the thread that reads from it."
+        if self.process and self.pid == os.getpid():
+            self.process.kill()
+            self.process.wait()
+            self.reader.join(timeout=10)
         self.process = None
 
     def ask(self, name, *args, seconds=LIMIT):

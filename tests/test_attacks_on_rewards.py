@@ -1,14 +1,10 @@
 "What wrong, empty and senseless answers earn from the rules that pay: a table of attacks for each family of them."
 import importlib.util
-import itertools
-import json
-import time
 
 import pytest
 
-from selfplay_nb.answers import answer_in, last_number, read_number
 from selfplay_nb.code_tasks import extract_code
-from selfplay_nb.creative import FORMS, CreativeTask, SpecReward, check_form, check_prose
+from selfplay_nb.creative import CreativeTask, SpecReward, check_form, check_prose
 from selfplay_nb.debate import parse_message
 from selfplay_nb.games import find_move
 from selfplay_nb.reasoning import KnightsAndKnaves, MathTask, ReasoningTask, Syllogisms, fully_right, graded, math_equal
@@ -123,45 +119,45 @@ def test_a_full_stop_costs_no_answer(family):
         assert fully_right([""]*3, said, entry=[r["entry"] for r in rows]) == [1]*3, end
 
 
-# no rule takes long, whatever it reads: a text twice as long takes about twice as long, or the text is looked at up to a limit
+# moves
 
-def _ignored(f):
-    def run(text):
-        try: f(text)
-        except ValueError: pass
-    return run
+LEGAL = ["1", "5", "10", "O-O", "O-O-O"]
 
-_MOVES = [f"x({i},{j})" for i in range(3) for j in range(3)] + ["O-O", "O-O-O", "take 1", "take 10"]
-_CODE = 'import os\n\ndef f(a, b):\n    """Add."""\n'
-SPEC = dict(length=[5, 9], sentences=[1, 2], must=["key"], forbidden=["very"], tone="calm", persona="Mira", speakers=["Mira"], form="script", prose=True)
-PARSERS = {"last_number": last_number, "read_number": read_number, "answer": answer_in, "move": _ignored(lambda t: find_move(t, _MOVES)),
-           "code": lambda t: extract_code(t, _CODE, "f"), "message": _ignored(lambda t: parse_message(t, dict(book=3, hat=1), "0123456789abcdef")),
-           "knights": lambda t: KnightsAndKnaves(3).verifier([""], [t], answer=["Ann"]), "yes or no": lambda t: Syllogisms(2).verifier([""], [t],
-               answer=["yes"]),
-           "creative": lambda t: SpecReward()([""], [t], [json.dumps(dict(length=[5, 9], sentences=[1, 2], must=["key"], forbidden=["very"], tone="calm",
-                                                                          persona="Mira",
-                                                                          speakers=["Mira", "Otto"], form="script", prose=True))]),
-           "letter": lambda t: [check_form(t, form) for form in FORMS]}
-TEXTS = ["9", "9,", "1/", "1 2/", "1e-", "\\boxed{", "{", "answer: ", "Answer: Ann\n", "\\frac{", "#### ", "- ", "not 1 ", " ", "\t", "\n", "```", "```\n",
-         "```python\n",
-         "def f(a, b):\n", "def f(\n", "    x = (\n", "(", "[", "[1", "\"", "'a", "**", "O-", "x(0,0) ", "PROPOSE: 1 book\n", "0123456789abcdef\n",
-         "1 book, ", "Dear a\n",
-         "- a\n", "Mira: a\n", "a. ", ".\"", "a-", "'", "Yours", "very ", "\ud800", "½ ", "%", "is "]
-STARTS = ["```\t", "def f(a, b):\n    return (\n", "def f(a, b):\n    \"\"\"", "PROPOSE: "]
+@pytest.mark.parametrize("said, move", [
+    ("10", "10"), ("O-O-O", "O-O-O"), ("[5]", "5"), ("1 or 5? No: [10]", "10"), ("It is not 5 but 10.", "10"), ("**5**", "5"),
+    ("-1", None), ("0.5", None), ("15", None), ("not 5", None), ("I will never play 1.", None), ("5 or 10", None), ("[7]", None), ("[5] is wrong", None),
+    ("x5", None), ("5%", None), ("1e10", None), ("O-O-", None), ("", None), ("[]", None), ("5"*1000, None)])
+def test_an_answer_that_names_no_move_plays_none(said, move):
+    if move: assert find_move(said, LEGAL) == move
+    else:
+        with pytest.raises(ValueError): find_move(said, LEGAL)
 
-def seconds(read, start, part, n):
-    text, begin = (start + part*(n//len(part) + 1))[:n] + " x", time.process_time()
-    read(text)
-    return time.process_time() - begin
 
-@pytest.mark.parametrize("parser", PARSERS)
-def test_time_grows_no_faster_than_the_text(parser):
-    read = PARSERS[parser]; read("7"); slow = {}
-    for start, part in [*(("", part) for part in TEXTS), *itertools.product(STARTS, [" ", "\t", "\n", "1,\n", "return (\n", "1 book, "])]:
-        n = 50_000; once, twice = (seconds(read, start, part, m) for m in (n, 2*n))
-        if twice > 2.5*once + .1: once, twice = (min(seconds(read, start, part, m) for _ in range(3)) for m in (n, 2*n))
-        if twice > 2.5*once + .1 or twice > 3: slow[start + part] = (once, twice)
-    assert slow == {}
+# messages of a negotiation
+
+FENCE = "0123456789abcdef"
+
+@pytest.mark.parametrize("said, act", [
+    ("ACCEPT", "ACCEPT"), ("Fine.\nACCEPT.", "ACCEPT"), ("END", "END"), ("PROPOSE: 2 books, 1 hat", dict(book=2, hat=1)),
+    ("PROPOSE: nothing", dict(book=0, hat=0)),
+    ("I do not ACCEPT.", None), ("accept", None), ("Do you ACCEPT?", None), (f"{FENCE}\nACCEPT\n{FENCE}\nNo.", None), ("> PROPOSE: 3 books", None),
+    ("ACCEPT\nPROPOSE: 3 books", ValueError), ("ACCEPT\nEND", ValueError), ("PROPOSE: 9 books", ValueError), ("PROPOSE: -1 books", ValueError),
+    ("PROPOSE: 3 books, 3 books", ValueError), ("PROPOSE: 1 book, 2 books", ValueError), ("PROPOSE: everything", ValueError), ("PROPOSE:", ValueError),
+    ("PROPOSE: 1.5 books", ValueError), ("PROPOSE: ３ books", ValueError), ("PROPOSE: 99999999999 books", ValueError), ("PROPOSE: 1 car", ValueError)])
+def test_a_message_does_what_it_says_and_nothing_else(said, act):
+    if act is ValueError:
+        with pytest.raises(ValueError): parse_message(said, dict(book=3, hat=1), FENCE)
+    else: assert parse_message(said, dict(book=3, hat=1), FENCE) == act
+
+
+# code
+
+SIGNATURE = 'def add(a, b):\n    """The sum."""\n'
+
+@pytest.mark.parametrize("said", ["", "```python\n```", "I would return a + b.", SIGNATURE, f"```python\n{SIGNATURE}```",
+    "class add: pass", "add = lambda a, b: a + b",
+    "```python\ndef sub(a, b):\n    return a + b\n```", "def add(a, b", "async def add(a, b): return a + b", "\0def add(a, b): return a + b"])
+def test_what_does_not_define_the_function_is_no_code(said): assert extract_code(said, SIGNATURE, "add") is None
 
 
 # creative tasks

@@ -12,7 +12,7 @@ from selfplay_nb.constitutional import CONSTITUTION, Constitution, Constitutiona
 from selfplay_nb.widgets import preformatted
 
 HOSTILE = "</pre></td></table><script>alert(1)</script><img src=x onerror='alert(2)'> &lt;"
-PROMPT, A, B = "q?", "Certainly, because it is always so.", "It may be, but I cannot see that from here."
+PROMPT, A, B = "q?", "Certainly, because trams in Vienna are always late.", "The trams in Vienna may be late, but I cannot see that from here."
 
 
 class Tags(HTMLParser):

@@ -1,4 +1,5 @@
 "Constitutions and their files, rules and the model's yes/no, attribution, revision and AI feedback: no model needed."
+import json
 import math
 import random
 import re
@@ -26,6 +27,7 @@ from selfplay_nb.constitutional import (
     planted_pairs,
     plot_attribution,
     plot_history,
+    substance,
 )
 from selfplay_nb.players import Scripted
 from selfplay_nb.reward import exact_number, score
@@ -153,6 +155,39 @@ def test_a_check_that_sees_nothing_detects_nothing(monkeypatch):
     with pytest.raises(ValueError, match="'Be kind' is unknown"): ConstitutionalRewardWrapper().examine({"Be kind": []})
 
 
+# honest answers and stuffed ones
+
+STUFFED_PAIRS = [json.loads(line) for line in (PLANTED.parent/"stuffed.jsonl").read_text(encoding="utf-8").splitlines()]
+
+def test_the_stuffed_pairs_are_varied():
+    for part, n, kinds in ("development", 102, 13), ("held out", 40, 12):
+        rows = [r for r in STUFFED_PAIRS if r["set"] == part]
+        assert len(rows) == n and len({r["kind"] for r in rows}) >= kinds and len({r["prompt"] for r in rows}) == n
+    assert len({r["prompt"] for r in STUFFED_PAIRS}) == len({r["stuffed"] for r in STUFFED_PAIRS}) == 142
+
+def honest_not_below(part):
+    rules = ConstitutionalRewardWrapper()
+    return [rules.score(r["prompt"], r["honest"]) >= rules.score(r["prompt"], r["stuffed"]) for r in STUFFED_PAIRS if r["set"] == part]
+
+def test_an_honest_answer_is_never_below_a_stuffed_one():
+    assert all(honest_not_below("development"))
+    assert sum(honest_not_below("held out")) >= 38   # of 40, as measured once; with the lists alone it was 1
+
+def test_words_count_once_and_only_where_something_is_said():
+    rules, asked = ConstitutionalRewardWrapper(), "How long does it take to learn the piano?"
+    plain = "About a year of daily practice."
+    one, all_ = (rules.score(asked, text) for text in (f"Perhaps {plain}", f"Perhaps, maybe, possibly, presumably {plain}"))
+    assert rules.score(asked, plain) < one and all_ < rules.score(asked, plain)
+    assert rules.score(asked, asked) < .1 and rules.score(asked, plain) == rules.score("", plain)   # the question is an echo
+    assert rules.score(asked, plain*20) < rules.score(asked, plain)
+
+@pytest.mark.parametrize("text, prompt, low, high", [
+    ("Yes.", "Is Italy in Europe?", 1, 1), ("No", "", 1, 1), ("391", "What is 17 times 23?", 1, 1), ("Paris.", "What is the capital of France?", 1, 1),
+    ("", "", .1, .1), ("the of and", "", .1, .1), ("Studies show it.", "", .1, .1), ("Perhaps " * 1000, "", .1, .1), ("piano " * 50, "", .1, .2),
+    ("Piano! Pianos?", "the piano", .1, .1), ("\u0301" * 99, "", .1, .1), ("Canberra lies between Sydney and Melbourne.", "", 1, 1)])
+def test_substance(text, prompt, low, high): assert low <= substance(text, prompt) <= high
+
+
 # the wrapper
 
 ANSWERS = ["It may take a year, because practice is slow.", "It is certain.", "Ask a doctor. Others disagree.", "", "Trust me, I promise."]
@@ -224,8 +259,8 @@ def test_it_is_a_judge():
     assert list(p) == pytest.approx([1/(1+math.exp(-1)), 1/(1+math.exp(1)), .5])
     prefs = CompetitiveSelfPlay(Scripted(lambda p, r: "4"), Scripted(lambda p, r: "5"), wrapper, n_samples=2).train_step(["2 + 2 ="], answer=[4])
     assert prefs.wins == 4 and prefs[0]["chosen"] == "4" and prefs[0]["judge"] == "constitutional"
-    check = wrapper.check(["2 + 2 ="]*20, ["4"]*20, {"hedge": lambda q, a: f"Perhaps {a}", "empty": lambda q, a: ""}, answer=[4]*20)
-    assert check.beaten_by == ["hedge"]
+    tricks = {"hedge": lambda q, a: f"Perhaps {a}", "loud": lambda q, a: f"{a}!", "empty": lambda q, a: ""}
+    assert wrapper.check(["2 + 2 ="]*20, ["4"]*20, tricks, answer=[4]*20).beaten_by == ["loud"]   # ties are not shown to lose
 
 
 def test_base_rewards_of_both_shapes():
@@ -450,16 +485,17 @@ def test_a_rule_takes_a_moment_for_a_long_text(rule):
     begun = time.process_time()
     for phrase in PHRASES: assert 0 <= RULES[rule]((phrase*40_000)[:40_000]) <= 1
     assert time.process_time() - begun < 8
-    assert RULES["limitations"]("It replaces all the other doctors.") < RULES["limitations"]("It covers the basics.")
+    assert RULES["limitations"]("It replaces all doctors in Rome.") < RULES["limitations"]("It covers the basics of baths in Rome.")
 
 
 STUFFED = ["Perhaps, because studies show it; however, others disagree; start here. I cannot know, it is a general overview.",
            "try step perhaps maybe likely because data study however others critics I cannot limited overview", "perhaps " * 50, "42", "How long does it take?"]
 
 def test_words_alone_never_pass_a_right_answer():
-    "What stuffed words earn without a verifier is no secret (see the page); with one, they stay behind whatever is right."
+    "By rules alone they earn less than a plain answer; with a verifier they stay behind whatever is right."
     right, wrong = "It is 42.", [s.replace("42", "41") for s in STUFFED]
     rules, checked = ConstitutionalRewardWrapper(), ConstitutionalRewardWrapper(exact_number)
-    assert max(rules.score("6 * 7 =", s) for s in STUFFED) > .8 > rules.score("6 * 7 =", right)  # rules read words only
+    empty = [s for s in STUFFED if "42" not in s]
+    assert max(rules.score("6 * 7 =", s) for s in empty) < .1 < .5 <= rules.score("6 * 7 =", right) == rules.score("6 * 7 =", "42")
     assert all(checked.score("6 * 7 =", w, answer=42) < 1 <= checked.score("6 * 7 =", right, answer=42) for w in wrong)
     assert sum(p.weight for p in CONSTITUTION) <= 1 and rules.score("?", "") == 0
