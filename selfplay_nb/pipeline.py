@@ -240,7 +240,7 @@ def _check(self: RLHFOrchestrator, run_dir, model, whole, naught, temperature, s
         if not isinstance(v, int) or isinstance(v, bool) or v < low: wrong.append(f"{name}={v!r} (a whole number of at least {low})")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         wrong.append(f"temperature={temperature!r} (a positive number)")
-    lacks = [a for a in ("problems", "reward", "verifier") if not hasattr(self.task, a)]
+    lacks = [a for a in ("problems", "reward", "verifier") if getattr(self.task, a, None) is None]
     if lacks: wrong.append(f"task={self.task!r:.60} (something with {', '.join(lacks)})")
     if isinstance(skip, str) or not set(skip) <= set(STAGES): wrong.append(f"skip={skip!r} (a list with some of {', '.join(STAGES)})")
     if wrong: raise ValueError("bad arguments: " + ", ".join(wrong))

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 import warnings
@@ -217,3 +219,34 @@ def test_the_split_is_by_what_is_asked():
         c = as_task(many, reward=variety, held_out=[k.upper() + " " for k in kept])
     assert len(ask(c, "train")) == 197 and not ask(c, "train") & set(kept)
     assert a.problems("train", 5, 1) == a.problems("train", 5, 1) != a.problems("train", 5, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pipeline_from_a_file(tmp_path, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"mine.py").write_text("def variety(prompt, answer): return len(set(answer))/30\n"
+                                    "def right(prompt, answer): return float('e' in answer)\n")
+    pairs = [d | dict(chosen="A.", rejected="No.") for d in DEMONSTRATIONS]
+    for name, rows in ("demonstrations", DEMONSTRATIONS[:8]), ("questions", ROWS[8:]), ("pairs", pairs):
+        (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps({k: v for k, v in row.items() if k != "thing"}) + "\n" for row in rows))
+    given = dict(run_dir="run", model=str(tiny_folder), prompts="questions.jsonl", reward="mine.py:variety",
+                 verifier="mine.py:right", exam_size=2, validation_size=0, max_new_tokens=24,
+                 stages=[{"sft": dict(data="demonstrations.jsonl")}, {"self_play": dict(n_games=64)}, {"dpo": dict(data="pairs.jsonl", with_self_play=True)}])
+    (tmp_path/"stages.yaml").write_text(json.dumps(given))  # JSON is YAML
+    main(["pipeline", "stages.yaml"])
+    assert "03_dpo" in capsys.readouterr().out
+    main(["pipeline", "stages.yaml"])
+    assert "finished before" in "".join(capsys.readouterr())
+    for change, said in [(dict(stages=[]), "lists no stages"), (dict(stages=["sfd"]), "has the stage 'sfd'"), (dict(speed=3), "speed"),
+                         (dict(reward="mine.py:x"), "no 'x'"), (dict(stages=[{"dpo": dict(with_self_play=True)}]), "no self_play stands before it")]:
+        (tmp_path/"wrong.yaml").write_text(json.dumps(given | dict(run_dir="other") | change))
+        with pytest.raises(SystemExit, match=said): main(["pipeline", "wrong.yaml"])
+
+
+def test_the_names_that_users_come_for_are_in_the_package():
+    import selfplay_nb
+    assert all(getattr(selfplay_nb, name) is not None for name in selfplay_nb.__all__) and "SelfPlayTrainer" in dir(selfplay_nb)
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"): selfplay_nb.Trainer
+    code = "import sys, selfplay_nb; selfplay_nb.CompetitiveSelfPlay, selfplay_nb.as_task; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
