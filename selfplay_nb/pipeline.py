@@ -8,7 +8,6 @@ __all__ = ['STAGES', 'KIND', 'METHODS', 'Rows', 'combine', 'sppo', 'group_advant
 
 # %% ../nbs/45_pipeline.ipynb #3c6d46b4
 import dataclasses
-import difflib
 import hashlib
 import json
 import math

@@ -471,8 +471,7 @@ def _check_finite(history: list[dict], weights):
     "Raise `FloatingPointError` if the last step has diverged."
     if math.isfinite(history[-1]["loss"]) and all(w.isfinite().all() for w in weights): return
     losses = [round(h["loss"], 3) for h in history][-5:]
-    raise FloatingPointError(f"the update diverged (losses {losses}); what it trained is unchanged. "
-                             "Lower the learning rate: the policy is unchanged.")
+    raise FloatingPointError(f"the update diverged (losses {losses}); the policy is unchanged. Lower the learning rate.")
 
 # %% ../nbs/11_update.ipynb #67696a53
 def _part_size(base: Base, rows, s: Settings) -> int:
@@ -534,10 +533,8 @@ def _set_moments(optimizer, moments: dict):
     shapes = [moments[f"{i}.exp_avg"].shape for i in range(len(moments) // len(MOMENTS))]
     if shapes != [p.shape for p in params]:
         raise ValueError(f"the optimizer state has {len(shapes)} tensors that do not fit the adapter's {len(params)}.")
-    fused = optimizer.defaults.get("fused")  # whose count of steps is beside the weights
-    for i, p in enumerate(params):
-        to = {k: p.device if fused or k != "step" else "cpu" for k in MOMENTS}
-        optimizer.state[p] = {k: moments[f"{i}.{k}"].to(to[k], copy=True) for k in MOMENTS}
+    state = {i: {k: moments[f"{i}.{k}"].clone() for k in MOMENTS} for i in range(len(params))}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 # %% ../nbs/11_update.ipynb #735bf880
 def save_optimizer(
@@ -689,7 +686,7 @@ def _by_trl(policy: Policy, rows, settings, optimizer, dropped, progress, refere
     "As `_train`, by TRL's `DPOTrainer` if there is a reference, else by its `SFTTrainer`."
     import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if progress: progress(state.global_step, state.max_steps)
@@ -705,6 +702,7 @@ def _by_trl(policy: Policy, rows, settings, optimizer, dropped, progress, refere
         base.peft.set_adapter("default")
         made = trainer(base.peft, args=args, train_dataset=texts if reference else data, processing_class=base.tokenizer,
                        callbacks=[Progress()])
+        made.remove_callback(PrinterCallback)
         if reference:
             made.train_dataset = data
             _put(base, "ref", *_as_adapter(reference, policy))

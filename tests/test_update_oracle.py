@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from selfplay_nb import update
 from selfplay_nb.pipeline import RLHFOrchestrator, sppo
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward_model import RewardModel
-from selfplay_nb import update
 from selfplay_nb.update import dpo, reinforce, sft
 
 LAYERS, HEADS, KV_HEADS, SIZE, SCALE = 2, 2, 1, 32, 2.  # of the tiny model; adapters are scaled by alpha/r
@@ -213,13 +213,14 @@ UPDATES = {"sft": row_loss_sft, "dpo": row_loss_dpo, "sppo": row_loss_dpo, "rein
 PAIR_TERMS = {"sigmoid": 1., "sft": .2}
 
 
-def held_against_plain(kind, folder, rows, monkeypatch, chat=True, plant=list, terms=PAIR_TERMS, kl=0., lr=1., max_train_tokens=10**6, **settings):
+def held_against_plain(kind, folder, rows, monkeypatch, chat=True, plant=list, terms=PAIR_TERMS, kl=0., lr=1., max_train_tokens=10**6,
+                       layers="all-linear", **settings):
     "Update with the library and by hand, and compare; the rows that were in each step."
     base = Base.load(folder, dtype=torch.float32, device="cpu", chat=chat, max_train_tokens=max_train_tokens)
     seen = Seen(monkeypatch, plant)
     settings = SGD | dict(learning_rate=lr, progress=seen.progress, per_device_train_batch_size=64) | settings
     model = RewardModel(base, r=4) if kind == "reward" else None
-    policy, reference = filled(model.policy if model else Policy(base, r=4), 1), filled(Policy(base, "other", r=4), 2)
+    policy, reference = filled(model.policy if model else Policy(base, r=4, target_modules=layers), 1), filled(Policy(base, "other", r=4), 2)
     if model:
         with torch.no_grad(): model.head.copy_(torch.linspace(-.5, .5, 64)[None])
     def state(): return policy.state() | ({"head": model.head.detach().clone()} if model else {})
@@ -285,6 +286,11 @@ def test_the_gradient_of_all_rows_at_once(kind, chat, tiny_folder, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_without_shared_beginnings(kind, mistral_folder, monkeypatch):
     held_against_plain(kind, mistral_folder, given(kind, True), monkeypatch, lr=RATES[kind])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_gradient_through_layers_without_an_adapter(kind, tiny_folder, monkeypatch):
+    held_against_plain(kind, tiny_folder, given(kind, True), monkeypatch, layers=["v_proj", "down_proj"])
 
 
 @pytest.mark.parametrize("kl", [.01, 1.])

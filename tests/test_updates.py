@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
+from selfplay_nb import update as update_module
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward_model import RewardModel
 from selfplay_nb.update import dpo, reinforce, sft
@@ -152,20 +153,24 @@ def test_the_balance_of_experts_can_be_asked_of_trl(mixture):
     (dict(learnin_rate=1e-4), "unknown setting 'learnin_rate'.*near it: .'learning_rate'.*num_train_epochs"),
     (dict(learning_rate=-1), "learning_rate is -1: expected a finite number of at least 0"), (dict(learning_rate="fast"), "learning_rate is 'fast'"),
     (dict(per_device_train_batch_size=0), "per_device_train_batch_size is 0: expected a whole number"), (dict(max_steps=1.5), "max_steps is 1.5"),
-    (dict(num_train_epochs=0), "num_train_epochs is 0: expected a finite number above 0"), (dict(seed=-1), "seed is -1"), (dict(adam_beta1=1.5), "adam_beta1 is 1.5"),
-    (dict(optim="lion"), "optim is 'lion': expected one of 'adamw_torch'"), (dict(lr_scheduler_type="steep"), "lr_scheduler_type is 'steep': expected one of 'linear'"),
+    (dict(num_train_epochs=0), "num_train_epochs is 0: expected a finite number above 0"), (dict(seed=-1), "seed is -1"),
+    (dict(optim="lion"), "optim is 'lion': expected one of 'adamw_torch'"), (dict(adam_beta1=1.5), "adam_beta1 is 1.5"),
+    (dict(lr_scheduler_type="steep"), "lr_scheduler_type is 'steep': expected one of 'linear'"),
     (dict(progress=3), "progress is 3: expected a function"), (dict(backend="jax"), "backend is 'jax': expected one of 'own', 'trl'")])
 @pytest.mark.parametrize("update", ["dpo", "sft"])
 def test_a_bad_setting_is_named_before_anything_is_computed(policy, update, settings, said, monkeypatch):
-    monkeypatch.setattr(type(policy.base), "_score", lambda *args: pytest.fail("computed")) if "progress" not in settings else None
+    monkeypatch.setattr(update_module, "token_logprobs", lambda *args: pytest.fail("computed"))
+    if "progress" not in settings: monkeypatch.setattr(type(policy.base), "_score", lambda *args: pytest.fail("computed"))
     call = dict(dpo=lambda **more: dpo(policy, [ROW], Policy(policy.base, "base"), **more), sft=lambda **more: sft(policy, [ROW], **more))[update]
     with pytest.raises(ValueError, match=said): call(**settings)
     assert policy.base.adapters == ["student"]
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(loss_type="simpo"), "loss_type is 'simpo': expected one or more of .'sigmoid'.*backend=\"trl\""), (dict(beta=0), "beta is 0: expected a finite number above 0"),
-    (dict(loss_type=["sigmoid"], loss_weights=[1., 2.]), "loss_type is .'sigmoid'. with loss_weights .*as many weights"), (dict(loss_type=[], loss_weights=[]), "expected one or more"),
+    (dict(loss_type="simpo"), "loss_type is 'simpo': expected one or more of .'sigmoid'.*backend=\"trl\""),
+    (dict(beta=0), "beta is 0: expected a finite number above 0"),
+    (dict(loss_type=["sigmoid"], loss_weights=[1., 2.]), "loss_type is .'sigmoid'. with loss_weights .*as many weights"),
+    (dict(loss_type=[], loss_weights=[]), "expected one or more"),
     (dict(loss_type="exo_pair", loss_weights=None), "label_smoothing is 0.0: expected a finite number above 0"),
     (dict(loss_type="robust", loss_weights=None, label_smoothing=.5), "label_smoothing is 0.5"), (dict(ld_alpha=.5), "unknown setting 'ld_alpha'.*trl"),
     (dict(beta=.1, backend="trl", betta=1), "unknown settings .'betta'.: expected fields of TRL's DPOConfig")])
@@ -175,7 +180,9 @@ def test_a_bad_loss_on_pairs_is_named(policy, settings, said):
 
 def test_the_rate_follows_its_schedule(policy):
     rows = [dict(prompt=f"{i}", completion="yes") for i in range(10)]
-    def rates(**settings): return [h["learning_rate"] for h in sft(policy, rows, learning_rate=.1, per_device_train_batch_size=1, **settings).history if "loss" in h]
+    def rates(**settings):
+        result = sft(policy, rows, learning_rate=.1, per_device_train_batch_size=1, **settings)
+        return [h["learning_rate"] for h in result.history if "loss" in h]
     assert rates() == [.1]*10 and len(rates(num_train_epochs=1.5)) == 15 and len(rates(max_steps=3)) == 3 and len(rates(max_steps=12)) == 12
     assert rates(lr_scheduler_type="linear") == pytest.approx([.1 - .01*i for i in range(10)])
     for warm in dict(warmup_steps=4), dict(warmup_steps=.4), dict(warmup_ratio=.4):
@@ -206,7 +213,8 @@ def filled(policy, seed):
     return policy
 
 @pytest.mark.parametrize("against", ["snapshot", "of another rank", "base"])
-@pytest.mark.parametrize("terms", [dict(loss_type=["sigmoid", "sft"], loss_weights=[1., .2]), dict(loss_type=["ipo"], loss_weights=None), dict(loss_type=["robust"], loss_weights=None, label_smoothing=.1)], ids=str)
+@pytest.mark.parametrize("terms", [dict(loss_type=["sigmoid", "sft"], loss_weights=[1., .2]), dict(loss_type=["ipo"], loss_weights=None),
+                                   dict(loss_type=["robust"], loss_weights=None, label_smoothing=.1)], ids=str)
 def test_a_step_on_pairs_is_trls(policy, terms, against):
     base = policy.base
     filled(policy, 1)
@@ -251,6 +259,17 @@ def test_moments_travel_between_the_two(policy):
         ended.append(policy.state())
     for other in ended[1:]:
         for k, w in ended[0].items(): torch.testing.assert_close(other[k], w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_learns_in_float32(kind, tiny_folder):
+    base = Base.load(tiny_folder, dtype=kind, device="cpu")
+    rows, start, results = [dict(prompt=f"{i}", completion="yes") for i in range(4)], Policy(base, "start"), []
+    for backend in "own", "trl":
+        policy = start.snapshot(backend, frozen=False)
+        results.append(sft(policy, rows, num_train_epochs=3, backend=backend).losses)
+        assert {w.dtype for w in policy.state().values()} == {torch.float32}
+    assert results[0] == pytest.approx(results[1], abs=.02) and results[0][2] < results[0][0] - .05
 
 
 def test_a_trainer_of_trl_that_fails_leaves_the_policy_as_it_was(policy):
