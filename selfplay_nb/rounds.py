@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'Experience', 'Collector', 'Compete', 'Refine', 'group_advantages', 'leave_one_out', 'Groups',
            'group_rewards', 'answer_rows', 'Demonstrate', 'GameTask', 'as_game', 'PlayGames', 'GameMoves', 'GamePairs',
-           'Method', 'PairMethod', 'SPPOMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'Prompts', 'compared_with',
-           'Matches', 'arena']
+           'Method', 'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'Prompts', 'compared_with', 'Matches',
+           'arena']
 
 # %% ../nbs/40_rounds.ipynb #dae50e5f
 import math
@@ -382,7 +382,7 @@ class Method(Protocol):
 @dataclass
 class PairMethod:
     "A loss on preference pairs against the reference."
-    loss: str # "dpo", "ipo" or "spin"
+    loss: str # "dpo", "ipo", "sppo" or "spin"
     takes = "pairs"
 
     def learn(self, run, experience: Experience):
@@ -391,17 +391,10 @@ class PairMethod:
         known = experience.by_reference and run.fresh_reference
         settings = {"dpo": dict(loss_weights=[1., c.sft_weight]),
                     "ipo": dict(loss_type=["ipo"], loss_weights=None),
+                    "sppo": dict(loss_type=["sppo"], loss_weights=None),
                     "spin": dict(loss_type=["sigmoid"], loss_weights=None)}[self.loss]
         return dpo(run.student, experience.pairs, run.reference, beta=c.beta, sampled_by_reference=known,
                    **settings, **run.update_settings)
-
-@dataclass
-class SPPOMethod:
-    "SPPO's squared loss, with the probability that the judge gave, or that the margin stands for."
-    takes = "pairs"
-    def learn(self, run, experience: Experience):
-        from selfplay_nb.pipeline import sppo
-        return sppo(run.student, experience.pairs, run.reference, beta=run.config.beta, **run.update_settings)
 
 @dataclass
 class SFTMethod:
@@ -439,7 +432,7 @@ def weighed(
     return [r | {"weight": share/(len(r["completion_ids"]) if per_token else 1)} for r in live]
 
 # %% ../nbs/40_rounds.ipynb #3c4cc528
-METHODS = {"dpo": PairMethod("dpo"), "ipo": PairMethod("ipo"), "sppo": SPPOMethod(), "spin": PairMethod("spin"), "sft": SFTMethod(),
+METHODS = {"dpo": PairMethod("dpo"), "ipo": PairMethod("ipo"), "sppo": PairMethod("sppo"), "spin": PairMethod("spin"), "sft": SFTMethod(),
            "grpo": GradientMethod(per_token=True), "reinforce": GradientMethod(per_token=False)}
 
 # %% ../nbs/40_rounds.ipynb #df7c5f8c

@@ -179,7 +179,7 @@ def test_an_update_in_halves_keeps_the_effective_batch(tiny, monkeypatch):
         student = Policy(tiny, "student"); result = update.sft(student, rows, **settings); state = student.state(); student.delete()
         return state, result
     parts, _ = train(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    failed = memory_for(4, monkeypatch, update._SharedSFT, "compute_loss", lambda self, model, inputs, *rest, **more: len(inputs["input_ids"]))
+    failed = memory_for(4, monkeypatch, update, "token_logprobs", lambda base, prompts, answers: len(prompts))
     with pytest.warns(UserWarning, match="begins again with 4 rows at a time, 4 times a step"):
         halved, result = train()
     assert len(failed) == 2 and len(result.losses) == 1 and all(torch.equal(parts[k], halved[k]) for k in parts) and tiny.adapters == []

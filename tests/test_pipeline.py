@@ -163,7 +163,7 @@ def test_soft_sppo_is_the_formula(tiny, monkeypatch):
     fresh = Policy(tiny, "even", r=4); before = fresh.state()
     sppo(fresh, even, fresh.snapshot("was"), beta=beta, learning_rate=1e-2)   # a tie: policy and reference agree, so nothing moves
     assert all(torch.allclose(before[k], v, atol=1e-6) for k, v in fresh.state().items())
-    with pytest.raises(ValueError, match="positive"): sppo(policy, pairs, base, beta=0)
+    with pytest.raises(ValueError, match="beta is 0: expected a finite number above 0"): sppo(policy, pairs, base, beta=0)
 
 
 def test_soft_sppo_moves_certain_pairs_further(tiny):

@@ -182,13 +182,13 @@ def test_sampling_does_not_depend_on_them(policy):
 
 @pytest.mark.parametrize("limit, size, parts", [(10_000, 16, 1), (200, 8, 2), (1, 1, 16)])
 def test_long_rows_go_through_in_parts(policy, monkeypatch, limit, size, parts):
-    policy.base.max_train_tokens, seen = limit, {}
-    original = update_module._try_to_train
-    monkeypatch.setattr(update_module, "_try_to_train", lambda *a: seen.update(a[4]) or original(*a))
+    policy.base.max_train_tokens, seen = limit, []
+    original = update_module.token_logprobs
+    monkeypatch.setattr(update_module, "token_logprobs", lambda base, prompts, answers: seen.append(len(prompts)) or original(base, prompts, answers))
     freed = []; monkeypatch.setattr(update_module, "free_memory", lambda: freed.append(1))
     rows = [dict(prompt=f"{i} + 1 =", completion=f"{i + 1}") for i in range(16)]
     result = sft(policy, rows)
-    assert (seen["per_device_train_batch_size"], seen["gradient_accumulation_steps"]) == (size, parts) and len(result.losses) == 1
+    assert seen == [size]*parts and len(result.losses) == 1
     assert len(freed) == 2 + parts  # before the first one, after each, and at the end
 
 
@@ -327,8 +327,8 @@ def test_sampled_tokens_are_trained_as_they_were(policy):
 
 
 def test_pairs_of_a_prompt_meet_in_a_batch():
-    sampler = update_module._ByPrompt([[1], [2], [1], [3], [2], [1]], seed=0)
-    epochs = [list(sampler) for _ in range(20)]
+    rows = [dict(prompt_ids=[k], row=i) for i, k in enumerate([1, 2, 1, 3, 2, 1])]
+    epochs = [[r["row"] for r in order] for order, _ in zip(update_module._by_prompt(rows, seed=0), range(20))]
     for order in epochs:
         assert sorted(order) == list(range(6))
         for group in (0, 2, 5), (1, 4): assert max(map(order.index, group)) - min(map(order.index, group)) == len(group) - 1

@@ -36,7 +36,7 @@ def test_batch_and_company_do_not_change_a_reward(tiny):
     assert judge(["a"], ["x"], truncated=[True]) != judge(["a"], ["x"])  # the end token counts
 
 
-def test_it_is_what_trl_trained(tiny):
+def test_its_margins_are_those_that_training_told(tiny):
     judge = RewardModel(tiny); result = judge.train(PAIRS, per_device_train_batch_size=12, learning_rate=0.)
     logged = [h for h in result.history if "accuracy" in h]
     assert logged and logged[-1]["margin"] == pytest.approx(judge.scores(PAIRS).margins.mean(), abs=1e-5)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from selfplay_nb import update
 from selfplay_nb.pipeline import RLHFOrchestrator, sppo
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward_model import RewardModel
@@ -81,19 +82,24 @@ def answered(text, cut=False): return characters(text) + [END]*(not cut)
 # what was taken into which step
 
 class Seen:
-    "The sequences of each step, as they came to the trainer; `plant` may change what it gets."
-    def __init__(self, monkeypatch, plant=None):
-        self.steps, self.now, original = [], [], Trainer.training_step
-        def training_step(trainer, model, inputs, *args, **kwargs):
-            self.now.append(self.sequences(inputs))
-            return original(trainer, model, plant(inputs) if plant else inputs, *args, **kwargs)
-        monkeypatch.setattr(Trainer, "training_step", training_step)
+    "The sequences of each step, part by part; `plant` may change the rows of a part on their way to the loss."
+    def __init__(self, monkeypatch, plant=list):
+        self.steps, self.now, add_up = [], [], update._add_up
+        def watched(base, weights, loss, *rest):
+            def seen(part, step):
+                self.now.append([*self.sequences(part)])
+                return loss(plant(part), step)
+            return add_up(base, weights, seen, *rest)
+        monkeypatch.setattr(update, "_add_up", watched)
 
-    def sequences(self, inputs):
-        if "rows" in inputs: return [r["prompt_ids"] + r["completion_ids"] for r in inputs["rows"]]
-        return [ids[:n] for ids, n in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist())]
+    def sequences(self, part):
+        "Of pairs all chosen ones come first."
+        for column in ANSWERS:
+            yield from (r["prompt_ids"] + r[column] for r in part if column in r)
 
     def progress(self, step, steps): self.steps.append(self.now); self.now = []
+
+ANSWERS = "chosen_ids", "rejected_ids", "completion_ids"
 
 
 # a loss for each update, as it stands in its paper: of rows, adapter, and what the reference said
@@ -207,13 +213,14 @@ UPDATES = {"sft": row_loss_sft, "dpo": row_loss_dpo, "sppo": row_loss_dpo, "rein
 PAIR_TERMS = {"sigmoid": 1., "sft": .2}
 
 
-def held_against_plain(kind, folder, rows, monkeypatch, chat=True, plant=None, terms=PAIR_TERMS, kl=0., lr=1., max_train_tokens=10**6, **settings):
+def held_against_plain(kind, folder, rows, monkeypatch, chat=True, plant=list, terms=PAIR_TERMS, kl=0., lr=1., max_train_tokens=10**6,
+                       layers="all-linear", **settings):
     "Update with the library and by hand, and compare; the rows that were in each step."
     base = Base.load(folder, dtype=torch.float32, device="cpu", chat=chat, max_train_tokens=max_train_tokens)
     seen = Seen(monkeypatch, plant)
     settings = SGD | dict(learning_rate=lr, progress=seen.progress, per_device_train_batch_size=64) | settings
     model = RewardModel(base, r=4) if kind == "reward" else None
-    policy, reference = filled(model.policy if model else Policy(base, r=4), 1), filled(Policy(base, "other", r=4), 2)
+    policy, reference = filled(model.policy if model else Policy(base, r=4, target_modules=layers), 1), filled(Policy(base, "other", r=4), 2)
     if model:
         with torch.no_grad(): model.head.copy_(torch.linspace(-.5, .5, 64)[None])
     def state(): return policy.state() | ({"head": model.head.detach().clone()} if model else {})
@@ -281,6 +288,11 @@ def test_the_gradient_without_shared_beginnings(kind, mistral_folder, monkeypatc
     held_against_plain(kind, mistral_folder, given(kind, True), monkeypatch, lr=RATES[kind])
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_gradient_through_layers_without_an_adapter(kind, tiny_folder, monkeypatch):
+    held_against_plain(kind, tiny_folder, given(kind, True), monkeypatch, layers=["v_proj", "down_proj"])
+
+
 @pytest.mark.parametrize("kl", [.01, 1.])
 def test_the_gradient_with_a_divergence(kl, tiny_folder, monkeypatch):
     rows = given("reinforce", True)
@@ -339,62 +351,46 @@ def test_only_answers_carry_the_loss(kind, chat, tiny_folder):
 
 # planted faults are found
 
-def moved_into_answer(inputs):
+def with_answers(row, change):
+    "`change(prompt, answer)` gives another prompt and answer, for each answer of a row."
+    changed = {k: change(row["prompt_ids"], row[k]) for k in ANSWERS if k in row}
+    return row | {k: answer for k, (_, answer) in changed.items()} | {"prompt_ids": [*changed.values()][0][0]}
+
+def moved_into_answer(part):
     "The prompt's last token is trained on too."
-    for k in "labels", "completion_mask":
-        if k in inputs:
-            marks = inputs[k] = inputs[k].clone()
-            for ids, mark in zip(inputs["input_ids"], marks):
-                first = int((mark != (-100 if k == "labels" else 0)).int().argmax())
-                mark[first - 1] = ids[first - 1] if k == "labels" else 1
-    if "rows" in inputs:
-        inputs["rows"] = [r | dict(prompt_ids=r["prompt_ids"][:-1], completion_ids=r["prompt_ids"][-1:] + r["completion_ids"]) for r in inputs["rows"]]
+    return [with_answers(r, lambda prompt, answer: (prompt[:-1], prompt[-1:] + answer)) for r in part]
 
-def without_end(inputs):
+def without_end(part):
     "The last token, which mostly is the end token, is not."
-    last = inputs["attention_mask"].sum(1) - 1 if "rows" not in inputs else None
-    for k, none in ("labels", -100), ("completion_mask", 0), ("attention_mask", 0):
-        if k in inputs and (k != "attention_mask" or not {"labels", "completion_mask"} & set(inputs)):
-            inputs[k] = inputs[k].clone()
-            inputs[k][range(len(last)), last] = none
-    if "rows" in inputs: inputs["rows"] = [r | dict(completion_ids=r["completion_ids"][:-1]) for r in inputs["rows"] if len(r["completion_ids"]) > 1]
+    return [with_answers(r, lambda prompt, answer: (prompt, answer[:-1] if len(answer) > 1 else answer)) for r in part]
 
-def one_row_twice(inputs):
-    n = len(inputs.get("ref_chosen_logps", inputs.get("rows", inputs.get("labels", ())))) or len(inputs["input_ids"])//2
-    for k, x in inputs.items():
-        halves = [x[i:i + n] for i in range(0, len(x), n)]
-        inputs[k] = halves[0] + halves[0][:1] if k == "rows" else torch.cat([part for half in halves for part in (half, half[:1])])
+def one_row_twice(part): return part + part[:1]
 
-def one_place_late(inputs):
-    "The marks of answers stand one place too far behind."
-    for k in "labels", "completion_mask":
-        if k in inputs: inputs[k] = inputs[k].roll(1, 1)
-    if "rows" in inputs:
-        late = lambda r: dict(prompt_ids=r["prompt_ids"] + r["completion_ids"][:1], completion_ids=r["completion_ids"][1:] or [END])
-        inputs["rows"] = [r | late(r) for r in inputs["rows"]]
+def one_place_late(part):
+    "Answers begin one place too far behind."
+    late = []
+    for r in part:
+        first = next(r[k] for k in ANSWERS if k in r)[:1]
+        late.append(with_answers(r, lambda prompt, answer, first=first: (prompt + first, answer[1:] or [END])))
+    return late
 
-def sides_swapped(inputs):
-    n = len(inputs["input_ids"])//2
-    for k in "input_ids", "attention_mask", "completion_mask":
-        if k in inputs: inputs[k] = torch.cat([inputs[k][n:], inputs[k][:n]])
+def sides_swapped(part): return [r | dict(chosen_ids=r["rejected_ids"], rejected_ids=r["chosen_ids"]) for r in part]
 
-def another_prompt(inputs):
+def another_prompt(part):
     "The prompt's first token is another one."
-    if "rows" in inputs: inputs["rows"] = [r | dict(prompt_ids=[5, *r["prompt_ids"][1:]]) for r in inputs["rows"]]
-    else: inputs["input_ids"] = torch.cat([torch.full_like(inputs["input_ids"][:, :1], 5), inputs["input_ids"][:, 1:]], 1)
+    return [r | dict(prompt_ids=[5, *r["prompt_ids"][1:]]) for r in part]
 
 FAULTS = [*[(k, f) for f in (moved_into_answer, without_end, one_row_twice, one_place_late) for k in ("sft", "dpo", "sppo", "reinforce")],
           ("reward", without_end), ("reward", one_row_twice), *[(k, sides_swapped) for k in ("dpo", "sppo", "reward")], *[(k, another_prompt) for k in KINDS]]
 
 @pytest.mark.parametrize("kind, fault", FAULTS, ids=lambda x: getattr(x, "__name__", x))
 def test_a_planted_fault_is_found(kind, fault, tiny_folder, monkeypatch):
-    def plant(inputs): inputs = dict(inputs); fault(inputs); return inputs
-    with pytest.raises(AssertionError): held_against_plain(kind, tiny_folder, rows_for(True)[:4], monkeypatch, plant=plant, lr=.1*RATES[kind])
+    with pytest.raises(AssertionError): held_against_plain(kind, tiny_folder, rows_for(True)[:4], monkeypatch, plant=fault, lr=.1*RATES[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_none_is_planted_none_is_found(kind, tiny_folder, monkeypatch):
-    held_against_plain(kind, tiny_folder, rows_for(True)[:4], monkeypatch, plant=dict, lr=.1*RATES[kind])
+    held_against_plain(kind, tiny_folder, rows_for(True)[:4], monkeypatch, plant=list, lr=.1*RATES[kind])
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reinforce", "reward"])

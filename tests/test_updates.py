@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
+from selfplay_nb import update as update_module
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.reward_model import RewardModel
 from selfplay_nb.update import dpo, reinforce, sft
@@ -138,9 +139,171 @@ def test_mixtures_of_experts_learn_the_loss_that_is_named(mixture):
     assert vars(mixture.model.config) == before and mixture.adapters == ["student", "reward"]
 
 
-def test_the_balance_of_experts_can_be_asked_for(mixture):
+def test_the_balance_of_experts_can_be_asked_of_trl(mixture):
     for update, rows in (sft, ROWS), (lambda *a, **k: dpo(*a, Policy(mixture, "base"), **k), ROWS):
         losses = []
-        for settings in {}, dict(router_aux_loss_coef=.1):
+        for settings in {}, dict(router_aux_loss_coef=.1, backend="trl"):
             policy = Policy(mixture); losses.append(update(policy, rows, **settings).losses[0]); policy.delete()
         assert losses[1] > losses[0] + .1  # at least .1 times what a perfect balance has, which is 1 or more
+
+
+# settings
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(learnin_rate=1e-4), "unknown setting 'learnin_rate'.*near it: .'learning_rate'.*num_train_epochs"),
+    (dict(learning_rate=-1), "learning_rate is -1: expected a finite number of at least 0"), (dict(learning_rate="fast"), "learning_rate is 'fast'"),
+    (dict(per_device_train_batch_size=0), "per_device_train_batch_size is 0: expected a whole number"), (dict(max_steps=1.5), "max_steps is 1.5"),
+    (dict(num_train_epochs=0), "num_train_epochs is 0: expected a finite number above 0"), (dict(seed=-1), "seed is -1"),
+    (dict(optim="lion"), "optim is 'lion': expected one of 'adamw_torch'"), (dict(adam_beta1=1.5), "adam_beta1 is 1.5"),
+    (dict(lr_scheduler_type="steep"), "lr_scheduler_type is 'steep': expected one of 'linear'"),
+    (dict(progress=3), "progress is 3: expected a function"), (dict(backend="jax"), "backend is 'jax': expected one of 'own', 'trl'")])
+@pytest.mark.parametrize("update", ["dpo", "sft"])
+def test_a_bad_setting_is_named_before_anything_is_computed(policy, update, settings, said, monkeypatch):
+    monkeypatch.setattr(update_module, "token_logprobs", lambda *args: pytest.fail("computed"))
+    if "progress" not in settings: monkeypatch.setattr(type(policy.base), "_score", lambda *args: pytest.fail("computed"))
+    call = dict(dpo=lambda **more: dpo(policy, [ROW], Policy(policy.base, "base"), **more), sft=lambda **more: sft(policy, [ROW], **more))[update]
+    with pytest.raises(ValueError, match=said): call(**settings)
+    assert policy.base.adapters == ["student"]
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(loss_type="simpo"), "loss_type is 'simpo': expected one or more of .'sigmoid'.*backend=\"trl\""),
+    (dict(beta=0), "beta is 0: expected a finite number above 0"),
+    (dict(loss_type=["sigmoid"], loss_weights=[1., 2.]), "loss_type is .'sigmoid'. with loss_weights .*as many weights"),
+    (dict(loss_type=[], loss_weights=[]), "expected one or more"),
+    (dict(loss_type="exo_pair", loss_weights=None), "label_smoothing is 0.0: expected a finite number above 0"),
+    (dict(loss_type="robust", loss_weights=None, label_smoothing=.5), "label_smoothing is 0.5"), (dict(ld_alpha=.5), "unknown setting 'ld_alpha'.*trl"),
+    (dict(beta=.1, backend="trl", betta=1), "unknown settings .'betta'.: expected fields of TRL's DPOConfig")])
+def test_a_bad_loss_on_pairs_is_named(policy, settings, said):
+    with pytest.raises(ValueError, match=said): dpo(policy, [ROW], Policy(policy.base, "base"), **settings)
+
+
+def test_the_rate_follows_its_schedule(policy):
+    rows = [dict(prompt=f"{i}", completion="yes") for i in range(10)]
+    def rates(**settings):
+        result = sft(policy, rows, learning_rate=.1, per_device_train_batch_size=1, **settings)
+        return [h["learning_rate"] for h in result.history if "loss" in h]
+    assert rates() == [.1]*10 and len(rates(num_train_epochs=1.5)) == 15 and len(rates(max_steps=3)) == 3 and len(rates(max_steps=12)) == 12
+    assert rates(lr_scheduler_type="linear") == pytest.approx([.1 - .01*i for i in range(10)])
+    for warm in dict(warmup_steps=4), dict(warmup_steps=.4), dict(warmup_ratio=.4):
+        assert rates(lr_scheduler_type="constant_with_warmup", **warm) == pytest.approx([0, .025, .05, .075] + [.1]*6)
+
+
+def test_layers_that_are_computed_again_learn_the_same(policy):
+    rows, start, ended = [dict(prompt=f"{i} and {i}", completion="yes "*(i + 1)) for i in range(6)], policy.state(), []
+    kept = []
+    for again in False, True:
+        policy.load_state(start)
+        sizes = {}
+        def keep(t): sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): sft(policy, rows, num_train_epochs=2, gradient_checkpointing=again)
+        ended.append(policy.state())
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, ended))) and kept[1] < kept[0]
+    assert not any(m.training or getattr(m, "gradient_checkpointing", False) for m in policy.base.model.modules())
+
+
+# TRL's own trainers, as they are
+
+PLAIN = dict(learning_rate=1., optim="sgd", max_grad_norm=0., weight_decay=0., per_device_train_batch_size=64)
+
+def filled(policy, seed):
+    g = torch.Generator().manual_seed(seed)
+    policy.load_state({k: .1*torch.randn(v.shape, generator=g) for k, v in policy.state().items()})
+    return policy
+
+@pytest.mark.parametrize("against", ["snapshot", "of another rank", "base"])
+@pytest.mark.parametrize("terms", [dict(loss_type=["sigmoid", "sft"], loss_weights=[1., .2]), dict(loss_type=["ipo"], loss_weights=None),
+                                   dict(loss_type=["robust"], loss_weights=None, label_smoothing=.1)], ids=str)
+def test_a_step_on_pairs_is_trls(policy, terms, against):
+    base = policy.base
+    filled(policy, 1)
+    reference = Policy(base, "base") if against == "base" else filled(Policy(base, "other", r=16 if against == "snapshot" else 5), 2)
+    rows = [dict(prompt=f"{i} + 2 =", chosen="3"*(i + 1), rejected="no "*(6 - i), rejected_truncated=i == 2) for i in range(6)]
+    start, ended, results = policy.state(), [], []
+    adapters, attributes, config = base.adapters, {m: set(vars(m)) for m in base.model.modules()}, base.model.config.to_dict()
+    for backend in "own", "trl":
+        policy.load_state(start)
+        torch.manual_seed(5)
+        results.append(dpo(policy, rows, reference, backend=backend, **PLAIN | terms))
+        assert torch.rand(1).item() == pytest.approx(torch.rand(1, generator=torch.Generator().manual_seed(5)).item())
+        ended.append(policy.state())
+    own, trl = results
+    assert own.losses == pytest.approx(trl.losses, abs=1e-5) and len(own.losses) == 1 and own.n_rows == trl.n_rows == 6
+    for k in ended[0]: torch.testing.assert_close(ended[0][k], ended[1][k], rtol=0, atol=1e-5)
+    assert any(not torch.equal(start[k], w) for k, w in ended[1].items())
+    for k in "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected":
+        assert own.history[0][k] == pytest.approx(trl.history[0][k], abs=1e-4)
+    assert adapters == base.adapters and config == base.model.config.to_dict() and not base.model.training
+    assert attributes == {m: set(vars(m)) for m in base.model.modules()}
+
+
+def test_a_step_of_imitation_is_trls(policy):
+    rows = [dict(prompt=f"{i} + 2 =", completion="3"*(i + 1), truncated=i == 2) for i in range(6)]
+    start, ended, losses, told = filled(policy, 1).state(), [], [], []
+    for backend in "own", "trl":
+        policy.load_state(start)
+        losses.append(sft(policy, rows, backend=backend, progress=lambda *now: told.append(now), **PLAIN).losses)
+        ended.append(policy.state())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and told == [(1, 1), (1, 1)]
+    for k in ended[0]: torch.testing.assert_close(ended[0][k], ended[1][k], rtol=0, atol=1e-5)
+
+
+def test_moments_travel_between_the_two(policy):
+    rows = [dict(prompt=f"{i} + 2 =", completion="3"*(i + 1)) for i in range(6)]
+    start, ended = policy.state(), []
+    for first, second in ("own", "own"), ("trl", "own"), ("own", "trl"):
+        policy.load_state(start)
+        moments = sft(policy, rows, backend=first).optimizer
+        sft(policy, rows, moments, backend=second)
+        ended.append(policy.state())
+    for other in ended[1:]:
+        for k, w in ended[0].items(): torch.testing.assert_close(other[k], w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_learns_in_float32(kind, tiny_folder):
+    base = Base.load(tiny_folder, dtype=kind, device="cpu")
+    rows, start, results = [dict(prompt=f"{i}", completion="yes") for i in range(4)], Policy(base, "start"), []
+    for backend in "own", "trl":
+        policy = start.snapshot(backend, frozen=False)
+        results.append(sft(policy, rows, num_train_epochs=3, backend=backend).losses)
+        assert {w.dtype for w in policy.state().values()} == {torch.float32}
+    assert results[0] == pytest.approx(results[1], abs=.02) and results[0][2] < results[0][0] - .05
+
+
+def test_a_trainer_of_trl_that_fails_leaves_the_policy_as_it_was(policy):
+    before, reference = policy.state(), Policy(policy.base, "base")
+    with pytest.raises(FloatingPointError, match="policy is unchanged"):
+        dpo(policy, [ROW]*4, reference, backend="trl", learning_rate=1e30, num_train_epochs=3)
+    assert all(torch.equal(before[k], w) for k, w in policy.state().items()) and policy.base.adapters == ["student"]
+
+
+# several processes
+
+ROWS_OF_TWO = [dict(prompt=f"{i} + 2 =", completion="3"*(i % 3 + 1)) for i in range(13)]
+
+def in_two(rank, folder, out, port):
+    "One of two processes that make the same update together."
+    import os
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    policy = Policy(Base.load(folder, dtype=torch.float32, device="cpu", max_train_tokens=40), "student")
+    result = sft(policy, ROWS_OF_TWO, per_device_train_batch_size=4)
+    torch.save((policy.state(), result.losses), out/f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+def test_two_processes_make_the_steps_of_one(policy, tiny_folder, tmp_path):
+    "Other processes are begun anew, so that this one never becomes one of several."
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfplay_nb.update"])
+    torch.multiprocessing.start_processes(in_two, (tiny_folder, tmp_path, port), nprocs=2, start_method="forkserver")
+    result = sft(policy, ROWS_OF_TWO, per_device_train_batch_size=8)
+    for rank in range(2):
+        state, losses = torch.load(tmp_path/f"{rank}.pt")
+        assert losses == pytest.approx(result.losses, abs=1e-5) and len(losses) == 2
+        for k, w in policy.state().items(): torch.testing.assert_close(state[k], w, rtol=0, atol=1e-5)
