@@ -139,7 +139,7 @@ class LeagueTraining:
         self.folder = Path(folder or self._tmp.name)
         self.elo, self.rng, self.rows, self.members, self.joined = Elo(k), np.random.default_rng(seed), [], [], 0
         self.since, self.refused = Counter(), Counter()   # a role's games from here on count; refusals since it last added a member
-        self._score, self._live, self._resident = {}, {}, OrderedDict()
+        self._score, self._live, self._resident, self._mixed = {}, {}, OrderedDict(), (None, None)
         self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]  # until somebody has joined
         self._open(({"base": None} if base else {}) | (anchors or {}))
 
@@ -322,12 +322,14 @@ def nash(self: LeagueTraining,
 ) -> Nash:
     "The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent), with everybody's skill against it."
     who = self.leagues if who is None else who
-    return nash_averaging(self.payoff(who) - .5, [m.name for m in who])
+    state = [m.name for m in who], len(self.rows), self.prior
+    if self._mixed[0] != state: self._mixed = state, nash_averaging(self.payoff(who) - .5, state[0])   # asked again for each view of the league
+    return self._mixed[1]
 
 @patch(as_prop=True)
 def games(self: LeagueTraining) -> Games:
     "The games between present members."
-    names = [m.name for m in self.members]
+    names = {m.name: None for m in self.members}   # in their order, and found at once
     return Games([r for r in self.rows if r["a"] in names and r["b"] in names], players=names)
 
 # %% ../nbs/34_league.ipynb #908ca2e0
