@@ -9,11 +9,11 @@ __all__ = ['payoff_table', 'Board', 'BoardWidget']
 import base64
 import io
 import math
-from html import escape
 
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .players import prompt_text
 from .ratings import MOST, bradley_terry
 from .scoreboard import plot_rating_curve
@@ -56,6 +56,7 @@ class Board:
 
     @property
     def sections(self) -> dict: return {"members": self.league, "who is drawn": self.matchmaking, "ratings": self.ratings}
+    @printable
     def __repr__(self): return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in [*self.sections.items(), ("games", self.games)])
     def _repr_html_(self):
         parts = {title: record._repr_html_() for title, record in self.sections.items()} | {"payoff": payoff_table(self.league)}
@@ -105,6 +106,7 @@ class BoardWidget(widgets.VBox):
         self.refresh.on_click(lambda _: self.show())
         self.show(board)
 
+    @printable
     def __repr__(self): return repr(self.league)  # what a saved notebook shows in its place
 
 # %% ../nbs/35_board.ipynb #a6c5c5a9

@@ -13,12 +13,12 @@ import json
 import os
 import sys
 import time
-from html import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from .checks import escape
 from .evaluation import Exam, compare, transcripts_html
 from .pairs import write_whole
 from .players import name_of

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .competitive import CompetitiveSelfPlay, Preferences
 from .pairs import Ledger, question, write_whole
 from .players import answers_of, columns_of
@@ -86,6 +86,7 @@ class PolicySnapshot:
         "Where its weights are."
         if self._player is not None or self.folder is None: return "given" if self._player is not None else "base"
         return "memory" if self.league and self.league._adapter(self) in self.league._resident else "disk"
+    @printable
     def __repr__(self): return f"PolicySnapshot({self.name!r}: {self.role}, {self.where})"
 
 # %% ../nbs/34_league.ipynb #8ee7b41c
@@ -382,8 +383,9 @@ class Matchmaking(NamedTuple):
         return [["opponent", "rating", "win rate", "games", "probability", ""],
                 *([m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█"*round(20*p)).ljust(20)] for m, r, w, n, p in rows)]
     def _head(self): return f"{self.role} at {self.performance:.0f} plays"
+    @printable
     def __repr__(self): return self._head() + "\n" + text_table(self._cells())
-    def _repr_html_(self): return f"<p>{self._head()}</p>" + html_table(self._cells())
+    def _repr_html_(self): return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
 
 @patch
 def matchmaking(self: LeagueTraining,
@@ -426,7 +428,7 @@ def play(self: LeagueTraining,
 # %% ../nbs/34_league.ipynb #70e0f7b8
 def _stream(seed: int, name: str) -> int:
     "A seed of a player's own."
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
     "For each pairing the scores of its first player. A judge is asked once about all games, a reward once about each player's answers."
@@ -450,6 +452,7 @@ def _head(self: LeagueTraining):
     places = sum(m.role != "anchor" for m in self.members)
     return f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)} games"
 @patch
+@printable
 def __repr__(self: LeagueTraining): return self._head() + "\n" + text_table(self._cells())
 @patch
 def _repr_html_(self: LeagueTraining): return f"<p>{self._head()}</p>" + html_table(self._cells())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .checks import shown
+from .checks import printable, shown
 from .players import is_messages, text_of
 
 # %% ../nbs/04_pairs.ipynb #bceb612a
@@ -384,6 +384,7 @@ def append(self: Ledger,
 def __len__(self: Ledger): return self._count().total()
 
 @patch
+@printable
 def __repr__(self: Ledger):
     sources = self._count()
     return f"Ledger({self.path.name}: {sources.total()} rows, {dict(sources)})"

@@ -37,7 +37,7 @@ from jinja2 import TemplateError
 from peft.tuners.lora.layer import LoraLayer
 from transformers import DynamicCache
 
-from .checks import whole
+from .checks import printable, whole
 from .model import DEFAULT_MODEL, WHEEL_MODELS, load_model
 from .players import as_prompts, content_of
 from .templates import control_tokens
@@ -292,11 +292,13 @@ def n_parameters(self: Policy) -> int:
     return sum(p.numel() for n, p in self.base.model.named_parameters() if f".{self.name}." in n)
 
 @patch
+@printable
 def __repr__(self: Policy):
     kind = "the bare base" if self.name == "base" else f"{_size(self.n_parameters())} parameters{', frozen' if self.frozen else ''}"
     return f"Policy({self.name!r} on {Path(self.base.name).name}: {kind})"
 
 @patch
+@printable
 def __repr__(self: Base):
     mb = self.model.get_memory_footprint()/1e6
     return f"Base({Path(self.name).name}: {mb:.0f} MB on {self.device}, computing in {self.model.dtype}; adapters: {self.adapters or 'none'})"
@@ -323,6 +325,7 @@ class Samples(list):
     def tokens_per_second(self) -> float: return self.n_tokens / self.seconds
     @property
     def texts(self) -> list[list[str]]: return [[s.text for s in row] for row in self]
+    @printable
     def __repr__(self):
         n = sum(map(len, self)); done = sum(not s.truncated for row in self for s in row)
         return f"Samples({len(self)} prompts, {n} answers, {done} finished, {self.n_tokens} tokens at {self.tokens_per_second:.0f}/s, seed {self.seed})"

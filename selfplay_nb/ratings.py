@@ -9,7 +9,6 @@ __all__ = ['MOST', 'ELO', 'Games', 'text_table', 'html_table', 'Elo', 'Ratings',
 # %% ../nbs/06_ratings.ipynb #ff4c9416
 import math
 from dataclasses import dataclass
-from html import escape
 from itertools import combinations, pairwise
 from numbers import Real
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .rates import Rate, win_rate
 
 # %% ../nbs/06_ratings.ipynb #d6cf549b
@@ -121,6 +121,7 @@ def _head(self: Games):
     return f"{len(self)} games, {len(self.players)} players{prompts}{many}; the row's wins-draws-losses against the column"
 
 @patch
+@printable
 def __repr__(self: Games): return self._head() + "\n" + text_table(self._cells())
 @patch
 def _repr_html_(self: Games): return f"<p>{self._head()}</p>" + html_table(self._cells())
@@ -157,6 +158,7 @@ class Elo:
         move = self.k*(score - self.expected(a, b))
         self.ratings |= {a: self[a] + move, b: self[b] - move}
 
+    @printable
     def __repr__(self): return "Elo: " + (", ".join(f"{p} {r:.0f}" for p, r in sorted(self.ratings.items(), key=lambda x: -x[1])) or "no games")
 
 # %% ../nbs/06_ratings.ipynb #e62bed32
@@ -231,6 +233,7 @@ def _cells(self: Ratings) -> list[list[str]]:
               for i, (p, r, (low, high), n, s, f) in enumerate(zip(self.players, self.ratings, self.intervals, self.games.tolist(), note, fixed), 1))]
 
 @patch
+@printable
 def __repr__(self: Ratings):
     rows = self._cells(); width = max(len(r[-1]) for r in rows)
     return text_table([[*r[:-1], r[-1].ljust(width)] for r in rows])
@@ -315,6 +318,7 @@ class Cycles:
 
     @property
     def flagged(self) -> bool: return self.p <= .02
+    @printable
     def __repr__(self):
         if not self.n_triangles: return "not tested: no three players have all met"
         if not self.cycle: return f"not flagged: none of {self.n_triangles} triangles goes round"
@@ -357,6 +361,7 @@ class Nash(NamedTuple):
     weights: np.ndarray  # (K,) shares of the mixture
     skill: np.ndarray    # (K,) payoff against the mixture: 0 for its members, never positive
 
+    @printable
     def __repr__(self):
         rows = sorted(zip(self.players, self.weights, self.skill), key=lambda r: (-r[1].round(6), -r[2]))
         return text_table([["player", "weight", "skill"], *([p, f"{w:.3f}", f"{round(float(s), 3) + 0.:+.3f}"] for p, w, s in rows)])

@@ -13,13 +13,12 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 
 # %% ../nbs/26_refinement.ipynb #60ba8c9d
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .judge import without_mark
 from .pairs import validate_pairs, write_whole
 from .players import answers_of, as_prompts, name_of, prompt_text, seed_of, text_of
@@ -223,6 +222,7 @@ def dead_ends(self: Trace, i: int) -> list[Step]:
     return [s for s in self.steps if s.source == i and (s.target is None or s.target <= i)]
 
 @patch
+@printable
 def __repr__(self: Trace):
     if not self.versions: return "Trace: nothing generated"
     lines = [f"Trace: {self.outcome}", f"prompt: {prompt_text(self.prompt)}"]
@@ -320,6 +320,7 @@ class IterativeRefiner:
         self.max_chars, self.sampling = max_chars, SAMPLING | sampling
         self.critique_sampling = self.sampling | (critique_sampling or {})
 
+    @printable
     def __repr__(self):
         by, judged = "itself" if self.critic is self.policy else name_of(self.critic), f", scored by {name_of(self.reward)}" if self.reward else ""
         return f"IterativeRefiner({name_of(self.policy)} criticised by {by}{judged})"
@@ -477,6 +478,7 @@ class Traces(list):
     def stops(self) -> Counter: return Counter(t.stop or "not finished" for t in self)
     @property
     def n_iterations(self) -> int: return max((len(t.path(t.tip))-1 for t in self), default=0)
+    @printable
     def __repr__(self):
         if not self: return "no traces"
         rows = [f"{'after':7}{'mean score':12}{'characters':12}still changing"]

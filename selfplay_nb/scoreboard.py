@@ -6,10 +6,9 @@
 __all__ = ['plot_rating_curve', 'Scoreboard']
 
 # %% ../nbs/31_scoreboard.ipynb #fd84ad02
-from html import escape
-
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .diversity import plot_strip
 from .ratings import MOST, Games, Ratings, bradley_terry, cycles, spaced
 
@@ -62,6 +61,7 @@ class Scoreboard:
 
 # %% ../nbs/31_scoreboard.ipynb #5c5889f9
 @patch
+@printable
 def __repr__(self: Scoreboard):
     return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in self.sections.items())
 

@@ -34,7 +34,7 @@ from transformers.utils import logging as hf_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from .checks import shown
+from .checks import printable, shown
 from .pairs import validate_pairs
 from .policy import Base, Policy, can_share, free_memory, is_product, lay_out, out_of_memory, pack
 from .players import is_messages, text_of
@@ -146,6 +146,7 @@ class UpdateResult:
 
     @property
     def losses(self) -> list[float]: return [h["loss"] for h in self.history if "loss" in h]
+    @printable
     def __repr__(self):
         l, dropped = self.losses, f"; dropped {dict(self.dropped)}" if self.dropped else ""
         change = f" → {l[-1]:.3f}" if len(l) > 1 else ""
