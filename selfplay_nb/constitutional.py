@@ -193,12 +193,12 @@ def _toml(value) -> str:
 def save(self: Constitution,
     path: str | Path, # replaced as a whole if it exists: comments in it are lost; its folder is made if missing
 ):
-    "Write a file that `load` reads."
+    "Write a file that `load` reads. Raises `ValueError` where a file is that is no constitution."
     lines = ["# A constitution. rule: a name in RULES; pattern: a regular expression that should be found in the answer; neither: a model is asked.\n"]
     for p in self:
         fields = dict(text=str(p), weight=p.weight, rule=p.rule, pattern=p.pattern)
         lines.append("\n[[principle]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in fields.items() if v is not None))
-    write_whole(path, "".join(lines))
+    write_whole(path, "".join(lines), Constitution.load)
 
 # %% ../nbs/27_constitutional.ipynb #bdcbcd51
 @patch(cls_method=True)

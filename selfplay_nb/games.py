@@ -703,7 +703,8 @@ def replay(
     for i, turn in enumerate(transcript.turns):
         try:
             if turn.move is not None: state.move(turn.move)
-        except ValueError as e: raise ValueError(f"turn {i} of this transcript of {transcript.game!r} is no move in {game.name}: {printed(str(e))}") from None
+        except ValueError as e:
+            raise ValueError(f"turn {i} of this transcript of {printed(transcript.game)} is no move in {game.name}: {printed(str(e))}") from None
         out.append(state.copy())
     unjudged = state.seat is None and state.outcome is None   # its outcome is a judge's, who is not asked again
     if transcript.forfeit is None and not unjudged and transcript.outcome != (state.outcome and [float(o) for o in state.outcome]):

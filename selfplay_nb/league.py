@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import tempfile
 from collections import Counter, OrderedDict, deque
 from itertools import combinations
@@ -162,7 +161,9 @@ def save(self: LeagueTraining) -> Path:
     write_whole(self.folder/"state.json", json.dumps(self.state(), indent=1))
     left = set(self.elo.ratings) - {m.name for m in self.members}  # of all that ever played
     for old in (self.folder/"members").glob("*"):
-        if old.name in left and old.is_dir(): shutil.rmtree(old)
+        if old.name not in left or old.is_symlink() or not old.is_dir(): continue
+        for name in "adapter_config.json", "adapter_model.safetensors": (old/name).unlink(missing_ok=True)
+        if not any(old.iterdir()): old.rmdir()   # else there is more than the adapter, and that is somebody's
     return self.folder
 
 # %% ../nbs/34_league.ipynb #322a5e13
@@ -170,7 +171,10 @@ def save(self: LeagueTraining) -> Path:
 def _open(self: LeagueTraining, anchors: dict):
     "Begin in `folder`, or go on with what is there."
     file = self.folder/"state.json"
-    state = json.loads(file.read_text()) if file.exists() else None
+    try: state = json.loads(file.read_text()) if file.exists() else None
+    except ValueError: state = {}
+    if state is not None and not (isinstance(state, dict) and {"settings", "members", "elo", "ledger", "rng"} <= state.keys()):
+        raise ValueError(f"{file} is damaged, or of somebody else, and is left as it is: choose another folder.")
     if state and state["settings"] != self._settings():
         raise ValueError(f"{self.folder} holds a league with {state['settings']}, not {self._settings()}. Choose another folder, or the same settings.")
     if state is None and any(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()):

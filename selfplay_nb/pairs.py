@@ -276,7 +276,9 @@ def _row(self: Ledger, line: bytes) -> dict | None:
     "The row in a line, or None."
     try: row = json.loads(line.decode())
     except (ValueError, RecursionError): return None
-    return row if self._is_row(row) else None
+    if self._is_row(row): return row
+    if not line.endswith(b"\n"):   # not torn, and no row: cutting it off would destroy what somebody else wrote
+        raise ValueError(f"{self.path} ends with {line[:60]!r}, which is whole and no JSON object with {list(self.fields)}: give another file.")
 
 @patch
 def _is_row(self: Ledger, x) -> bool: return isinstance(x, dict) and all(k in x for k in self.fields)
@@ -393,9 +395,18 @@ def __repr__(self: Ledger):
 def write_whole(
     path: str | Path, # a file; its folder is made if missing
     text: str,        # all of it
+    mine=None,        # a function that reads such a file, and raises where it is something else; by default whatever is there is replaced
 ):
-    "Write a file so that a crash leaves either the old one or the new one."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
+    """Write a file so that a crash leaves either the old one or the new one.
+
+    Raises `ValueError` for a link, and for a file that `mine` cannot read: it is left as it is."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    if path.is_symlink(): raise ValueError(f"{path} is a link, and is left as it is: give another name.")
+    if path.exists() and mine:
+        try: mine(path)
+        except Exception as e:
+            raise ValueError(f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is: give another name.") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(beside, "w", encoding="utf-8", errors="replace") as f: f.write(text); f.flush(); os.fsync(f.fileno())
     beside.replace(path)

@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from selfplay_nb.checkpoint import (
-    RECORD, brief, content, differences, discard, locked, read_record, run_record, verify, weights_sum, write_record, writing,
+    RECORD, brief, content, differences, discard, locked, read_record, run_record, signals_interrupt, verify,
+    weights_sum, write_record, writing,
 )
 from .checks import printable, printed, whole
 from .competitive import CompetitiveSelfPlay
@@ -373,7 +374,7 @@ def _same_base(self: RLHFOrchestrator):
 def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh: bool) -> Stage:
     "Run `work(tmp)` as the next stage, or load it if it is finished."
     n, about = self.done + 1, self._about(name, settings, data)
-    with locked(self.dir):
+    with locked(self.dir), signals_interrupt():
         self._claim()
         if fresh: self.forget(n)
         old = next((s for s in self.stages if s.number == n), None)
@@ -430,7 +431,7 @@ def forget(self: RLHFOrchestrator,
 ):
     "Delete stage `number` and all later ones, and the rows that they made."
     for s in reversed(self.stages):
-        if s.number >= number: discard(self.folder(s))
+        if s.number >= number: discard(self.folder(s), whole=False)
     if number == 0 and run_record(self.dir, KIND): write_record(self.dir/RECORD, {"kind": KIND})  # another base may follow
     self._rewind(number); self.close(); self.done = min(self.done, number - 1)
 

@@ -278,8 +278,8 @@ def from_dict(cls: Trace, d: dict) -> Trace:
 # %% ../nbs/26_refinement.ipynb #0405b2c1
 @patch
 def save(self: Trace, path: str | Path):
-    "Write the trace as JSON, replacing what was there."
-    write_whole(path, self.to_json())
+    "Write the trace as JSON, replacing a trace that was there. Raises `ValueError` where another file is."
+    write_whole(path, self.to_json(), Trace.load)
 
 @patch
 def to_json(self: Trace) -> str:
@@ -597,14 +597,16 @@ def critique_rows(self: Traces,
 # %% ../nbs/26_refinement.ipynb #98480ef2
 @patch
 def save(self: Traces, path: str | Path):
-    "Write the traces as JSON lines, replacing what was there."
-    write_whole(path, "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self))
+    "Write the traces as JSON lines, replacing traces that were there. Raises `ValueError` where another file is."
+    write_whole(path, "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self), Traces.load)
 
 @patch(cls_method=True)
 def load(cls: Traces, path: str | Path) -> Traces:
     "Read what `save` wrote; raises `ValueError` naming the line that is no trace."
+    *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+    if rest: raise ValueError(f"{path} ends with {rest[:60]!r}: expected traces as JSON, a line each.")
     out = cls()
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for i, line in enumerate(lines, 1):
         try: out.append(Trace.from_dict(json.loads(line)))
         except ValueError as e: raise ValueError(f"{path}, line {i}: {e}") from None
     return out
@@ -624,7 +626,8 @@ def save_data(self: Traces,
     stem: str | Path,          # beginning of the files' names
     refiner: IterativeRefiner, # whose template the critiques answer
 ) -> dict[str, int]:           # each file's name and its number of rows
-    "Write what `data_files` gives, replacing what was there."
+    "Write what `data_files` gives, replacing such rows. Raises `ValueError` where another file is."
     files = self.data_files(stem, refiner)
-    for path, text in files.items(): write_whole(path, text)
+    def rows(path): return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    for path, text in files.items(): write_whole(path, text, rows)
     return {path.name: text.count("\n") for path, text in files.items()}

@@ -172,7 +172,11 @@ def save_optimizer(
     path: str | Path,     # a safetensors file
 ):
     "Write an optimizer's state beside the adapter that it belongs to; nothing for None."
-    if moments: save_file(moments, path)
+    if not moments: return
+    try: other = Path(path).exists() and not any(k.endswith("step") for k in load_file(path))
+    except Exception: other = True
+    if other or Path(path).is_symlink(): raise ValueError(f"{path} is no optimizer's state and is left as it is: give another name.")
+    save_file(moments, path)
 
 def load_optimizer(path: str | Path) -> dict | None:
     "Read what `save_optimizer` wrote; None if there is no file."
