@@ -13,14 +13,13 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
 from itertools import combinations, islice
 from pathlib import Path
 
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .pairs import Ledger, validate_pairs
 from .players import answers_of, as_prompts, is_messages, name_of, prompt_text, seed_of, text_of
 from .rates import Rate
@@ -94,6 +93,7 @@ def example(self: Screened) -> dict:
             "kind": self.kind, "probability": self.kinds[self.kind]}
 
 @patch
+@printable
 def __repr__(self: Screened):
     if not self.known: return f"{prompt_text(self.prompt)[-60:]!r}: unjudged"
     return f"{prompt_text(self.prompt)[-60:]!r}: {self.kind} ({100*self.kinds[self.kind]:.0f} %), right {self.success}"
@@ -254,6 +254,7 @@ def _cells(self: Findings):
 def _head(self: Findings): return f"{len(self)} examples from {len(self.screened)} prompts, {self.about['n_samples']} answers each"
 
 @patch
+@printable
 def __repr__(self: Findings): return self._head() + "".join(f"\n{k:26} {v}" for k, v in self._cells())
 
 @patch

@@ -9,13 +9,13 @@ __all__ = ['payoff_table', 'Board', 'BoardWidget']
 import base64
 import io
 import math
-from html import escape
 
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .players import prompt_text
-from .ratings import bradley_terry
+from .ratings import MOST, bradley_terry
 from .scoreboard import plot_rating_curve
 from .widgets import preformatted
 
@@ -31,9 +31,11 @@ def payoff_table(
         marked = cell == (games.players[i], games.players[j]); shade = round(255 - 155*P[i, j])
         look = f"text-align:center;color:black;background:rgb({shade},{shade},{shade});border:{'3px solid black' if marked else '1px solid white'}"
         return (f"<td style='{look}'>{'▸ ' if marked else ''}{P[i, j]:.2f}<br><small>n={N[i, j]}</small></td>")
-    head = "".join(f"<th>{escape(p)}</th>" for p in games.players); K = range(len(games.players))
-    rows = "".join(f"<tr><th>{escape(p)}</th>{''.join(show(i, j) for j in K)}</tr>" for i, p in enumerate(games.players))
-    return f"<table><caption>mean score of the row against the column, and games</caption><tr><td></td>{head}</tr>{rows}</table>"
+    shown = games._shown(cell or ())
+    head = "".join(f"<th>{escape(games.players[j])}</th>" for j in shown)
+    rows = "".join(f"<tr><th>{escape(games.players[i])}</th>{''.join(show(i, j) for j in shown)}</tr>" for i in shown)
+    many = f"; of {len(games.players)} members the {len(shown)} with the most games" if len(shown) < len(games.players) else ""
+    return f"<table><caption>mean score of the row against the column, and games{many}</caption><tr><td></td>{head}</tr>{rows}</table>"
 
 # %% ../nbs/35_board.ipynb #4f021dcd
 class Board:
@@ -54,6 +56,7 @@ class Board:
 
     @property
     def sections(self) -> dict: return {"members": self.league, "who is drawn": self.matchmaking, "ratings": self.ratings}
+    @printable
     def __repr__(self): return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in [*self.sections.items(), ("games", self.games)])
     def _repr_html_(self):
         parts = {title: record._repr_html_() for title, record in self.sections.items()} | {"payoff": payoff_table(self.league)}
@@ -64,12 +67,15 @@ class Board:
 def plot(self: Board):
     "Payoff with numbers, rating curve with 95 % bands, probabilities of the opponents; returns the figure."
     import matplotlib.pyplot as plt
-    K = len(self.games.players)
+    K, m = len(self.games.players), self.matchmaking
+    if K > MOST: K = 12   # the payoff has no numbers then
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(7 + .7*K, 2.2 + .25*K), layout="constrained", width_ratios=[1.3, 1, 1])
-    self.games.plot(ax=left); plot_rating_curve(self.ratings, self.order, middle); m = self.matchmaking
-    right.barh(range(K), m.probabilities, color="0.75", edgecolor="k")
-    for i, p in enumerate(m.probabilities): right.annotate(f"{p:.2f}", (p, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    right.set_yticks(range(K), m.members); right.invert_yaxis(); right.margins(x=.2); right.set_xlabel(f"{m.role} at {m.performance:.0f} plays")
+    self.games.plot(ax=left); plot_rating_curve(self.ratings, self.order, middle)
+    likely = sorted(sorted(range(len(m.members)), key=lambda i: -m.probabilities[i])[:MOST])
+    chances, names = [m.probabilities[i] for i in likely], [m.members[i] for i in likely]
+    right.barh(range(len(likely)), chances, color="0.75", edgecolor="k")
+    for i, p in enumerate(chances): right.annotate(f"{p:.2f}", (p, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    right.set_yticks(range(len(likely)), names); right.invert_yaxis(); right.margins(x=.2); right.set_xlabel(f"{m.role} at {m.performance:.0f} plays")
     return fig
 
 # %% ../nbs/35_board.ipynb #f542a76b
@@ -98,8 +104,9 @@ class BoardWidget(widgets.VBox):
         for control in self.row, self.column: control.observe(lambda _: self.show_cell(), "value")
         self.game.observe(lambda _: self.show_game(), "value")
         self.refresh.on_click(lambda _: self.show())
-        self.show()
+        self.show(board)
 
+    @printable
     def __repr__(self): return repr(self.league)  # what a saved notebook shows in its place
 
 # %% ../nbs/35_board.ipynb #a6c5c5a9
@@ -133,14 +140,16 @@ def _image(figure, text: str) -> str:
     return f"<img alt=\"{escape(text)}\" src=\"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}\">"
 
 @patch
-def show(self: BoardWidget):
+def show(self: BoardWidget,
+    board: Board | None = None, # of the league as it is; by default made now
+):
     "Draw everything as the league is now; members that joined or left are in the lists."
     from matplotlib.figure import Figure
-    board = Board(self.league); names = board.games.players
+    board = board or Board(self.league); names = board.games.players
     for control, other in (self.row, names[-1]), (self.column, names[0]):
         before = control.value; control.options = names; control.value = before if before in names else other
     ax = Figure(figsize=(5, 3), layout="constrained").subplots(); plot_rating_curve(board.ratings, board.order, ax)
-    told = ", ".join(f"{p} {r:.0f}" for p, r in zip(board.ratings.players, board.ratings.ratings))
+    told = ", ".join(f"{p} {r:.0f}" for p, r in [*zip(board.ratings.players, board.ratings.ratings)][:MOST])
     self.curve.value = _image(ax.figure, f"Ratings, drawn with 95 % intervals: {told}")
     self.members.value = self.league._repr_html_()
     self.show_drawn(); self.show_cell()

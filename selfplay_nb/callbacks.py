@@ -13,12 +13,12 @@ import json
 import os
 import sys
 import time
-from html import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from .checks import escape
 from .evaluation import Exam, compare, transcripts_html
 from .pairs import write_whole
 from .players import name_of
@@ -227,6 +227,10 @@ def read_control(run_dir: str | Path) -> dict:
     except (OSError, ValueError, RecursionError): return {}
     return wishes if isinstance(wishes, dict) else {}
 
+def _only_wishes(file: Path):
+    strange = set(json.loads(file.read_text())) - {"pause", "stop", "set"}
+    if strange: raise ValueError(f"no wishes to a run: {sorted(strange)[:3]}")
+
 def control(
     run_dir: str | Path, # of a run, in this process or another
     **wishes,            # `pause=True` or `False`, `stop=True` (after this round), `set={"learning_rate": 1e-4}`
@@ -235,7 +239,7 @@ def control(
     with _control_lock(run_dir):
         now = read_control(run_dir)
         if wishes.get("set"): wishes["set"] = (now["set"] if isinstance(now.get("set"), dict) else {}) | wishes["set"]
-        write_whole(Path(run_dir)/"control.json", json.dumps({k: v for k, v in (now | wishes).items() if v}))
+        write_whole(Path(run_dir)/"control.json", json.dumps({k: v for k, v in (now | wishes).items() if v}), _only_wishes)
 
 def take_control(run_dir: str | Path) -> dict:
     "As `read_control`, and what is to be set is taken out, so that it is set once. Nothing while another process holds the file: a run does not wait for it."

@@ -12,6 +12,7 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 from IPython.display import HTML, display
 
+from .checks import printable
 from .widgets import escape, preformatted
 
 # %% ../nbs/33_card.ipynb #2dfd563c
@@ -95,6 +96,7 @@ def static(self: ConstitutionCard):
     return HTML(self.record._repr_html_() + self._texts())
 
 @patch
+@printable
 def __repr__(self: ConstitutionCard): return repr(self.record)
 
 @patch

@@ -17,10 +17,9 @@ import secrets
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
-from html import escape
 from importlib.util import find_spec
 
-from .checks import whole
+from .checks import escape, printable, printed, whole
 from .players import text_of
 from .reward import WeightedReward
 from .sandbox import Result, SandboxUnavailable, _enclose, missing, run, run_many, source_of
@@ -111,6 +110,7 @@ class Verdict:
     def ok(self) -> bool: return self.ended and self.passed == self.total > 0
     @property
     def share(self) -> float: return self.passed/self.total if self.total else 0.
+    @printable
     def __repr__(self): return f"Verdict({self.passed} of {self.total} tests passed{'' if self.ended else ', not ended: ' + str(self.result)})"
     def _repr_html_(self): return f"<b>{self.passed} of {self.total}</b> tests passed{'' if self.ended else ', not ended'}<br>{escape(str(self.result))}"
 
@@ -131,7 +131,7 @@ def check_many(
     verdicts = []
     for j, r in zip(jobs, results):
         if refused := re.search(rf"^{j['token']} refused (\w+)", r.stdout, re.MULTILINE):
-            raise SandboxUnavailable(f"The tests' process could not be kept apart from the code: {refused[1]}. {r.stderr[-500:]}")
+            raise SandboxUnavailable(f"The tests' process could not be kept apart from the code: {refused[1]}. {printed(r.stderr[-500:])}")
         counts = re.findall(rf"^{j['token']} (\d+) (\d+) $", r.stdout, re.MULTILINE)
         ended = r.ok and len(counts) == 1
         passed, failed = map(int, counts[0]) if ended else (0, 1)

@@ -13,7 +13,7 @@ from collections import Counter
 from itertools import product
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import printable, whole
 from .pairs import validate_pairs
 from .players import answers_together, name_of, text_of
 from .rates import Rate, win_rate
@@ -54,6 +54,7 @@ class Preferences(list):
 
 # %% ../nbs/20_competitive.ipynb #f8a3f6ff
 @patch
+@printable
 def __repr__(self: Preferences):
     dropped = ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"
     return (f"{len(self)} pairs from {len(self.scores)} prompts\n"

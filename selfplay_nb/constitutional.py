@@ -16,13 +16,12 @@ import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, printed, whole
 from .judge import ModelJudge, RewardJudge, without_mark
 from .templates import Template, clip, fill, special_tokens
 from .pairs import validate_pairs, write_whole
@@ -253,6 +252,7 @@ class Principle(str):
     @property
     def check(self) -> str: return f"rule {self.rule}" if self.rule else f"pattern {self.pattern}" if self.pattern is not None else "model"
     def weighing(self, weight: float) -> "Principle": return Principle(str(self), weight, self.rule, self.pattern)
+    @printable
     def __repr__(self): return f"Principle({str(self)!r}, weight={self.weight:g}, {self.check})"
 
 def _weight_fault(w) -> str:
@@ -281,6 +281,7 @@ class Constitution(list):
         if not any(p.weight for p in self): raise ValueError("all weights are 0: no principle can be drawn.")
         return random.Random(str(seed)).choices(self, [p.weight for p in self])[0]
 
+    @printable
     def __repr__(self): return "\n".join(f"{p.weight:<5g} {p}  ({p.check})" for p in self)
     def _repr_html_(self):
         rows = "".join(f"<tr><td>{i}</td><td>{escape(p)}</td><td>{p.weight:g}</td><td>{escape(p.check)}</td></tr>" for i, p in enumerate(self, 1))
@@ -302,12 +303,12 @@ def _toml(value) -> str:
 def save(self: Constitution,
     path: str | Path, # replaced as a whole if it exists: comments in it are lost; its folder is made if missing
 ):
-    "Write a file that `load` reads."
+    "Write a file that `load` reads. Raises `ValueError` where a file is that is no constitution."
     lines = ["# A constitution. rule: a name in RULES; pattern: a regular expression that should be found in the answer; neither: a model is asked.\n"]
     for p in self:
         fields = dict(text=str(p), weight=p.weight, rule=p.rule, pattern=p.pattern)
         lines.append("\n[[principle]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in fields.items() if v is not None))
-    write_whole(path, "".join(lines))
+    write_whole(path, "".join(lines), Constitution.load)
 
 # %% ../nbs/27_constitutional.ipynb #bdcbcd51
 @patch(cls_method=True)
@@ -324,7 +325,7 @@ def load(cls: Constitution,
     for i, entry in enumerate(entries, 1):
         here = f"{path}, entry {i}"
         unknown = sorted(set(entry) - {"text", "weight", "rule", "pattern"}) if isinstance(entry, dict) else [entry]
-        if unknown: raise ValueError(f"{here}, field {unknown[0]}: unknown; expected text, weight, rule or pattern.")
+        if unknown: raise ValueError(f"{here}, field {printed(str(unknown[0]))}: unknown; expected text, weight, rule or pattern.")
         if "text" not in entry: raise ValueError(f"{here}, field text: missing.")
         try: principles.append(Principle(**entry))
         except ValueError as e: raise ValueError(f"{here}: {e}") from None
@@ -389,6 +390,7 @@ def verdict(self: Attribution) -> str:
 def _bar(a: float) -> str: return "█"*round(10*a) + "░"*(10 - round(10*a))
 
 @patch
+@printable
 def __repr__(self: Attribution):
     cols, width = self._columns(), max(map(len, ["principle", *self.adherence]))
     line = lambda name, weight, cells: f"{name:{width}}  {weight:6}  " + "  ".join(f"{c:17}" for c in cells)
@@ -461,6 +463,7 @@ class ConstitutionalRewardWrapper(RewardJudge):
         "The principles with the weights as they are now."
         weights = _checked_weights(self.principle_weights, self._principles)
         return Constitution(p.weighing(weights[p]) for p in self._principles)
+    @printable
     def __repr__(self): return f"ConstitutionalRewardWrapper of {getattr(self.base_reward, '__name__', 'no base reward')} and\n{self.constitution}"
 
 # %% ../nbs/27_constitutional.ipynb #d48b1252
@@ -610,6 +613,7 @@ class Detection:
     rates: dict[str, Rate]
     ties: dict[str, int]     # pairs with equal scores: not detected
 
+    @printable
     def __repr__(self):
         width = max(map(len, self.rates))
         return "\n".join([f"{'principle':{width}}  {'violation scored below its twin':32}  ties  checked by",
@@ -656,6 +660,7 @@ class ConstitutionalReviser:
         self.policy, self.sampling, self.max_chars = policy, sampling, 2000
         self.constitution = Constitution(CONSTITUTION if constitution is None else constitution)
         self.critique_template, self.revise_template = CRITIQUE_TEMPLATE, REVISE_TEMPLATE
+    @printable
     def __repr__(self): return f"ConstitutionalReviser of {getattr(self.policy, 'name', type(self.policy).__name__)} by {len(self.constitution)} principles"
 
 # %% ../nbs/27_constitutional.ipynb #f79378f8
@@ -703,6 +708,7 @@ class Revisions(list):
             else: rows.append(dict(prompt=last["prompt"], completion=new, source="constitutional", round=round,
                                    principles=[r["principle"] for r in mine], original=old))
         return rows, dropped
+    @printable
     def __repr__(self):
         n = len({r["item"] for r in self}); cut = sum(r["truncated"] for r in self); same = sum(r["original"].strip() == r["revised"].strip() for r in self)
         return f"{len(self)} revisions of {n} prompts, {cut} cut off, {same} unchanged; by principle: {dict(Counter(r['principle'] for r in self))}"
@@ -713,6 +719,7 @@ class Feedback(list):
     def __init__(self, pairs, verdicts: list, dropped: Counter):
         super().__init__(pairs)
         self.verdicts, self.dropped = verdicts, dropped  # P(first answer is better) of all matches; what made no pair, by reason
+    @printable
     def __repr__(self):
         return (f"{len(self)} pairs from {len(self.verdicts)} matches, dropped {dict(self.dropped) or 'none'}; "
                 f"by principle: {dict(Counter(r['principle'] for r in self))}")

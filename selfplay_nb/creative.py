@@ -14,9 +14,8 @@ import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from html import escape
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .players import answers_of, prompt_text, seed_of, text_of
 from .reward import check_columns, score
 from .tasks import held_out
@@ -139,6 +138,7 @@ class SpecReward:
             share = sum(w*v for w, v in passed)/total if total else 0.
             out.append(0. if not text_of(c).strip() else share*(.5 if truncated and truncated[i] else 1))
         return out
+    @printable
     def __repr__(self): return "SpecReward(" + ", ".join(f"{w:g}·{n}" for n, w in self.weights.items()) + ")"
 
 # %% ../nbs/16_creative.ipynb #ec1b97b8
@@ -217,6 +217,7 @@ class CreativeTask:
         asked = [[v[i] for v in parts.values() if v[i] is not None] for i in range(len(completions))]
         whole = [bool(text_of(c).strip()) and not (truncated and truncated[i]) for i, c in enumerate(completions)]
         return [sum(v >= 1 for v in a)/len(a) if a and ok else 0. for a, ok in zip(asked, whole)]
+    @printable
     def __repr__(self): return f"CreativeTask({self.kind!r}, diversity={self.diversity:g})"
 
 # %% ../nbs/16_creative.ipynb #5fd9aa22
@@ -253,6 +254,7 @@ class DiverseReward:
         self.last = dict(base=base, similarity=similar)
         return [b - self.weight*s for b, s in zip(base, similar)]
     def check_columns(self, **columns): check_columns(self.reward, **columns)
+    @printable
     def __repr__(self): return f"DiverseReward({self.reward!r} − {self.weight:g}·similarity by {self.by or 'prompt'})"
 
 # %% ../nbs/16_creative.ipynb #ab3c989f
@@ -291,6 +293,7 @@ class Conversation:
         "Training rows, one for each turn that is whole: `prompt` (messages) and `completion`."
         return [dict(prompt=t.prompt, completion=[{"role": "assistant", "content": t.text}]) for t in self.turns if t.text and not t.truncated]
     def __str__(self): return "\n".join(f"{self.personas[t.seat].name}: {t.text}" for t in self.turns)
+    @printable
     def __repr__(self): return f"{' and '.join(p.name for p in self.personas)} on {self.topic}, {len(self.turns)} turns\n{self}"
     def _repr_html_(self):
         row = lambda name, text: f"<tr><td style='text-align:right'><b>{escape(name)}</b></td><td style='text-align:left'>{escape(text)}</td></tr>"

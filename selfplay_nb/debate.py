@@ -19,6 +19,7 @@ from itertools import product
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import printable
 from .evaluation import Comparison
 from .judge import ModelVerdicts
 from .players import Scripted, prompt_text
@@ -275,6 +276,7 @@ class Deals:
         for r in self.rows:
             if key in r: by_seed.setdefault(r["seed"], []).append(float(r[key]))
         return win_rate(list(by_seed.values()))
+    @printable
     def __repr__(self):
         deals = [r for r in self.rows if r["agreed"]]
         mean = f"{sum(r['sum'] for r in deals)/len(deals):.1f} points" if deals else "no deal"
@@ -433,6 +435,7 @@ class Truth:
     alone: Rate
     debated: Rate
     change: Comparison
+    @printable
     def __repr__(self): return f"right alone         {self.alone}\nright with debate   {self.debated}\nmotions             {self.change}"
 
 def truth(

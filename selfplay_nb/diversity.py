@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import printable
 from .rates import ratio_interval
 
 # %% ../nbs/22_diversity.ipynb #f55af2c5
@@ -65,7 +66,7 @@ def compression_ratio(
     texts: list[str], # a set of answers
 ) -> float:           # bytes over compressed bytes; higher is more repetitive
     "How much zlib shrinks the answers, one a line. Compare sets of similar size: small ones hardly shrink."
-    data = "\n".join(texts).encode()
+    data = "\n".join(texts).encode("utf-8", "surrogatepass")
     return len(data)/len(zlib.compress(data, 9))
 
 # %% ../nbs/22_diversity.ipynb #639bbd59
@@ -108,6 +109,7 @@ class Entropy:
     high: float
     n_tokens: int # sampled tokens that it rests on
 
+    @printable
     def __repr__(self):
         interval = "no interval: one prompt" if math.isnan(self.low) else f"{self.low:.2f}, {self.high:.2f}"
         return f"{self.value:.2f} [{interval}] nats a token (n={self.n_tokens})"
@@ -165,6 +167,7 @@ def diversity(
 
 # %% ../nbs/22_diversity.ipynb #e3a693cd
 @patch
+@printable
 def __repr__(self: Diversity):
     lines = [f"{'':20}{'within':>8}{'across':>8}  prompts"] + [f"{name:20}{w:8.2f}{self.across[name]:8.2f}" for name, w in self.within.items()]
     return "\n".join([*lines, f"{self.n_prompts} prompts, {self.n_samples} answers each, {self.words:.1f} words an answer; "
@@ -183,6 +186,7 @@ class Alarm:
     def tripped(self) -> bool: return self.across < self.threshold
     @property
     def verdict(self) -> str: return "collapsed" if self.tripped else "converged" if self.within < self.threshold else "healthy"
+    @printable
     def __repr__(self):
         evidence = f"; {100*self.commonest[1]:.0f} % of the answers are {self.commonest[0][:60]!r}" if self.verdict != "healthy" else ""
         return (f"{self.verdict}: {100*self.across:.0f} % left across prompts (alarm below {100*self.threshold:.0f} %), "

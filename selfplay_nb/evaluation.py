@@ -7,13 +7,12 @@ __all__ = ['Exam', 'examine', 'Comparison', 'compare', 'Match', 'versus', 'trans
 
 # %% ../nbs/21_evaluation.ipynb #c3d1af40
 from dataclasses import dataclass
-from html import escape
 from math import inf, isnan
 from statistics import fmean, stdev
 
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, printed, whole
 from .judge import RewardJudge
 from .players import answers_of, as_player, as_prompts, columns_of, name_of
 from .rates import Rate, win_rate
@@ -42,6 +41,7 @@ class Exam:
         n, value = len(self.rows), fmean(self.values)
         half = t.ppf(.975, n - 1)*stdev(self.values)/n**.5 if n > 1 else inf
         return value, value - half, value + half
+    @printable
     def __repr__(self):
         cut = f"{sum(r['truncated'] for r in self.rows)} cut off"
         if set(self.values) <= {0, 1}: return f"Exam: {self.accuracy} right, {cut}"
@@ -101,6 +101,7 @@ class Comparison:
         "At 5 %."
         if self.p >= .05: return "cannot be separated"
         return "better" if self.gained > self.lost else "worse"
+    @printable
     def __repr__(self): return f"{self.gained} gained, {self.lost} lost of {self.n}: {self.verdict}"
 
 # %% ../nbs/21_evaluation.ipynb #70073a4c
@@ -137,6 +138,7 @@ class Match:
         "By prompt: on how many does `a` win more than it loses, and the reverse."
         means = [sum(s)/len(s) for s in self.scores if s]
         return Comparison(sum(m > .5 for m in means), sum(m < .5 for m in means), len(means))
+    @printable
     def __repr__(self):
         p = self.paired
         unjudged = f"; {self.unjudged} games not judged" if self.unjudged else ""
@@ -190,7 +192,7 @@ def show(self: Exam,
 ) -> str:
     "The first `n` rows as text: right (+) or wrong (-) or how much was given, prompt, answer."
     mark = lambda v: {1: "+", 0: "-"}.get(v, f"{v:.2f}")
-    return "\n".join(f"{mark(r['right'])} {_last_user(r['prompt'])}  {r['answer']!r}" for r in self.rows[:n])
+    return printed("\n".join(f"{mark(r['right'])} {_last_user(r['prompt'])}  {r['answer']!r}" for r in self.rows[:n]))
 
 # %% ../nbs/21_evaluation.ipynb #8258627c
 def transcripts_html(

@@ -12,6 +12,7 @@ from fractions import Fraction
 from statistics import mean
 from typing import NamedTuple
 
+from .checks import printable
 from .pairs import validate_pairs
 from .players import prompt_text
 
@@ -28,6 +29,7 @@ class Sticks:
     def start(self, seed) -> "SticksState":
         "The table as the seed laid it."
         return SticksState(random.Random(seed).randint(self.low, self.high))
+    @printable
     def __repr__(self): return f"Sticks({self.low} to {self.high})"
 
 STICKS_RULES = "Two players take 1, 2 or 3 sticks in turn. Whoever takes the last stick wins. Say how many you take."

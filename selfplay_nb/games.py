@@ -16,12 +16,11 @@ import random
 import re
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from html import escape
 
 from fastcore.basics import patch
 
 from .answers import denied
-from .checks import whole
+from .checks import escape, printable, printed, whole
 from .pairs import Ledger
 from .players import Answer, answers_together, name_of
 from .rates import Rate, win_rate
@@ -110,6 +109,7 @@ def result(self: Transcript) -> str:
     return ", ".join(f"{p} (seat {s}) {o:.2f}".replace("1.00", "wins").replace("0.00", "loses") for s, (p, o) in enumerate(zip(self.players, self.outcome)))
 
 @patch
+@printable
 def __repr__(self: Transcript):
     moves = " ".join(self.moves)
     return f"{self.game}, game {self.number}: {' against '.join(self.players)}: {moves[:100]}{'…'*(len(moves) > 100)}: {self.result}"
@@ -167,7 +167,7 @@ def solver(game) -> Solver:
 # %% ../nbs/36_games.ipynb #e431298f
 def stream(*key) -> int:
     "A seed that belongs to `key` alone."
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, key)).encode()).digest()[:7], "big") >> 3
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, key)).encode("utf-8", "surrogatepass")).digest()[:7], "big") >> 3
 
 class LiveGame:
     "A game while it is played: shows a prompt, takes an answer, keeps the transcript."
@@ -321,6 +321,7 @@ def _cells(self: Played):
 @patch
 def _head(self: Played): return f"{len(self)} game{'s'*(len(self) != 1)} of {', '.join(dict.fromkeys(t.game for t in self))}" if self else "no games"
 @patch
+@printable
 def __repr__(self: Played): return self._head() + ("\n" + text_table(self._cells()) if self else "")
 @patch
 def _repr_html_(self: Played): return f"<p>{escape(self._head())}</p>" + (html_table(self._cells()) if self else "")
@@ -380,7 +381,7 @@ def play(
     played, ledger, total = Played(players=names), Ledger(path, (*_FIELDS, "settings")) if path else None, n*len(orders)
     for row in ledger.rows() if ledger is not None else []:
         if (row["game"], row["settings"]) != (game.name, settings):
-            raise ValueError(f"{path} has games of another tournament ({row['game']}, {row['settings']}); this is {game.name}, {settings}. Give another file.")
+            raise ValueError(f"{path} has games of another tournament ({row['game']!r}, {row['settings']}); this is {game.name}, {settings}. Give another.")
         if row["number"] < total: played.append(Transcript.from_dict(row))
     there, live = {t.number for t in played}, []
     waiting = deque(k for k in range(total) if k not in there)
@@ -443,6 +444,7 @@ class OpenSpielGame:
     def starts(self) -> list[tuple[float, "OpenSpielState"]]:
         "All first positions with their probabilities."
         return _deal(self, self.spiel.new_initial_state())
+    @printable
     def __repr__(self): return f"OpenSpielGame({self.name}: {self.seats} seats)"
 
 # %% ../nbs/36_games.ipynb #f51d1b8a
@@ -701,7 +703,8 @@ def replay(
     for i, turn in enumerate(transcript.turns):
         try:
             if turn.move is not None: state.move(turn.move)
-        except ValueError as e: raise ValueError(f"turn {i} of this transcript of {transcript.game} is no move in {game.name}: {e}") from None
+        except ValueError as e:
+            raise ValueError(f"turn {i} of this transcript of {printed(transcript.game)} is no move in {game.name}: {printed(str(e))}") from None
         out.append(state.copy())
     unjudged = state.seat is None and state.outcome is None   # its outcome is a judge's, who is not asked again
     if transcript.forfeit is None and not unjudged and transcript.outcome != (state.outcome and [float(o) for o in state.outcome]):

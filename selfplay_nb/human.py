@@ -11,11 +11,11 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .pairs import Ledger
 from .rates import Agreement, Rate
 from .rates import agreement as agree
@@ -26,7 +26,7 @@ from .reward import last_number
 # %% ../nbs/24_human.ipynb #24ca5785
 def _sides(n: int, seed: int, rater: str) -> str:
     "Who stands on the left of each item, such as 'abba'; as many a as b, give or take one."
-    rank = lambda i: hashlib.sha256(f"{seed} {rater} {i}".encode()).digest()
+    rank = lambda i: hashlib.sha256(f"{seed} {rater} {i}".encode("utf-8", "surrogatepass")).digest()
     left_b = set(sorted(range(n), key=rank)[rank("start")[0] % 2::2])
     return "".join("b" if i in left_b else "a" for i in range(n))
 
@@ -38,7 +38,7 @@ def _texts(items: list[dict]) -> list[dict]:
     if not items: raise ValueError("no items: expected a non-empty list of dicts with 'prompt', 'a' and 'b'.")
     for i, item in enumerate(items):
         if not isinstance(item, dict) or not all(isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b")):
-            raise ValueError(f"item {i} is {str(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or a list of messages.")
+            raise ValueError(f"item {i} is {repr(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or a list of messages.")
     return [dict(prompt=prompt_text(x["prompt"]), a=text_of(x["a"]), b=text_of(x["b"])) for x in items]
 
 # %% ../nbs/24_human.ipynb #279eac48
@@ -162,6 +162,7 @@ class RatingReport:
     agreement: dict    # name of a judge or rater: `Agreement` with it
     judges: dict       # and its probabilities
 
+    @printable
     def __repr__(self):
         n, (low, high) = Counter(r["clicked"] for r in self.rows), self.left_share.interval
         lean = "the rater leans to the left" if low > .5 else "the rater leans to the right" if high < .5 else "no leaning seen"
@@ -195,6 +196,7 @@ def _repr_html_(self: RatingReport, n: int = 20):
 
 # %% ../nbs/24_human.ipynb #b976d1fb
 @patch
+@printable
 def __repr__(self: HumanRatings):
     return repr(self.report()) if self.done else f"{self.progress[0]} of {self.progress[1]} rated by {self.rater}; results are shown when all are"
 

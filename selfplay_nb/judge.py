@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import printable
 from .rates import Rate, agreement
 from .players import as_prompts, name_of, places, prompt_text, text_of
 from .reward import as_number, as_reward, rewards_of
@@ -30,6 +31,7 @@ class Verdicts(list):
     def abstained(self) -> int: return len(self) - len(self.known)
     @property
     def wins(self) -> Rate: return Rate(sum((p > .5) + .5*(p == .5) for p in self.known), len(self.known))
+    @printable
     def __repr__(self):
         none = f", {self.abstained} without a verdict" if self.abstained else ""
         return f"Verdicts: a preferred in {self.wins}, {sum(p == .5 for p in self)} ties{none}"
@@ -194,6 +196,7 @@ def correlation(
 
 # %% ../nbs/12_judge.ipynb #730d6089
 @patch
+@printable
 def __repr__(self: ModelVerdicts):
     r, low, high = self.length_correlation
     length = "undefined (all alike)" if math.isnan(r) else f"{r:.2f} [{low:.2f}, {high:.2f}]"
@@ -271,6 +274,7 @@ class Check:
         "A gate: raise `ValueError` unless every canary loses for certain."
         if self.beaten_by: raise ValueError(f"judge {self.judge!r} is refused: {', '.join(self.beaten_by)} not shown to lose against real answers.")
         return self
+    @printable
     def __repr__(self):
         rows = "\n".join(f"{name:18} {r!s:32} {'not shown to lose' if name in self.beaten_by else 'loses'}" for name, r in self.rates.items())
         return f"{'canary':18} {'wins against real answers':32} judge {self.judge!r}\n{rows}"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import tempfile
 from collections import Counter, OrderedDict, deque
 from itertools import combinations
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .competitive import CompetitiveSelfPlay, Preferences
 from .pairs import Ledger, question, write_whole
 from .players import answers_of, columns_of
@@ -86,6 +85,7 @@ class PolicySnapshot:
         "Where its weights are."
         if self._player is not None or self.folder is None: return "given" if self._player is not None else "base"
         return "memory" if self.league and self.league._adapter(self) in self.league._resident else "disk"
+    @printable
     def __repr__(self): return f"PolicySnapshot({self.name!r}: {self.role}, {self.where})"
 
 # %% ../nbs/34_league.ipynb #8ee7b41c
@@ -139,7 +139,7 @@ class LeagueTraining:
         self.folder = Path(folder or self._tmp.name)
         self.elo, self.rng, self.rows, self.members, self.joined = Elo(k), np.random.default_rng(seed), [], [], 0
         self.since, self.refused = Counter(), Counter()   # a role's games from here on count; refusals since it last added a member
-        self._score, self._live, self._resident = {}, {}, OrderedDict()
+        self._score, self._live, self._resident, self._mixed = {}, {}, OrderedDict(), (None, None)
         self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]  # until somebody has joined
         self._open(({"base": None} if base else {}) | (anchors or {}))
 
@@ -161,7 +161,9 @@ def save(self: LeagueTraining) -> Path:
     write_whole(self.folder/"state.json", json.dumps(self.state(), indent=1))
     left = set(self.elo.ratings) - {m.name for m in self.members}  # of all that ever played
     for old in (self.folder/"members").glob("*"):
-        if old.name in left and old.is_dir(): shutil.rmtree(old)
+        if old.name not in left or old.is_symlink() or not old.is_dir(): continue
+        for name in "adapter_config.json", "adapter_model.safetensors": (old/name).unlink(missing_ok=True)
+        if not any(old.iterdir()): old.rmdir()   # else there is more than the adapter, and that is somebody's
     return self.folder
 
 # %% ../nbs/34_league.ipynb #322a5e13
@@ -169,7 +171,10 @@ def save(self: LeagueTraining) -> Path:
 def _open(self: LeagueTraining, anchors: dict):
     "Begin in `folder`, or go on with what is there."
     file = self.folder/"state.json"
-    state = json.loads(file.read_text()) if file.exists() else None
+    try: state = json.loads(file.read_text()) if file.exists() else None
+    except ValueError: state = {}
+    if state is not None and not (isinstance(state, dict) and {"settings", "members", "elo", "ledger", "rng"} <= state.keys()):
+        raise ValueError(f"{file} is damaged, or of somebody else, and is left as it is: choose another folder.")
     if state and state["settings"] != self._settings():
         raise ValueError(f"{self.folder} holds a league with {state['settings']}, not {self._settings()}. Choose another folder, or the same settings.")
     if state is None and any(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()):
@@ -322,12 +327,14 @@ def nash(self: LeagueTraining,
 ) -> Nash:
     "The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent), with everybody's skill against it."
     who = self.leagues if who is None else who
-    return nash_averaging(self.payoff(who) - .5, [m.name for m in who])
+    state = [m.name for m in who], len(self.rows), self.prior
+    if self._mixed[0] != state: self._mixed = state, nash_averaging(self.payoff(who) - .5, state[0])   # asked again for each view of the league
+    return self._mixed[1]
 
 @patch(as_prop=True)
 def games(self: LeagueTraining) -> Games:
     "The games between present members."
-    names = [m.name for m in self.members]
+    names = {m.name: None for m in self.members}   # in their order, and found at once
     return Games([r for r in self.rows if r["a"] in names and r["b"] in names], players=names)
 
 # %% ../nbs/34_league.ipynb #908ca2e0
@@ -380,8 +387,9 @@ class Matchmaking(NamedTuple):
         return [["opponent", "rating", "win rate", "games", "probability", ""],
                 *([m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█"*round(20*p)).ljust(20)] for m, r, w, n, p in rows)]
     def _head(self): return f"{self.role} at {self.performance:.0f} plays"
+    @printable
     def __repr__(self): return self._head() + "\n" + text_table(self._cells())
-    def _repr_html_(self): return f"<p>{self._head()}</p>" + html_table(self._cells())
+    def _repr_html_(self): return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
 
 @patch
 def matchmaking(self: LeagueTraining,
@@ -424,7 +432,7 @@ def play(self: LeagueTraining,
 # %% ../nbs/34_league.ipynb #70e0f7b8
 def _stream(seed: int, name: str) -> int:
     "A seed of a player's own."
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
     "For each pairing the scores of its first player. A judge is asked once about all games, a reward once about each player's answers."
@@ -448,6 +456,7 @@ def _head(self: LeagueTraining):
     places = sum(m.role != "anchor" for m in self.members)
     return f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)} games"
 @patch
+@printable
 def __repr__(self: LeagueTraining): return self._head() + "\n" + text_table(self._cells())
 @patch
 def _repr_html_(self: LeagueTraining): return f"<p>{self._head()}</p>" + html_table(self._cells())

@@ -11,12 +11,12 @@ import io
 import json
 import threading
 import time
-from html import escape
 from pathlib import Path
 
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .checks import escape, printable, printed
 from .callbacks import check_wish, control, process_begun, read_control, run_figure
 from .players import is_messages
 from .widgets import display_live, preformatted
@@ -68,7 +68,7 @@ def headline(state: dict) -> str:
     ended = live["stage"] in ("finished", "failed", "interrupted")
     what = "paused" if live["paused"] else live["stage"] if alive or ended else live["stopping"] or "not running"
     left = f", about {_clock(live['seconds_left'])} left" if alive else ""
-    return f"Round {live['round']} of {live['total']}: {what}; {live['tokens_per_second']:.0f} tokens/s, {live['memory_mb']:.0f} MB{left}"
+    return f"Round {live['round']} of {live['total']}: {printed(what)}; {live['tokens_per_second']:.0f} tokens/s, {live['memory_mb']:.0f} MB{left}"
 
 # %% ../nbs/43_monitor.ipynb #dafb5684
 class Monitor(widgets.VBox):
@@ -163,6 +163,7 @@ def watch(self: Monitor) -> threading.Thread:
 @patch
 def _still(self: Monitor) -> dict: return {"text/plain": repr(self), "text/html": self.status.value + self.alarms.value + self.curve.value + self.pair.value}
 @patch
+@printable
 def __repr__(self: Monitor): return headline(self.state)
 @patch
 def _ipython_display_(self: Monitor, **kwargs): self.handle = display_live(self); self.watch()

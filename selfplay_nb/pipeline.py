@@ -27,9 +27,10 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from selfplay_nb.checkpoint import (
-    RECORD, brief, content, differences, discard, locked, read_record, run_record, verify, weights_sum, write_record, writing,
+    RECORD, brief, content, differences, discard, locked, read_record, run_record, signals_interrupt, verify,
+    weights_sum, write_record, writing,
 )
-from .checks import whole
+from .checks import printable, printed, whole
 from .competitive import CompetitiveSelfPlay
 from .evaluation import Exam, examine
 from .model import DEFAULT_MODEL
@@ -57,6 +58,7 @@ class Rows(list):
     def __init__(self, rows, dropped=(), title: str = "rows"): super().__init__(rows); self.dropped, self.title = Counter(dropped), title
     @property
     def counts(self) -> Counter: return Counter(r.get("source", "?") for r in self)
+    @printable
     def __repr__(self):
         listed = lambda c: ", ".join(f"{n} {k}" for k, n in sorted(c.items())) or "none"
         return f"{self.title}: {len(self)} rows ({listed(self.counts)}); dropped: {listed(self.dropped)}"
@@ -145,6 +147,7 @@ def note(self: Stage) -> str:
 def _cells(self: Stage): return self.title, str(self.rows), _shown(self.before), _shown(self.after), f"{self.seconds:.0f}", self.note
 
 @patch
+@printable
 def __repr__(self: Stage):
     exams = [f"{what} {_shown(rate)}" for what, rate in (("held-out right before", self.before), ("after", self.after)) if rate]
     return "; ".join([f"{self.title}: {self.rows} rows, {self.seconds:.0f} s", *exams, *filter(None, [self.note])])
@@ -153,6 +156,7 @@ def __repr__(self: Stage):
 class Stages(list):
     "The finished stages of a run."
     head = "stage", "rows", "held-out before", "held-out after", "s", ""
+    @printable
     def __repr__(self):
         if not self: return "no stage is finished"
         return text_table([self.head, *(s._cells() for s in self)])
@@ -333,7 +337,7 @@ def _same_base(self: RLHFOrchestrator):
 def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh: bool) -> Stage:
     "Run `work(tmp)` as the next stage, or load it if it is finished."
     n, about = self.done + 1, self._about(name, settings, data)
-    with locked(self.dir):
+    with locked(self.dir), signals_interrupt():
         self._claim()
         if fresh: self.forget(n)
         old = next((s for s in self.stages if s.number == n), None)
@@ -357,7 +361,7 @@ def _about(self: RLHFOrchestrator, name: str, settings: dict, data) -> dict:
 
 @patch
 def _say(self: RLHFOrchestrator, text: str):
-    if self.progress: tqdm.write(text)
+    if self.progress: tqdm.write(printed(text))
 
 # %% ../nbs/45_pipeline.ipynb #7f78f4b8
 @patch
@@ -390,7 +394,7 @@ def forget(self: RLHFOrchestrator,
 ):
     "Delete stage `number` and all later ones, and the rows that they made."
     for s in reversed(self.stages):
-        if s.number >= number: discard(self.folder(s))
+        if s.number >= number: discard(self.folder(s), whole=False)
     if number == 0 and run_record(self.dir, KIND): write_record(self.dir/RECORD, {"kind": KIND})  # another base may follow
     self._rewind(number); self.close(); self.done = min(self.done, number - 1)
 
@@ -761,6 +765,7 @@ def _add(total: UpdateResult, one: UpdateResult):
 
 # %% ../nbs/45_pipeline.ipynb #fc4f7dc7
 @patch
+@printable
 def __repr__(self: RLHFOrchestrator):
     name, stages = Path(self.about["model"]).name, self.stages
     return f"RLHFOrchestrator({self.dir.name} on {name}, seed {self.seed}: {len(stages)} stages finished, {self.done + 1} of them called here)\n{stages!r}"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .checks import whole
+from .checks import printable, whole
 
 # %% ../nbs/01_players.ipynb #e044f2d7
 def is_messages(x) -> bool:
@@ -108,12 +108,13 @@ class Scripted:
         if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
         seen, rows = Counter(), []
         for s, text in zip(seeds, map(prompt_text, prompts)):
-            rows.append([random.Random(f"{s} {seen[s, text] + k} {text}") for k in range(n_samples)])
+            rows.append([random.Random(f"{s} {seen[s, text] + k} {text}".encode("utf-8", "surrogatepass")) for k in range(n_samples)])
             seen[s, text] += n_samples  # a repeated prompt goes on counting
         rows = [[self.fn(p, rng) for rng in row] for p, row in zip(prompts, rows)]
         if n_samples == 1: rows = [row[0] for row in rows]
         return rows[0] if single else rows
 
+    @printable
     def __repr__(self): return f"Scripted({self.name!r})"
 
 # %% ../nbs/01_players.ipynb #42f08533

@@ -16,6 +16,8 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import printable
+
 # %% ../nbs/05_rates.ipynb #399bb360
 def wilson(
     successes: float,    # how many, draws counted as half
@@ -76,6 +78,7 @@ class Rate:
     def from_dict(cls, d: dict):
         "The same again."
         return cls(d["n"]*d["value"] if d["n"] else 0, d["n"], d.get("n_effective"))
+    @printable
     def __repr__(self):
         if not self.n: return "not observed (n=0)"
         low, high = self.interval
@@ -131,6 +134,7 @@ class Agreement:
 
     @property
     def n(self) -> int: return self.raw.n
+    @printable
     def __repr__(self):
         kappa = f"undefined ({self.note})" if self.note else f"{self.kappa:.2f} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
         return f"raw agreement {self.raw}, kappa {kappa}" + (f", {self.skipped} skipped" if self.skipped else "")
@@ -216,6 +220,7 @@ def add(self: SPRT,
 
 # %% ../nbs/05_rates.ipynb #57a050c6
 @patch
+@printable
 def __repr__(self: SPRT):
     says = dict(accept=f"a win rate of {self.p1:g} explains the scores better than {self.p0:g}", undecided="play on",
                 reject=f"a win rate of {self.p0:g} explains the scores better than {self.p1:g}")[self.verdict]

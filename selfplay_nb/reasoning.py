@@ -26,11 +26,10 @@ from collections import defaultdict
 from contextlib import redirect_stdout
 from fractions import Fraction
 from functools import lru_cache
-from html import escape
 from itertools import permutations, product
 
 from .answers import answer_and_rest, answer_in, read_number
-from .checks import whole
+from .checks import escape, printable, whole
 from .players import seed_of, text_of
 from .reward import WeightedReward, finished
 from .tasks import held_out
@@ -232,6 +231,7 @@ class KnightsAndKnaves:
         form = lambda prompts, completions, truncated=None, **c: [
             float(t is not None and _names(t) is not None) for t in _told_alone(completions, truncated, _PEOPLE_OR_NONE)]
         return WeightedReward(dict(finished=finished, form=form, right=self.verifier), dict(finished=.1, form=.1, right=1.))
+    @printable
     def __repr__(self): return f"KnightsAndKnaves({self.n_people})"
 
 # %% ../nbs/15_reasoning.ipynb #2d926fe9
@@ -301,6 +301,7 @@ class Syllogisms:
     def reward(self) -> WeightedReward:
         "It ended, and it is right."
         return WeightedReward(dict(finished=finished, right=self.verifier), dict(finished=.1, right=1.))
+    @printable
     def __repr__(self): return f"Syllogisms({self.premises})"
 
 # %% ../nbs/15_reasoning.ipynb #d21c58c1
@@ -404,6 +405,7 @@ class MathTask:
     def reward(self) -> WeightedReward:
         "It ended, and it is right."
         return WeightedReward(dict(finished=finished, right=math_equal), dict(finished=.1, right=1.))
+    @printable
     def __repr__(self): return f"MathTask({self.level})"
 
 # %% ../nbs/15_reasoning.ipynb #9ea5fce3
@@ -542,6 +544,7 @@ def family_names() -> tuple[list[str], dict[str, str]]: # those that can be used
 # %% ../nbs/15_reasoning.ipynb #fa20557b
 class Families(list):
     "Descriptions of families, one dict each."
+    @printable
     def __repr__(self):
         return "\n".join(f"{f['family']:26} {f['category']:12} {f['levels']:2} levels  {' '.join(f['question'].split())[:80]}" for f in self)
     def _repr_html_(self):
@@ -596,4 +599,5 @@ class ReasoningTask:
     def reward(self) -> WeightedReward:
         "It ended, and the family's graded score."
         return WeightedReward(dict(finished=finished, graded=graded), dict(finished=.1, graded=1.))
+    @printable
     def __repr__(self): return f"ReasoningTask({self.name!r})"

@@ -13,13 +13,12 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 
 # %% ../nbs/26_refinement.ipynb #60ba8c9d
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .judge import without_mark
 from .pairs import validate_pairs, write_whole
 from .players import answers_of, as_player, as_prompts, name_of, prompt_text, seed_of, text_of
@@ -223,6 +222,7 @@ def dead_ends(self: Trace, i: int) -> list[Step]:
     return [s for s in self.steps if s.source == i and (s.target is None or s.target <= i)]
 
 @patch
+@printable
 def __repr__(self: Trace):
     if not self.versions: return "Trace: nothing generated"
     lines = [f"Trace: {self.outcome}", f"prompt: {prompt_text(self.prompt)}"]
@@ -278,8 +278,8 @@ def from_dict(cls: Trace, d: dict) -> Trace:
 # %% ../nbs/26_refinement.ipynb #0405b2c1
 @patch
 def save(self: Trace, path: str | Path):
-    "Write the trace as JSON, replacing what was there."
-    write_whole(path, self.to_json())
+    "Write the trace as JSON, replacing a trace that was there. Raises `ValueError` where another file is."
+    write_whole(path, self.to_json(), Trace.load)
 
 @patch
 def to_json(self: Trace) -> str:
@@ -320,6 +320,7 @@ class IterativeRefiner:
         self.max_chars, self.sampling = max_chars, SAMPLING | sampling
         self.critique_sampling = self.sampling | (critique_sampling or {})
 
+    @printable
     def __repr__(self):
         by, judged = "itself" if self.critic is self.policy else name_of(self.critic), f", scored by {name_of(self.reward)}" if self.reward else ""
         return f"IterativeRefiner({name_of(self.policy)} criticised by {by}{judged})"
@@ -477,6 +478,7 @@ class Traces(list):
     def stops(self) -> Counter: return Counter(t.stop or "not finished" for t in self)
     @property
     def n_iterations(self) -> int: return max((len(t.path(t.tip))-1 for t in self), default=0)
+    @printable
     def __repr__(self):
         if not self: return "no traces"
         rows = [f"{'after':7}{'mean score':12}{'characters':12}still changing"]
@@ -595,14 +597,16 @@ def critique_rows(self: Traces,
 # %% ../nbs/26_refinement.ipynb #98480ef2
 @patch
 def save(self: Traces, path: str | Path):
-    "Write the traces as JSON lines, replacing what was there."
-    write_whole(path, "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self))
+    "Write the traces as JSON lines, replacing traces that were there. Raises `ValueError` where another file is."
+    write_whole(path, "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self), Traces.load)
 
 @patch(cls_method=True)
 def load(cls: Traces, path: str | Path) -> Traces:
     "Read what `save` wrote; raises `ValueError` naming the line that is no trace."
+    *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
+    if rest: raise ValueError(f"{path} ends with {rest[:60]!r}: expected traces as JSON, a line each.")
     out = cls()
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for i, line in enumerate(lines, 1):
         try: out.append(Trace.from_dict(json.loads(line)))
         except ValueError as e: raise ValueError(f"{path}, line {i}: {e}") from None
     return out
@@ -622,7 +626,8 @@ def save_data(self: Traces,
     stem: str | Path,          # beginning of the files' names
     refiner: IterativeRefiner, # whose template the critiques answer
 ) -> dict[str, int]:           # each file's name and its number of rows
-    "Write what `data_files` gives, replacing what was there."
+    "Write what `data_files` gives, replacing such rows. Raises `ValueError` where another file is."
     files = self.data_files(stem, refiner)
-    for path, text in files.items(): write_whole(path, text)
+    def rows(path): return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+    for path, text in files.items(): write_whole(path, text, rows)
     return {path.name: text.count("\n") for path, text in files.items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
+from .checks import printable
 from .rates import Rate, ratio_interval
 
 # %% ../nbs/23_retention.ipynb #359b4866
@@ -114,6 +115,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         with np.errstate(over="ignore"): return float(np.exp(sum(self.nats)/sum(self.tokens)))
+    @printable
     def __repr__(self): return f"perplexity {self.value:.2f} ({len(self.nats)} passages, {sum(self.tokens)} tokens)"
 
 # %% ../nbs/23_retention.ipynb #c049b054
@@ -139,6 +141,7 @@ class Estimate:
     value: float
     low: float   # nan where there is no interval
     high: float
+    @printable
     def __repr__(self):
         interval = "no interval" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
         return f"{self.value:.3f} [{interval}]"
@@ -228,6 +231,7 @@ class Probe:
 
     @property
     def accuracy(self) -> Rate: return Rate(sum(r["right"] for r in self.rows), len(self.rows))
+    @printable
     def __repr__(self): return f"Probe: {self.accuracy} right"
 
 # %% ../nbs/23_retention.ipynb #b12900f3
@@ -268,6 +272,7 @@ class Capability:
     "What a policy can do outside its task."
     perplexity: Perplexity
     probe: Probe
+    @printable
     def __repr__(self): return f"Capability({self.perplexity}; {self.probe})"
 
 def capability(
@@ -315,6 +320,7 @@ def retention(
 
 # %% ../nbs/23_retention.ipynb #ae08f988
 @patch
+@printable
 def __repr__(self: Retention):
     v, (b, a) = self.verdicts, (self.before, self.after)
     return (f"{self.verdict} (tolerance {self.tolerance:g})\n"

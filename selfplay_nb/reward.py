@@ -23,7 +23,7 @@ from fractions import Fraction
 from fastcore.basics import patch
 
 from .answers import gold_numbers, last_number
-from .checks import function
+from .checks import function, printable, printed
 from .players import as_prompts, is_messages, name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
@@ -250,6 +250,7 @@ class WeightedReward:
         parts = self.parts(prompts, completions, **columns)
         return [sum(w*parts[name][i] for name, w in self.weights.items()) for i in range(len(completions))]
 
+    @printable
     def __repr__(self): return "WeightedReward(" + " + ".join(f"{w:g}·{name}" for name, w in self.weights.items()) + ")"
 
 # %% ../nbs/03_reward.ipynb #26167171
@@ -280,6 +281,7 @@ class Guarded:
     @property
     def share(self) -> float: return sum(self.failures.values())/max(1, self.asked)
     def __call__(self, prompts, completions, **columns) -> list[float]: return self._ask(self.reward, columns, prompts=prompts, completions=completions)
+    @printable
     def __repr__(self):
         return f"Guarded({self.__name__}: {sum(self.failures.values())} of {self.asked} failed{': ' + self.first if self.first else ''})"
 
@@ -293,7 +295,7 @@ def _ask(self: Guarded, fn, columns, **lists) -> list[float]:
     return batch.out
 
 @patch
-def _count(self: Guarded, why, said, n): self.failures[why] += n; self.first = self.first or f"{why}, {said[:200]}"
+def _count(self: Guarded, why, said, n): self.failures[why] += n; self.first = self.first or f"{why}, {printed(said[:200])}"
 
 # %% ../nbs/03_reward.ipynb #a52a13b8
 class _Batch:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
-from .checks import number
+from .checks import number, printable
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
@@ -56,6 +56,7 @@ class RewardModel:
         "What it adds to the base in memory."
         params = [p for n, p in self.base.model.named_parameters() if f".{self.policy.name}." in n]
         return sum(p.numel()*p.element_size() for p in [*params, self.head])
+    @printable
     def __repr__(self): return f"RewardModel({self.policy.name!r}: {self.n_bytes/1e6:.1f} MB on {self.base!r})"
 
 # %% ../nbs/25_reward_model.ipynb #797f6497
@@ -140,6 +141,7 @@ class Scores:
         "Share of pairs whose chosen answer has the higher reward, equal ones counted as half; the interval is by prompt."
         m = self.margins
         return Rate(float((m > 0).sum() + .5*(m == 0).sum()), len(m), len(set(self.groups)))
+    @printable
     def __repr__(self): return f"Scores: right about {self.accuracy} of pairs on {len(set(self.groups))} prompts; mean margin {self.margins.mean():.2f}"
 
 # %% ../nbs/25_reward_model.ipynb #b7693877

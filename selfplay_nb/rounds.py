@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Protocol
 
+from .checks import printable
 from .competitive import CompetitiveSelfPlay, Preferences
 from .evaluation import Exam, examine
 from .game_training import Sticks, advantages, position_baseline, position_pairs
@@ -44,6 +45,7 @@ class Experience:
                           self.advice or other.advice, self.by_reference and other.by_reference)
 
     def __len__(self): return len(self.pairs) + len(self.answers)
+    @printable
     def __repr__(self): return f"Experience({len(self.pairs)} pairs, {len(self.answers)} answers)"
 
 # %% ../nbs/40_rounds.ipynb #4d52a1d1
@@ -270,6 +272,7 @@ class GameTask:
         seed = seed_of("starts", *(p["start"] for p in problems))
         return play(self.game, players, len(problems), seed=seed, illegal=self.illegal, **settings)
 
+    @printable
     def __repr__(self): return f"GameTask({self.name})"
 
 # %% ../nbs/40_rounds.ipynb #38f5c333

@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from html import escape
+
+from .checks import escape, printable
 
 # %% ../nbs/13_sandbox.ipynb #11a924bd
 def _limit(cpu, memory, files, file_size, tasks):
@@ -391,6 +392,7 @@ class Result:
     def __str__(self): return f"{self.status}{self.why and f' ({self.why})'} after {self.seconds:.2f} s, exit code {self.code}, {self.tier} tier"
     def _texts(self): return [(n, t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}")
                               for n, t in (("stdout", self.stdout), ("stderr", self.stderr)) if t]
+    @printable
     def __repr__(self): return "\n".join([str(self), *(f"{n}: {t.rstrip()}" for n, t in self._texts())])
     def _repr_html_(self):
         return f"<b>{escape(str(self))}</b>" + "".join(f"<br>{n}<pre style='font-family:monospace'>{escape(t)}</pre>" for n, t in self._texts())

@@ -6,12 +6,11 @@
 __all__ = ['plot_rating_curve', 'Scoreboard']
 
 # %% ../nbs/31_scoreboard.ipynb #fd84ad02
-from html import escape
-
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .diversity import plot_strip
-from .ratings import Games, Ratings, bradley_terry, cycles
+from .ratings import MOST, Games, Ratings, bradley_terry, cycles, spaced
 
 # %% ../nbs/31_scoreboard.ipynb #4c611093
 def plot_rating_curve(
@@ -25,11 +24,13 @@ def plot_rating_curve(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
     interval = dict(zip(ratings.players, ratings.intervals.tolist())); x = range(len(order))
-    ax.plot(x, [ratings[p] for p in order], "k-o", ms=4)
+    ax.plot(x, [ratings[p] for p in order], "k-o", ms=4 if len(order) <= MOST else 1)
     ax.fill_between(x, *zip(*[interval[p] for p in order]), color="0.85", label="95 % interval")
-    for p in ratings.players:
-        if p not in order: ax.axhline(ratings[p], ls=":", color="0.45"); ax.annotate(p, (len(order)-1, ratings[p]), fontsize=8, ha="right", va="bottom")
-    ax.set(xticks=list(x), ylabel="rating (Elo scale)"); ax.set_xticklabels(order, rotation=30, ha="right", fontsize=8); ax.legend(fontsize=8)
+    for p in [p for p in ratings.players if p not in set(order)][:MOST]:
+        ax.axhline(ratings[p], ls=":", color="0.45"); ax.annotate(p, (len(order)-1, ratings[p]), fontsize=8, ha="right", va="bottom")
+    ax.set_xticks(*spaced(order), rotation=30, ha="right", fontsize=8)
+    ax.set_ylabel("rating (Elo scale)")
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/31_scoreboard.ipynb #810db1d1
@@ -60,6 +61,7 @@ class Scoreboard:
 
 # %% ../nbs/31_scoreboard.ipynb #5c5889f9
 @patch
+@printable
 def __repr__(self: Scoreboard):
     return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in self.sections.items())
 

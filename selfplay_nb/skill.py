@@ -12,13 +12,12 @@ import random
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from statistics import NormalDist
 
 import numpy as np
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import escape, printable, whole
 from .players import answers_of, as_prompts, text_of
 from .rates import Rate, win_rate
 from .reward import as_reward, rows_of, score_samples
@@ -68,6 +67,7 @@ class AtLevel:
         prompts, single = as_prompts(prompts); prompts = [at_level(p, self.level) for p in prompts]
         return prompts[0] if single else prompts
     def generate(self, prompts, *args, **kwargs): return self.policy.generate(self._levelled(prompts), *args, **kwargs)
+    @printable
     def __repr__(self): return f"AtLevel({self.policy!r}, {self.level!r})"
 
 # %% ../nbs/28_skill.ipynb #f8bf80fc
@@ -107,6 +107,7 @@ def by_rating(
 class SkillRows(list):
     "Rows `{\"prompt\", \"completion\", \"level\", ...}` for `update.sft`, with the number of what was left out."
     def __init__(self, rows, dropped=()): super().__init__(rows); self.dropped = Counter(dropped)
+    @printable
     def __repr__(self):
         counts = sorted(Counter(r["level"] for r in self).items(), key=lambda ln: SKILLS.index(ln[0]) if ln[0] in SKILLS else -1)
         return (f"{len(self)} rows: {', '.join(f'{n} {l}' for l, n in counts)}"
@@ -201,6 +202,7 @@ class Trend:
     p_down: float # of so small a one
     n: int      # prompts
 
+    @printable
     def __repr__(self): return f"rise {self.rise:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n={self.n}), p {'< 0.0001' if self.p < 1e-4 else f'= {self.p:.4f}'}"
 
 # %% ../nbs/28_skill.ipynb #e2c13bbd
@@ -273,6 +275,7 @@ def _cells(self: SkillCheck):
     return [*rates, *tests, ("all levels", str(self.trend)), ("verdict", self.verdict), *left_out]
 
 @patch
+@printable
 def __repr__(self: SkillCheck): return "\n".join(f"{a:30} {b}" for a, b in self._cells())
 
 @patch
@@ -380,4 +383,5 @@ def generate(self: Guided, prompts, n_samples: int = 1, **sampling):
     return rows[0] if single else rows
 
 @patch
+@printable
 def __repr__(self: Guided): return f"Guided({self.policy!r}, {self.low} + {self.scale:g}·({self.high} - {self.low}))"

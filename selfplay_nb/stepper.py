@@ -8,17 +8,17 @@ __all__ = ['score_curve', 'RefinementStepper']
 # %% ../nbs/32_stepper.ipynb #4a382817
 import time
 import traceback
-from html import escape
 from pathlib import Path
 
 # %% ../nbs/32_stepper.ipynb #bd3ebc90
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .pairs import write_whole
 from .players import prompt_text
 from .refinement import IterativeRefiner, Trace, Traces, diff_html
-from .widgets import display_live, preformatted
+from .widgets import display_live, framed, preformatted
 
 # %% ../nbs/32_stepper.ipynb #1d1c07a2
 def score_curve(
@@ -142,7 +142,7 @@ def _draw(self: RefinementStepper, at):
     self.slider.value = place; i = line[place]; v = t.versions[i]; step = t.step_to(i)
     body = preformatted(v.text, t.about(i))
     if step:
-        body = preformatted("\0", t.about(i)).replace("\0", diff_html(t.versions[v.parent].text, v.text))
+        body = framed(diff_html(t.versions[v.parent].text, v.text), t.about(i))
         body += "<p><del>struck</del>: left out, <ins><b>underlined</b></ins>: new</p>"
     self.text.value = body
     self.reason.value = preformatted(step.critique, f"Critique that led to v{i}, by {step.by}") if step else "<p>The first version: no critique led to it.</p>"
@@ -258,4 +258,5 @@ def _keep(self: RefinementStepper):
     if self.handle: self.handle.update(self._still(), raw=True)
 
 @patch
+@printable
 def __repr__(self: RefinementStepper): return repr(self.trace) if self.trace else "RefinementStepper: nothing generated yet"

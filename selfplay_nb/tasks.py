@@ -14,7 +14,7 @@ from numbers import Real
 
 from fastcore.basics import patch
 
-from .checks import whole
+from .checks import printable, whole
 from .judge import as_judge
 from .pairs import load_rows, question_key, same_questions
 from .players import name_of
@@ -28,7 +28,7 @@ def held_out(
     share: float = 0.2,   # of all problems that are held out
 ) -> bool:
     "Whether the problem belongs to the held-out split; the same answer everywhere and always."
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) < share * 2**32
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4]) < share * 2**32
 
 # %% ../nbs/10_tasks.ipynb #6a56fa1e
 LEVELS = { # level: (operation, range of the first number, range of the second)
@@ -121,6 +121,7 @@ class PromptTask:
         self.splits = {"train": [r for r in train if not asks(r)], "held-out": kept}
         self._check(len(train))
 
+    @printable
     def __repr__(self):
         sizes = " and ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
         return f"PromptTask({self.name!r}: {sizes} prompts)"

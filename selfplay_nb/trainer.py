@@ -572,7 +572,7 @@ def _go_on(self: SelfPlayTrainer, folder: Path, state: dict):
     self.trained = set(state["trained"])
     self.config = dataclasses.replace(self.given, **{k: v for m in self.history for k, v in m.get("changed", {}).items()})
     for f in numbered(folder.parent):
-        if int(f.name.rsplit("_", 1)[1]) > self.round: discard(f)  # damaged: the one that was taken is the newest now
+        if int(f.name.rsplit("_", 1)[1]) > self.round: discard(f, whole=False)  # damaged: the one that was taken is the newest now
     self._load(folder); self._write_metrics()
     set_random_states(state["random"])
     if (folder/"league").exists():

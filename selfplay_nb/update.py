@@ -34,7 +34,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import SchedulerType, get_scheduler
 
-from .checks import function, number, one_of, shown, whole
+from .checks import function, number, one_of, printable, shown, whole
 from .pairs import validate_pairs
 from .policy import Base, Policy, can_share, free_memory, is_product, lay_out, out_of_memory, pack
 from .players import is_messages, text_of
@@ -349,6 +349,7 @@ class UpdateResult:
 
     @property
     def losses(self) -> list[float]: return [h["loss"] for h in self.history if "loss" in h]
+    @printable
     def __repr__(self):
         losses = [f"{x:.3f}" for x in self.losses]
         change = " → ".join(losses[:1] + losses[1:][-1:]) or "none"
@@ -542,7 +543,11 @@ def save_optimizer(
     path: str | Path,     # a safetensors file
 ):
     "Write an optimizer's state beside the adapter that it belongs to; nothing for None."
-    if moments: save_file(moments, path)
+    if not moments: return
+    try: other = Path(path).exists() and not any(k.endswith("step") for k in load_file(path))
+    except Exception: other = True
+    if other or Path(path).is_symlink(): raise ValueError(f"{path} is no optimizer's state and is left as it is: give another name.")
+    save_file(moments, path)
 
 def load_optimizer(path: str | Path) -> dict | None:
     "Read what `save_optimizer` wrote; None if there is no file."

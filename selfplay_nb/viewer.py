@@ -7,11 +7,11 @@ __all__ = ['board_svg', 'board_html', 'GameViewer', 'PlaySeat']
 
 # %% ../nbs/38_viewer.ipynb #c80fdd10
 import traceback
-from html import escape
 
 import ipywidgets as widgets
 from fastcore.basics import patch
 
+from .checks import escape, printable
 from .games import LiveGame, Played, Transcript, ask, find_move, replay, stream
 from .players import name_of, prompt_text
 from .stepper import score_curve
@@ -127,6 +127,7 @@ def _still(self: GameViewer) -> dict:
     return {"text/plain": repr(self), "text/html": table + self.transcript._repr_html_()}
 
 @patch
+@printable
 def __repr__(self: GameViewer): return repr(self.transcript)
 
 @patch
@@ -259,6 +260,7 @@ def _still(self: PlaySeat) -> dict:
     return {"text/plain": repr(self), "text/html": (self.played._repr_html_() if self.played else "") + games}
 
 @patch
+@printable
 def __repr__(self: PlaySeat): return repr(self.played)
 @patch
 def _ipython_display_(self: PlaySeat, **kwargs): self.handle = display_live(self)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from .checks import printable
 from .diversity import Diversity, Entropy, collapse_alarm, diversity, has_diversity
 from .policy import Policy
 from .rates import finite, mean_interval
@@ -53,6 +54,7 @@ class Vitals:
         d = {part: _measured(fields) for part, fields in d.items()}
         said = d["diversity"] | {"entropy": Entropy(**d["diversity"]["entropy"]), "commonest": tuple(d["diversity"]["commonest"])}
         return cls(Estimate(**d["kl"]), Diversity(**said), Perplexity(**d["perplexity"]))
+    @printable
     def __repr__(self):
         d = self.diversity
         return (f"KL to the base {self.kl} nats an answer, entropy {d.entropy}\nself-BLEU {d.within['self-BLEU']:.2f} within prompts, "

