@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'Experience', 'Collector', 'Compete', 'Refine', 'group_advantages', 'leave_one_out', 'Groups',
            'group_rewards', 'answer_rows', 'Demonstrate', 'GameTask', 'as_game', 'PlayGames', 'GameMoves', 'GamePairs',
-           'Method', 'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'Prompts', 'compared_with', 'Matches',
-           'arena']
+           'Method', 'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'Gate', 'Prompts', 'compared_with',
+           'Matches', 'arena']
 
 # %% ../nbs/40_rounds.ipynb #dae50e5f
 import math
@@ -40,8 +40,9 @@ class Experience:
     by_reference: bool = False # are the pairs' log-probabilities those of the reference, if the student is still what that is?
 
     def __add__(self, other: "Experience") -> "Experience":
-        "Both together."
-        return Experience(self.pairs + other.pairs, self.answers + other.answers, self.metrics | other.metrics,
+        "Both together: rows and counts add up; of a rate that both have, the first one's stays."
+        both = {k: v + other.metrics[k] for k, v in self.metrics.items() if type(v) is int and k in other.metrics}
+        return Experience(self.pairs + other.pairs, self.answers + other.answers, other.metrics | self.metrics | both,
                           self.advice or other.advice, self.by_reference and other.by_reference)
 
     def __len__(self): return len(self.pairs) + len(self.answers)
@@ -437,6 +438,14 @@ def weighed(
 # %% ../nbs/40_rounds.ipynb #3c4cc528
 METHODS = {"dpo": PairMethod("dpo"), "ipo": PairMethod("ipo"), "sppo": PairMethod("sppo"), "spin": PairMethod("spin"), "sft": SFTMethod(),
            "grpo": GradientMethod(per_token=True), "reinforce": GradientMethod(per_token=False)}
+
+# %% ../nbs/40_rounds.ipynb #02a730f5
+class Gate(Protocol):
+    "Whether the student replaces the reference."
+    def decide(self,
+        run,     # the `SelfPlayTrainer`
+    ) -> dict:   # with a `verdict`: "accept", "reject" or "undecided"; the rest is for the metrics, as plain numbers
+        ...
 
 # %% ../nbs/40_rounds.ipynb #df7c5f8c
 class Prompts:

@@ -115,10 +115,12 @@ class SelfPlayTrainer:
         callbacks=None,           # by default `default_callbacks()`
         collectors=None,          # where experience comes from (see `rounds.Collector`); by default what the method asks for
         method=None,              # how to learn from it (see `rounds.Method`); by default `config.method`
+        gate=None,                # what decides at a gate (see `rounds.Gate`); by default a sequential test, if `config.gate`
     ):
         self.given = self.config = config.check(); self.dir = Path(config.run_dir)
         self.task, self.no_task = _task_of(config, task), task is None
-        self.arena, self.method, self.parts = arena(self.task), method or METHODS[config.method], (collectors, method)
+        self.arena, self.method, self.own_gate = arena(self.task), method or METHODS[config.method], gate
+        self.parts = collectors, method, gate
         self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         self.asks, self.pool = same_questions(self.exam_problems), None
@@ -304,8 +306,10 @@ def ask_gate(self: SelfPlayTrainer) -> dict:
 def maybe_renew(self: SelfPlayTrainer) -> dict:
     "If it is time to, renew the reference (where there is a gate, only with a student that passes); a rejected one goes back to it."
     if (self.round + 1) % self.config.renew_every: return {}
-    if not self.config.gate: self.renew_reference(); return {}
-    told = self.ask_gate()
+    if self.own_gate is None and not self.config.gate: self.renew_reference(); return {}
+    told = self.own_gate.decide(self) if self.own_gate else self.ask_gate()
+    if told["verdict"] not in ("accept", "reject", "undecided"):
+        raise ValueError(f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'.")
     if told["verdict"] == "accept": self.renew_reference(); self.marks["best"] = self.round + 1
     if told["verdict"] == "reject": self.return_to_reference()
     return {"gate": told}

@@ -80,6 +80,10 @@ class Careful:
         return dpo(run.student, experience.pairs, run.reference, **run.update_settings | dict(learning_rate=5e-5))
 
 
+class Always:
+    def decide(self, run): return dict(verdict="accept", asked=run.round)
+
+
 ROWS = [dict(prompt=p, thing=t) for p, t in zip(PROMPTS, THINGS)]
 DEMONSTRATIONS = [dict(prompt=p, completion="A thing.") for p in PROMPTS]
 BROUGHT = {
@@ -95,7 +99,7 @@ BROUGHT = {
     "demonstrations": lambda: dict(task=as_task(DEMONSTRATIONS, reward=variety), method="spin"),
     "a game": lambda: dict(task=GameTask(Short(), illegal="random"), method="reinforce", exam_size=8),
     "a game and a league": lambda: dict(task=GameTask(Short(), illegal="random"), opponents="league", method="reinforce", exam_size=8),
-    "parts of one's own": lambda: dict(task=as_task(PROMPTS, reward=variety), collectors=[TwicePlayed()], method=Careful()),
+    "parts of one's own": lambda: dict(task=as_task(PROMPTS, reward=variety), collectors=[TwicePlayed()], method=Careful(), gate=Always()),
 }
 
 
@@ -107,7 +111,7 @@ class Killed:
 
 def brought(name, folder, run_dir, callbacks=()):
     given = BROUGHT[name]()
-    parts = {k: given.pop(k) for k in ("task", "collectors") if k in given}
+    parts = {k: given.pop(k) for k in ("task", "collectors", "gate") if k in given}
     if not isinstance(given.get("method", ""), str): parts["method"] = given.pop("method")
     base = Base.load(folder, dtype=torch.float32, device="cpu")
     return SelfPlayTrainer(SelfPlayConfig(str(run_dir), **SMALL | given), base=base, callbacks=list(callbacks), **parts)
