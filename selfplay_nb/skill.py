@@ -323,7 +323,7 @@ class Guided:
 def _decode(self: Guided, model, prompts, uniforms, temperature, top_p, tick):
     "Token ids and log-probabilities of an answer to each of `prompts`, pairs of token lists: at the high level and at the low one."
     import torch
-    from selfplay_nb.policy import _choose, _positions, _read
+    from selfplay_nb.policy import _choose, _positions, _read, _with
     base, distinct = self.policy.base, {p: i for i, p in enumerate(dict.fromkeys(prompts))}
     logits, cache, mask = _read(model, [list(p[side]) for side in (0, 1) for p in distinct], base.tokenizer.pad_token_id)
     keep = torch.tensor([side*len(distinct) + distinct[p] for side in (0, 1) for p in prompts], device=model.device)
@@ -342,7 +342,7 @@ def _decode(self: Guided, model, prompts, uniforms, temperature, top_p, tick):
         alive, token = alive[going], token[going].repeat(2)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=_positions(mask)[:, -1:],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+                       **_with(model, cache)).logits[:, -1]
     return tokens, logprobs
 
 # %% ../nbs/28_skill.ipynb #07409dd4

@@ -30,10 +30,10 @@ from .evaluation import Exam
 from .league import DISTRIBUTIONS, ROLES, LeagueTraining
 from .model import DEFAULT_MODEL
 from .pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
-from .players import name_of, seed_of
+from .players import columns_of, name_of, seed_of
 from .policy import Base, Policy
 from .rates import SPRT, finite
-from .reward import Guarded, coin_flip, is_judge
+from .reward import Guarded, check_columns, coin_flip, is_judge
 from .rounds import METHODS, Experience, GameTask, arena, as_game
 from .tasks import ArithmeticTask, as_task
 from .update import COMMON, DPO, load_optimizer, save_optimizer
@@ -123,6 +123,8 @@ class SelfPlayTrainer:
         self.parts = collectors, method, gate
         self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
+        columns = columns_of(self.exam_problems)[1]
+        for scorer in filter(None, (self.task.reward, self.task.verifier)): check_columns(scorer, **columns)
         self.asks, self.pool = same_questions(self.exam_problems), None
         self.problems(config.prompts_per_round, 0)  # too few for a round, or held-out ones? Better known now
         coin = coin_flip(config.seed) if config.judge == "coin" else None
