@@ -52,7 +52,7 @@ class SticksState:
 
     def move(self, text: str):
         "Take that many. Raises `ValueError` for what is no legal move."
-        if text.strip() not in self.legal: raise ValueError(f"{text!r}: expected one of {', '.join(self.legal)}.")
+        if text.strip() not in self.legal: raise ValueError(f"{text!r:.60}: expected one of {', '.join(self.legal)}.")
         self.n -= int(text)
         mover = self.seat
         self.seat, self.outcome = (1 - mover, None) if self.n else (None, [float(s == mover) for s in (0, 1)])

@@ -408,5 +408,10 @@ def write_whole(
         except Exception as e:
             raise ValueError(f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is: give another name.") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside, "w", encoding="utf-8", errors="replace") as f: f.write(text); f.flush(); os.fsync(f.fileno())
-    beside.replace(path)
+    try:
+        with open(beside, "w", encoding="utf-8", errors="replace") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        beside.replace(path)
+    finally: beside.unlink(missing_ok=True)

@@ -104,10 +104,12 @@ def test_a_bad_file_names_itself_the_entry_and_the_field(tmp_path, text, says):
     with pytest.raises(ValueError, match=f"c.toml.*{says}"): Constitution.load(tmp_path/"c.toml")
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     CONSTITUTION.save(tmp_path/"c.toml")
-    (tmp_path/"c.toml.new").mkdir()  # where it would be written first
-    with pytest.raises(OSError): Constitution(["Be brief"]).save(tmp_path/"c.toml")
+    def full(*args): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m, pytest.raises(OSError):
+        m.setattr("os.fsync", full)
+        Constitution(["Be brief"]).save(tmp_path/"c.toml")
     assert fields(Constitution.load(tmp_path/"c.toml")) == fields(CONSTITUTION)
 
 

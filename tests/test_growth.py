@@ -14,11 +14,13 @@ import pytest
 
 from selfplay_nb import (
     answers,
+    checks,
     code_tasks,
     constitutional,
     creative,
     debate,
     diversity,
+    game_training,
     games,
     judge,
     pairs,
@@ -140,6 +142,9 @@ READERS = {
     "refinement.word_diff, one word more": a_word_more,
     "refinement.diff_text": lambda t: refinement.diff_text(t, t + "b"),
     "refinement.diff_html": lambda t: refinement.diff_html(t[1:], t),
+    "checks.printed": checks.printed,
+    "checks.escape": checks.escape,
+    "game_training.SticksState.move": lenient(lambda t: game_training.SticksState(9).move(t)),
     "pairs.loops": pairs.loops,
     "pairs.question_key": pairs.question_key,
     "pairs.form": pairs.form,
@@ -223,7 +228,7 @@ NO_READERS = {
         creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why constitutional.score constitutional.attribution
         constitutional.evaluate_principle constitutional.render judge.render games.take debate.move pairs.question diversity.adjusted_distinct
         diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
-        widgets.show viewer.show reward.WeightedReward.parts players.content_of""",
+        widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed""",
     "reads the game's own lines of a prompt, or plays a move that was read before": "debate.read_view games.move games.OpenSpielState.move",
     "a process of its own with a deadline (see below)": "reasoning.math_equal reasoning.graded reasoning.fully_right",
     "runs programs in the sandbox, with limits of its own": "code_tasks.check_code code_tasks.verdicts code_tasks.mutants",
@@ -232,11 +237,13 @@ NO_READERS = {
         reward_model.train reward_model.scores players.answers_of players.Scripted.generate refinement.refine refinement.refine_batch refinement.begin
         skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate trainer.train trainer.check_prompts
         vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check pipeline.run_self_play
-        pipeline.run_policy_optimization pipeline.sppo diversity.embed""",
+        pipeline.run_policy_optimization pipeline.sppo diversity.embed update.token_logprobs rounds.group_rewards""",
+    "says what a user's own class has to offer": "protocols.Judge.compare protocols.Position.move protocols.Player.generate",
     "measures with prompts of its own": """costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity costs.literal_round
         costs.trl_online costs.our_sampling costs.peft_sampling costs.llama_cpp""",
     "counts or copies rows, numbers or the library's own messages": """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
-        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole trainer.warn""",
+        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole trainer.warn
+        rounds.answer_rows tasks.as_task trainer.progress""",
 }
 
 def public_functions():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfplay_nb import pipeline
+from selfplay_nb import pipeline, rounds
 from selfplay_nb.model import tiny_model_folder
 from selfplay_nb.pipeline import METHODS, RLHFOrchestrator, combine, group_advantages, load_rows, sppo, win_probability
 from selfplay_nb.policy import Base, Policy
@@ -418,7 +418,7 @@ def unchecked(reward, prompts, answers, **columns):
     return [[next(r) for _ in row] for row in answers]
 
 def test_answers_on_which_the_reward_abstains_are_left_out_and_counted(make, monkeypatch):
-    monkeypatch.setattr(pipeline, "score_samples", unchecked)  # lets them through, as `Guarded` does
+    monkeypatch.setattr(rounds, "score_samples", unchecked)  # lets them through, as `Guarded` does
     seen, original = [], pipeline.reinforce
     monkeypatch.setattr(pipeline, "reinforce", lambda policy, rows, *a, **k: seen.append(rows) or original(policy, rows, *a, **k))
     o = make(); o.task = Moody()
