@@ -21,6 +21,7 @@ from fastcore.docments import docments
 from .callbacks import check_wish, control, load_exam, summary
 from .checkpoint import newest_whole, run_record
 from .evaluation import compare
+from .pairs import write_whole
 from .pipeline import METHODS, RLHFOrchestrator
 from .tasks import as_task
 from .trainer import KIND, SelfPlayConfig, SelfPlayTrainer
@@ -176,6 +177,7 @@ def learning(
 ):
     "Run the experiment; the metrics of all finished runs are in `out`."
     base, rows, fair = None, [], {}
+    if Path(out).exists(): _read_learning(out)  # somebody else's file? Better known now
     for judge in "rule", "coin":
         for seed in seeds:
             c = SelfPlayConfig(**dict(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge) | config | fair.get(seed, {}))
@@ -189,8 +191,13 @@ def learning(
             fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})  # coins hardly tie: the control trains on as many pairs, not on more
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
             rows[-1] |= {"gained": change.gained, "lost": change.lost}
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text("".join(json.dumps(r) + "\n" for r in rows))
+            write_whole(out, "".join(json.dumps(r) + "\n" for r in rows), mine=_read_learning)
+
+def _read_learning(path):
+    "Raise `ValueError` unless a file holds rows of the experiment."
+    try: known = all({"judge", "seed", "round"} <= set(json.loads(line)) for line in Path(path).read_text().splitlines())
+    except (OSError, ValueError, TypeError): known = False
+    if not known: raise ValueError(f"{path} holds something else than rows of this experiment, and is left as it is: give another file.")
 
 # %% ../nbs/50_cli.ipynb #123b4440
 def _setting(text: str):

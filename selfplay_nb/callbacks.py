@@ -114,17 +114,25 @@ def summary(
     run_dir: str | Path, # of a run, finished or not
 ) -> str:
     "The table of before and after, as text."
-    history = [json.loads(line) for line in (Path(run_dir)/"metrics.jsonl").read_text().splitlines()]
-    exams = [m for m in history if "accuracy" in m]
-    a, b = (load_exam(run_dir, m["round"]) for m in (exams[0], exams[-1]))
-    seconds = sum(m["seconds"] + m.get("exam_seconds", 0) for m in history)
-    final = Path(run_dir)/"against_base.json"
-    base = f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}\n" if final.exists() else ""
-    measure = exams[0].get("measure", "right")
-    return (f"held-out, greedy      {measure:5}   95 % interval    n\n"
-            + "".join(f"{name:20} {100*e.accuracy.value:5.1f} %  [{100*e.accuracy.interval[0]:4.1f}, {100*e.accuracy.interval[1]:4.1f}]  {len(e.rows):4}\n"
-                      for name, e in (("before", a), (f"after {exams[-1]['round']} rounds", b)))
-            + f"paired: {compare(a, b)}\n{base}{len(history)-1} rounds, {sum(m.get('pairs', 0) for m in history)} pairs, {seconds/60:.1f} minutes of run time")
+    run_dir = Path(run_dir)
+    history = [json.loads(line) for line in (run_dir/"metrics.jsonl").read_text().splitlines()]
+    rounds = [m["round"] for m in history if "accuracy" in m]
+    measure = next((m["measure"] for m in history if "measure" in m), "right")
+    before, after = load_exam(run_dir, rounds[0]), load_exam(run_dir, rounds[-1])
+    lines = [f"{'held-out, greedy':17} {measure:>9}   95 % interval    n",
+             _exam_line("before", before, len(measure)), _exam_line(f"after {rounds[-1]} rounds", after, len(measure)),
+             f"paired: {compare(before, after)}"]
+    last = next((m["against"] for m in reversed(history) if "against" in m), {})
+    lines += [f"points against {name}, held-out: {_rate(rate)}" for name, rate in last.items()]
+    final = run_dir/"against_base.json"
+    if final.exists(): lines.append(f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}")
+    made = [f"{sum(m.get(k, 0) for m in history)} {word}" for k, word in _COUNTS.items() if any(k in m for m in history)]
+    minutes = sum(m["seconds"] + m.get("exam_seconds", 0) for m in history)/60
+    return "\n".join([*lines, f"{len(history) - 1} rounds, {' and '.join(made) or '0 pairs'}, {minutes:.1f} minutes of run time"])
+
+def _exam_line(name: str, exam: Exam, width: int) -> str:
+    low, high = exam.accuracy.interval
+    return f"{name:17} {100*exam.accuracy.value:{max(9, width) - 2}.1f} %  [{100*low:4.1f}, {100*high:4.1f}]  {len(exam.rows):4}"
 
 # %% ../nbs/41_callbacks.ipynb #c9195fe2
 def load_exam(run_dir: str | Path, round: int) -> Exam:

@@ -850,9 +850,14 @@ def save(self: Policy, folder: str | Path) -> Path:
     """Write the adapter as a standard PEFT folder; an adapter of these two files alone that is there already is replaced.
 
     Raises `ValueError` for a folder that holds anything else, which is left as it is."""
+    return self._save(folder)
+
+@patch
+def _save(self: Policy, folder: str | Path, **beside: dict) -> Path:
+    "As `save`, with further tensors in safetensors files of these names."
     from safetensors.torch import save_file
     folder = Path(folder)
-    _check_replaceable(folder)
+    _check_replaceable(folder, {"adapter_config.json", "adapter_model.safetensors", *(f"{name}.safetensors" for name in beside)})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         new = Path(tmp)/"new"; new.mkdir()
@@ -862,19 +867,20 @@ def save(self: Policy, folder: str | Path) -> Path:
         known = WHEEL_MODELS.get(self.base.name)
         config.base_model_name_or_path = known.hub if known else self.base.name
         config.save_pretrained(new)
+        for name, tensors in beside.items(): save_file(tensors, new/f"{name}.safetensors", metadata={"format": "pt"})
         if folder.exists(): folder.rename(Path(tmp)/"old")
         new.rename(folder)
     return folder
 
-def _check_replaceable(folder: Path):
-    "Raise `ValueError` unless `folder` is missing, empty, or an adapter of the two files that `Policy.save` writes, and nothing else."
+def _check_replaceable(folder: Path, own: set[str]):
+    "Raise `ValueError` unless `folder` is missing, empty, or an adapter of the files in `own` and nothing else."
     from safetensors import SafetensorError, safe_open
     if not folder.exists() and not folder.is_symlink(): return
     names = {f.name for f in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {folder.name}
     try:
         with safe_open(folder/"adapter_model.safetensors", "pt") as weights: adapter = all(".lora_" in name for name in weights.keys())
     except (OSError, SafetensorError): adapter = False
-    if names and not (adapter and names == {"adapter_config.json", "adapter_model.safetensors"}):
+    if names and not (adapter and names == own):
         raise ValueError(f"{folder} holds {sorted(names)[:5]} and is left as it is: expected a new or empty folder, or an adapter that Policy.save wrote.")
 
 # %% ../nbs/02_policy.ipynb #4d910622

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .checks import number, printable
 from .policy import Base, Policy, _batches, can_share, lay_out, pack
@@ -181,10 +181,8 @@ def plot(self: Scores):
 # %% ../nbs/25_reward_model.ipynb #f2380a0b
 @patch
 def save(self: RewardModel, folder: str | Path) -> Path:
-    "Write the adapter as a PEFT folder, with the head beside it."
-    folder = self.policy.save(folder)
-    save_file({"score.weight": self.head.detach().cpu().contiguous()}, folder/"head.safetensors")
-    return folder
+    "Write the adapter as a PEFT folder, with the head beside it; such a folder that is there already is replaced. Raises as `Policy.save` does."
+    return self.policy._save(folder, head={"score.weight": self.head.detach().cpu().contiguous()})
 
 @patch(cls_method=True)
 def load(cls: RewardModel,

@@ -289,13 +289,19 @@ def as_game(
     return game
 
 def _of_open_spiel(text: str) -> OpenSpielGame:
-    "A game by its name, with settings in brackets; a number may be meant as a text, which only the game knows."
+    "A game by its name, with settings in brackets, each of the kind that the game's default has."
     name, _, rest = text.partition("(")
-    texts = {k.strip(): v.strip() for k, _, v in (part.partition("=") for part in rest.rstrip(")").split(",") if part)}
-    numbers = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in texts.items()}
-    if numbers == texts: return OpenSpielGame(name, **texts)
-    try: return OpenSpielGame(name, **numbers)
-    except ValueError: return OpenSpielGame(name, **texts)
+    given = dict(part.split("=", 1) for part in rest.rstrip(")").split(",") if "=" in part)
+    game = OpenSpielGame(name.strip())
+    if not given: return game
+    defaults = game.kind.parameter_specification
+    return OpenSpielGame(name.strip(), **{k.strip(): _like(defaults.get(k.strip()), v.strip()) for k, v in given.items()})
+
+def _like(default, text: str):
+    "A setting's text as a value of its default's kind."
+    if isinstance(default, bool): return text.lower() in ("true", "1")
+    try: return type(default)(text) if isinstance(default, int | float) else text
+    except ValueError: return text
 
 # %% ../nbs/40_rounds.ipynb #8dd3d283
 class PlayGames:

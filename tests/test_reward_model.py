@@ -61,6 +61,10 @@ def test_save_and_load(tiny, tmp_path):
     judge = RewardModel(tiny); judge.train(PAIRS, learning_rate=5e-3)
     folder = judge.save(tmp_path/"judge"); again = RewardModel.load(tiny, folder, "again")
     assert again(["a"], ["x"]) == judge(["a"], ["x"])
+    judge.train(PAIRS, learning_rate=5e-3)
+    assert judge.save(folder) == folder and RewardModel.load(tiny, folder, "newer")(["a"], ["x"]) == judge(["a"], ["x"]) != again(["a"], ["x"])
+    (folder/"notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="left as it is"): judge.save(folder)
     with pytest.raises(ValueError, match="no head.safetensors"): RewardModel.load(tiny, tmp_path, "other")
 
 
