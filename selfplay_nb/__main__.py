@@ -76,6 +76,7 @@ def task_of(args):
     if args.task and (args.prompts or own):
         raise ValueError("--task brings its own prompts and rewards: give it alone, or --prompts with --reward or --judge.")
     if args.task: return named_in(args.task)
+    if getattr(args, "game", None) and (args.prompts or own): raise ValueError("--game brings its own prompts and outcomes: give it alone.")
     if not args.prompts and own: raise ValueError(f"--{next(iter(own))} without --prompts: on which prompts?")
     if not args.prompts: return None
     held_out = args.held_out if args.held_out is not None else .2
@@ -89,7 +90,7 @@ def settings_of(args) -> SelfPlayConfig:
     unknown = sorted(set(in_file) - set(names))
     if unknown: raise ValueError(f"{args.config} has the settings {unknown}: expected some of {', '.join(names)}.")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SelfPlayConfig(**in_file | given)
+    return SelfPlayConfig(**in_file | given).check()
 
 def _read_yaml(path) -> dict:
     import yaml
@@ -109,7 +110,10 @@ def train(args):
     trainer.train()
     if trainer.history:
         print("\n" + summary(config.run_dir))
-        print(f"\nIn {config.run_dir}: report.html, curve.png, metrics.jsonl, pairs.jsonl, checkpoints/")
+        there = [name for name in ("report.html", "curve.png", "metrics.jsonl", "pairs.jsonl", "samples.jsonl") if _has(trainer.dir/name)]
+        print(f"\nIn {config.run_dir}: {', '.join(there)}, checkpoints/. The adapter for elsewhere: selfplay export {config.run_dir} FOLDER")
+
+def _has(file: Path) -> bool: return file.exists() and file.stat().st_size > 0
 
 # %% ../nbs/50_cli.ipynb #3491f729
 def export(

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .checks import printable
 from .rates import Rate, agreement
-from .players import as_prompts, name_of, places, prompt_text, text_of
+from .players import as_prompts, columns_for, name_of, places, prompt_text, text_of
 from .reward import as_number, as_reward, rewards_of
 from .templates import Template, fence_mark, fill, special_tokens
 
@@ -58,7 +58,7 @@ class Judge:
         found = list(map(as_number, verdicts))
         for i, p in enumerate(found):
             if p is None or p < 0 or p > 1:
-                raise ValueError(f"judge {self.name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability, or None to abstain.")
+                raise ValueError(f"judge {self.name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability from 0 to 1, or None to abstain.")
         return verdicts if isinstance(verdicts, Verdicts) else Verdicts(found)
 
 # %% ../nbs/12_judge.ipynb #f92966b5
@@ -81,9 +81,12 @@ class RewardJudge(Judge):
 class RuleJudge(Judge):
     "A function decides each match."
     def __init__(self,
-        rule, # `(prompt, a, b) -> P(a beats b)`, True and False included; None where it cannot say
+        rule, # `(prompt, a, b) -> P(a beats b)`, True and False included; None where it cannot say; further arguments are named as columns are
     ): self.rule, self.name = rule, name_of(rule)
-    def _compare(self, prompts, a, b, **columns): return [self.rule(p, text_of(x), text_of(y)) for p, x, y in zip(prompts, a, b)]
+    def _compare(self, prompts, a, b, **columns):
+        taken = columns_for(self.rule, 3, columns, f"judge {self.name!r}")
+        games = enumerate(zip(prompts, a, b))
+        return [self.rule(p, text_of(x), text_of(y), **{k: v[i] for k, v in taken.items()}) for i, (p, x, y) in games]
 
 # %% ../nbs/12_judge.ipynb #29801682
 def as_judge(
@@ -97,7 +100,7 @@ def as_judge(
     if not callable(judge):
         raise ValueError(f"judge is {judge!r:.60}: expected one with compare(prompts, a, b, **columns), a function of prompt, a and b, or a reward.")
     names = [getattr(p, "name", None) for p in places(judge)]
-    return RuleJudge(judge) if len(names) == 3 and "completions" not in names else RewardJudge(judge)
+    return RuleJudge(judge) if len(names) >= 3 and "completions" not in names else RewardJudge(judge)
 
 class _OnlyCompares(Judge):
     "A judge that could score single answers too."

@@ -55,7 +55,7 @@ def _read(data, split: str) -> list:
         if path.exists(): return _read_file(path)
         if isinstance(data, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data) and path.suffix not in (".jsonl", ".parquet", ".json", ".csv"):
             return _read_hub(data, split)
-        raise ValueError(f"there is no file {str(data)!r}.")
+        raise ValueError(f"there is no file {str(data)!r} in {Path.cwd()}: expected a .jsonl or .parquet file, a hub name, or a list of rows.")
     if isinstance(data, dict):
         if split not in data: raise ValueError(f"got a dict with {sorted(map(str, data))}: expected a list of rows, or splits with {split!r} among them.")
         data = data[split]

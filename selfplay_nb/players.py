@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_messages', 'content_of', 'prompt_text', 'text_of', 'as_prompts', 'name_of', 'seed_of', 'columns_of', 'Scripted',
-           'as_player', 'places', 'Answer', 'answers_of', 'answers_together']
+           'as_player', 'places', 'takes_arguments', 'columns_for', 'Answer', 'answers_of', 'answers_together']
 
 # %% ../nbs/01_players.ipynb #c5eed7ee
 import hashlib
@@ -130,6 +130,8 @@ def as_player(
     if not callable(player):
         raise ValueError(f"{what} is {player!r:.60}, which cannot answer: expected a player, as a Policy, "
                          "something with `generate`, or a function of the prompt.")
+    if not takes_arguments(player):
+        raise ValueError(f"{what} {name_of(player)!r} takes no argument: expected a function of the prompt.")
     wants_luck = len(places(player)) > 1
     answer = player if wants_luck else lambda prompt, rng: player(prompt)
     return Scripted(answer, name_of(player))
@@ -141,6 +143,30 @@ def places(
     try: parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError): return [None]  # written in C: nothing is known
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+
+def takes_arguments(fn) -> bool:
+    "Can it be called with something?"
+    try: return bool(inspect.signature(fn).parameters)
+    except (TypeError, ValueError): return True  # written in C: nothing is known
+
+def columns_for(
+    fn,            # a user's function of single answers
+    n: int,        # how many arguments it gets by place
+    columns: dict, # lists, by name
+    what: str,     # what it is, for the error
+) -> dict:
+    "The columns that `fn` takes by name beside those `n`; all of them if it has a `**`. Raises `ValueError` for one that is not there."
+    columns = {k: v for k, v in columns.items() if hasattr(v, "__getitem__") and not isinstance(v, (str, dict))}
+    try: parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError): return {}  # written in C: nothing is known
+    if any(p.kind is p.VAR_KEYWORD for p in parameters): return columns
+    placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(placed) < n and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise ValueError(f"{what} takes {len(placed)} argument{'s'*(len(placed) != 1)}: expected at least {n}.")
+    more = placed[n:] + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    lacks = [p.name for p in more if p.default is p.empty and p.name not in columns]
+    if lacks: raise ValueError(f"{what} takes {', '.join(lacks)}, which no column is named: there are {sorted(columns) or 'none'}.")
+    return {p.name: columns[p.name] for p in more if p.name in columns}
 
 # %% ../nbs/01_players.ipynb #b9f84e5f
 @dataclass
@@ -169,13 +195,13 @@ def answers_of(
         return [rows[0] for rows, *_ in alone], sum(s for _, s, _ in alone), sum(n for *_, n in alone)
     texts = policy.generate(prompts, n_samples=n_samples, **sampling)
     shape = f"expected {'a text' if n_samples == 1 else f'a list of {n_samples} texts'} for each of {len(prompts)} prompts"
-    if not isinstance(texts, (list, tuple)): raise ValueError(f"{type(policy).__name__}.generate gave {texts!r:.60}: {shape}.")
+    if not isinstance(texts, (list, tuple)): raise ValueError(f"the player {name_of(policy)!r} gave {texts!r:.60}: {shape}.")
     if n_samples == 1: texts = [[t] for t in texts]
     counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in texts]
-    if counts != [n_samples]*len(prompts): raise ValueError(f"{type(policy).__name__}.generate gave {counts[:5]} answers: {shape}.")
+    if counts != [n_samples]*len(prompts): raise ValueError(f"the player {name_of(policy)!r} gave {counts[:5]} answers: {shape}.")
     for row in texts:
         for t in row:
-            if not isinstance(t, str): raise ValueError(f"{type(policy).__name__}.generate gave the answer {t!r:.60}: {shape}.")
+            if not isinstance(t, str): raise ValueError(f"the player {name_of(policy)!r} gave the answer {t!r:.60}: {shape}.")
     return [[Answer(t) for t in row] for row in texts], 0., 0
 
 # %% ../nbs/01_players.ipynb #28350d80

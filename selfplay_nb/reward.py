@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 from .answers import gold_numbers, last_number
 from .checks import function, printable, printed
-from .players import as_prompts, is_messages, name_of, text_of
+from .players import as_prompts, columns_for, is_messages, name_of, text_of
 
 # %% ../nbs/03_reward.ipynb #d194d0d0
 def is_judge(x) -> bool:
@@ -44,7 +44,7 @@ def _in_trl_form(fn) -> bool:
 
 # %% ../nbs/03_reward.ipynb #6710ddbb
 def as_reward(
-    fn, # `(prompt, response) -> float`, or a reward in TRL's convention
+    fn, # `(prompt, response) -> float`, further arguments named as columns are; or a reward in TRL's convention
 ):      # a reward in TRL's convention
     "Adapt a function of one prompt and one response; a reward stays as it is. Raises `ValueError` for what is neither, such as a judge."
     if is_judge(fn): raise ValueError(f"{name_of(fn)!r} is a judge, which compares two answers: expected a reward, which scores each.")
@@ -52,7 +52,11 @@ def as_reward(
         raise ValueError(f"{fn!r:.60} cannot be called: expected reward(prompts, completions, **columns), or a function of "
                          "one prompt and one response.")
     if _in_trl_form(fn): return fn
-    def reward(prompts, completions, **columns): return [fn(p, text_of(c)) for p, c in zip(prompts, completions)]
+    def reward(prompts, completions, **columns):
+        try: taken = columns_for(fn, 2, columns, f"reward {name_of(fn)!r}")
+        except ValueError as e: raise ValueError(f"{e} (A function that compares two answers is a judge: as_judge makes it one.)") from None
+        rows = enumerate(zip(prompts, completions))
+        return [fn(p, text_of(c), **{k: v[i] for k, v in taken.items()}) for i, (p, c) in rows]
     reward.__name__ = name_of(fn)
     return reward
 

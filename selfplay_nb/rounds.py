@@ -252,7 +252,7 @@ class GameTask:
         "Raises `ValueError` for a game that is not for two."
         if getattr(game, "seats", None) != 2:
             raise ValueError(f"{name_of(game)} has {getattr(game, 'seats', 'no')} seats: self-play on a game takes one for two.")
-        self.game, self.illegal, self.name = game, illegal, game.name
+        self.game, self.illegal, self.name = as_game(game), illegal, game.name
 
     def problems(self, split: str, n: int, seed: int = 0) -> list[dict]:
         "`n` starts of a split, as rows with `prompt` (what it is called) and `start` (its seed)."
@@ -286,13 +286,18 @@ def as_game(
     lacks = [a for a in ("seats", "start", "name") if not hasattr(game, a)]
     if lacks or isinstance(game, type):
         raise ValueError(f"{game!r:.60} is no game: expected one with `seats`, `start(seed)` and `name`, or a name of OpenSpiel's or TextArena's.")
+    try: position = game.start(0)
+    except TypeError as e: raise ValueError(f"{name_of(game)} cannot be started by start(seed): {e}.") from None
+    lacks = [a for a in ("seat", "legal", "prompt", "move", "copy") if not hasattr(position, a)]
+    if lacks: raise ValueError(f"a position of {name_of(game)} has no {', no '.join(lacks)}: `legal` is a list of moves, or None for free text.")
     return game
 
 def _of_open_spiel(text: str) -> OpenSpielGame:
     "A game by its name, with settings in brackets, each of the kind that the game's default has."
     name, _, rest = text.partition("(")
     given = dict(part.split("=", 1) for part in rest.rstrip(")").split(",") if "=" in part)
-    game = OpenSpielGame(name.strip())
+    try: game = OpenSpielGame(name.strip())
+    except ValueError as e: raise ValueError(f"{e} Or {Sticks.name!r}, or a game of TextArena's, such as 'TicTacToe-v0'.") from None
     if not given: return game
     defaults = game.kind.parameter_specification
     return OpenSpielGame(name.strip(), **{k.strip(): _like(defaults.get(k.strip()), v.strip()) for k, v in given.items()})

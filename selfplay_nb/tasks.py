@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from .checks import printable, whole
 from .judge import as_judge
 from .pairs import load_rows, question_key, same_questions
-from .players import name_of
+from .players import name_of, places
 from selfplay_nb.reward import (
-    WeightedReward, as_reward, check_columns, exact_number, finished, is_judge, near_number, rows_of,
+    WeightedReward, as_reward, check_columns, exact_number, finished, is_judge, near_number, rewards_of, rows_of,
 )
 
 # %% ../nbs/10_tasks.ipynb #2bee04ee
@@ -113,6 +113,7 @@ class PromptTask:
         self.verifier = None if verifier is None else as_reward(verifier)
         self.name = name
         rows = _distinct(load_rows(prompts, "prompts"))
+        if not rows: raise ValueError("there are no prompts: expected a list or file with some.")
         if isinstance(held_out, Real):
             train, kept = _split(rows, held_out)
         else:
@@ -149,8 +150,19 @@ def _check(self: PromptTask, n_train: int):
     for scorer in self.reward, self.verifier:
         if scorer is not None:
             check_columns(scorer, **columns)
+            _try(scorer, prompts[:1], {k: v[:1] for k, v in columns.items()})
     if len(train) < n_train:
         warnings.warn(f"{n_train - len(train)} training prompts were left out: they ask what a held-out one asks.", stacklevel=4)
+
+def _try(scorer, prompt: list, columns: dict):
+    "Score an answer that nobody gave. Raises `ValueError` for what breaks the convention; what else may go wrong with so odd an answer is no matter."
+    try:
+        if is_judge(scorer): scorer.compare(prompt, ["One answer."], ["Another answer, which is longer."], **columns)
+        else: rewards_of(scorer, prompt, ["One answer."], truncated=[False], **columns)
+    except (TypeError, NameError, AttributeError, LookupError) as e:
+        raise ValueError(f"{name_of(scorer)!r} failed on a first trial, with the prompt {prompt[0]!r:.60}, an answer and "
+                         f"the columns {sorted(columns) or 'none'}: {type(e).__name__}: {e}") from e
+    except ArithmeticError: pass
 
 @patch
 def problems(self: PromptTask,
@@ -179,5 +191,9 @@ def as_task(
         if lacks: raise ValueError(f"the task {name_of(prompts)!r} has no {' and no '.join(lacks)}: a task has problems(split, n, seed), reward and verifier.")
         return prompts
     if (reward is None) == (judge is None):
-        raise ValueError(f"got {'both' if reward is not None else 'neither'} of reward and judge: expected one of them, to learn from.")
+        raise ValueError(f"got {'both' if reward is not None else 'neither'} of reward and judge: expected one of them, to learn from, "
+                         "as in as_task(prompts, reward=...) or as_task(prompts, judge=...).")
+    if callable(judge) and not hasattr(judge, "compare") and len(places(judge)) < 3:
+        raise ValueError(f"judge {name_of(judge)!r} takes {len(places(judge))} arguments: expected (prompt, a, b). "
+                         "What scores single answers is a reward: as_task(prompts, reward=...).")
     return PromptTask(prompts, reward if judge is None else as_judge(judge), verifier, held_out, name)

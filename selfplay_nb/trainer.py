@@ -351,7 +351,8 @@ def check_survivors(self: SelfPlayTrainer):
     if r and r.share > self.config.max_unjudged:
         raise RuntimeError(f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of {r.asked} answers "
                            f"({dict(r.failures)}; first: {r.first}). Nothing of this round was trained on, the checkpoint before stands. "
-                           "Mend the reward, and the same call goes on.")
+                           "If what failed was outside of it (a server, a file), the same call goes on. If the reward has to change, that is another "
+                           "run: choose another run_dir, or start anew.")
 
 # %% ../nbs/42_trainer.ipynb #1dd7e232
 @patch
@@ -531,7 +532,8 @@ def same_run(self: SelfPlayTrainer, there: dict, now: dict):
     young = {f.name: f.default for f in dataclasses.fields(SelfPlayConfig)}  # a setting may be younger than the run
     differ = differences({k: there.get(k, young.get(k)) for k in {**there, **now}}, now)
     if differ:
-        raise ValueError(f"{self.dir} holds a run with another configuration ({'; '.join(differ)}). Choose another run_dir, "
+        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise ValueError(f"{self.dir} holds a run with another configuration ({'; '.join(differ[:4])}{more}). Choose another run_dir, "
                          "or start anew (--fresh on the command line, start_anew() on the trainer).")
 
 @patch

@@ -234,5 +234,5 @@ def test_bad_input_is_named(make, says):
 def test_a_policy_that_answers_in_another_shape_is_named():
     class Short(Scripted):
         def generate(self, prompts, n_samples=1, **kwargs): return [["4"] for _ in prompts]
-    with pytest.raises(ValueError, match="Short.generate gave .1, 1. answers: expected a list of 2 texts for each of 2 prompts"):
+    with pytest.raises(ValueError, match="the player .Short. gave .1, 1. answers: expected a list of 2 texts for each of 2 prompts"):
         CompetitiveSelfPlay(Short("4"), Scripted("5"), exact_number, n_samples=2).train_step(["p", "q"], answer=[4, 4])

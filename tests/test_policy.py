@@ -498,7 +498,7 @@ def test_a_seed_for_each_prompt_whoever_is_asked(policy):
 def test_a_player_that_answers_in_another_shape(said):
     class Odd:
         def generate(self, prompts, **sampling): return said
-    with pytest.raises(ValueError, match="Odd.generate gave .* expected a text for each of 2 prompts"): answers_of(Odd(), ["a", "b"])
+    with pytest.raises(ValueError, match="the player .Odd. gave .* expected a text for each of 2 prompts"): answers_of(Odd(), ["a", "b"])
 
 
 def test_a_deleted_policy_says_so(policy):

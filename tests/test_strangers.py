@@ -254,3 +254,46 @@ def test_the_names_that_users_come_for_are_in_the_package():
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"): print(selfplay_nb.Trainer)
     code = "import sys, selfplay_nb as s; s.CompetitiveSelfPlay, s.as_task; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Seedless(Short):
+    name = "seedless"
+    def start(self): return Said([])
+
+class Bare(Short):
+    name = "bare"
+    def start(self, seed): return object()
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda: as_task(ROWS, reward=lambda prompt, answer, keyword: 1.), "takes keyword, which no column is named: there are .*'thing'"),
+    (lambda: as_task(PROMPTS, reward=lambda answer: 1.), "takes 1 argument: expected at least 2"),
+    (lambda: as_task(PROMPTS, reward=lambda prompt, answer: "good"), "returned 'good' .*: expected a finite number"),
+    (lambda: as_task(PROMPTS, reward=lambda prompt, answer: answer.lenght), "failed on a first trial.*AttributeError"),
+    (lambda: as_task(PROMPTS, reward=variety, verifier=lambda prompts, completions, **columns: 1.), "expected a flat list of 1 numbers"),
+    (lambda: as_task(PROMPTS, judge=lambda a, b: .5), "takes 2 arguments: expected .prompt, a, b."),
+    (lambda: as_task(PROMPTS, judge=lambda prompt, a, b: "a"), "expected a probability from 0 to 1"),
+    (lambda: as_task(PROMPTS, judge=lambda prompt, a, b: 2.), "expected a probability from 0 to 1"),
+    (lambda: as_task(PROMPTS), "as in as_task.prompts, reward="),
+    (lambda: as_task("gone.jsonl", reward=variety), "expected a .jsonl or .parquet file, a hub name, or a list of rows"),
+    (lambda: as_player(lambda: "x"), "takes no argument: expected a function of the prompt"),
+    (lambda: as_game("stick"), "sticks.*TicTacToe-v0"), (lambda: as_game("nim(piles=3)"), "nim does not take"),
+    (lambda: GameTask(Seedless()), "cannot be started by start.seed."), (lambda: GameTask(Bare()), "no legal, no prompt, no move"),
+    (lambda: CompetitiveSelfPlay(str.upper, str.lower, shorter, 1).train_step(PROMPTS), "as_judge makes it one"),
+    (lambda: CompetitiveSelfPlay(lambda p: 3, str.lower, variety, 1).train_step(PROMPTS), "gave the answer 3: expected a text"),
+])
+def test_what_a_newcomer_gets_wrong_is_told_before_a_model_is_loaded(wrong, said):
+    with pytest.raises(ValueError, match=said): wrong()
+
+
+def test_columns_go_to_the_arguments_of_their_name():
+    rows = [dict(prompt="a", word="river", weight=2.), dict(prompt="b", word="bridge", weight=3.)]
+    seen = []
+    def reward(prompt, answer, word, *, weight, bonus=1.): seen.append((prompt, word, weight, bonus)); return weight*(word in answer)
+    def judge(prompt, a, b, word): return .5 + .5*((word in a) - (word in b))
+    pairs = CompetitiveSelfPlay(lambda p: "the river", lambda p: "no", reward, 1).train_step(rows)
+    assert [(p["prompt"], p["margin"]) for p in pairs] == [("a", 2.)] and set(seen) == {("a", "river", 2., 1.), ("b", "bridge", 3., 1.)}
+    assert as_judge(judge).compare(["a", "b"], ["the river"]*2, ["the bridge"]*2, word=["river", "bridge"]) == [1., 0.]
+    everything = []
+    as_task(rows, reward=lambda prompt, answer, **columns: everything.append(columns) or 1.)
+    assert set(everything[0]) == {"word", "weight", "truncated"}
