@@ -20,7 +20,9 @@ def ended_by(number, run, model):
     "Begin a run from the command line, send it a signal in a round, and return how it ended, what it said last, and what its folder says."
     command = [sys.executable, "-m", "selfplay_nb", "train", "--run-dir", str(run), "--model-name", str(model), *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    def as_from_a_terminal():  # whoever runs the tests in the background has some of them ignored
+        for each in signal.SIGINT, signal.SIGTERM, signal.SIGHUP: signal.signal(each, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, preexec_fn=as_from_a_terminal)
     try:
         end = time.monotonic() + 120
         while not (run/"metrics.jsonl").exists() or len((run/"metrics.jsonl").read_text().splitlines()) < 3:
