@@ -116,7 +116,7 @@ def test_too_few_survivors_stop_the_run_and_nothing_is_trained_on(tmp_path, tiny
     class Break:
         def on_round_begin(self, trainer): broken.extend([1]*(trainer.round == 1))
     trainer = make(tmp_path/"run", tiny_folder, breaks, [Break()])
-    with pytest.raises(RuntimeError, match=r"round 2: the reward 'breaks' failed on 72 of 72 answers.*ConnectionError.*endpoint is gone.*Mend"):
+    with pytest.raises(RuntimeError, match=r"round 2: the reward 'breaks' failed on 72 of 72 answers.*ConnectionError.*endpoint is gone.*a server, a file.*the same call goes on"):
         trainer.train()
     n = len(Ledger(tmp_path/"run"/"pairs.jsonl").rows())
     assert n == trainer.history[-1]["pairs"] and trainer.round == 1
@@ -315,14 +315,14 @@ def test_vitals_of_a_new_policy(tiny):
 
 def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
     "On the real model, in the number format of the machine."
-    real, problems = Base.load(device="cpu"), ArithmeticTask(2).problems("train", 16); prompts, start = [p["prompt"] for p in problems], None
+    real, problems = Base.load(device="cpu"), ArithmeticTask(2).problems("train", 8); prompts, start = [p["prompt"] for p in problems], None
     def after(completions, **settings):
         nonlocal start
-        student = Policy(real, "student"); start = start or vitals(student, prompts[:8], 4, 8)
+        student = Policy(real, "student"); start = start or vitals(student, prompts, 4, 8)
         update.sft(student, [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)], **settings)
-        now = vitals(student, prompts[:8], 4, 8); student.delete()
+        now = vitals(student, prompts, 4, 8); student.delete()
         return now
-    learns, breaks = after([str(p["answer"]) for p in problems], num_train_epochs=4), after(["17"]*16, learning_rate=4e-3, num_train_epochs=8)
+    learns, breaks = after([str(p["answer"]) for p in problems], num_train_epochs=4), after(["17"]*8, learning_rate=4e-3, num_train_epochs=8)
     assert alarms(learns, start) == [] and learns.kl.low > 0
     assert any("collapsed" in a and "17" in a for a in alarms(breaks, start)) and any("forgetting" in a for a in alarms(breaks, start))
     assert breaks.kl.low > learns.kl.high and alarms(start, breaks) == []

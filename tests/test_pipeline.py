@@ -512,8 +512,8 @@ def test_bars_are_told_of_each_step(make, monkeypatch):
 
 def test_the_stages_on_the_real_model(tmp_path):
     "In the number format of the machine. Alone: pytest -k the_stages_on_the_real_model"
-    real, task = Base.load(device="cpu"), ArithmeticTask(2); problems = task.problems("train", 40, seed=1)
-    o = RLHFOrchestrator(tmp_path/"r", real, task, exam_size=40, progress=False)
+    real, task = Base.load(device="cpu"), ArithmeticTask(2); problems = task.problems("train", 24, seed=1)
+    o = RLHFOrchestrator(tmp_path/"r", real, task, exam_size=24, progress=False)
     o.run_sft([dict(prompt=p["prompt"], completion=str(p["answer"])) for p in problems])
     pref = [dict(prompt=p["prompt"], chosen=str(p["answer"]), rejected=str(p["answer"] + 40)) for p in problems]
     rm = o.run_reward_model_training(pref, num_train_epochs=3)
