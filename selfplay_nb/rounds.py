@@ -327,7 +327,7 @@ def _opponents(run, problems: list[dict]) -> list[tuple]:
     return [(member, problems[i::len(drawn)]) for i, member in enumerate(drawn)]
 
 def _against(run, opponent, problems: list[dict]) -> Played:
-    games = _games(run, opponent, problems)
+    games = _games(run, [run.student, opponent], problems)
     if run.league:
         rows = [dict(a="main", b=opponent.name, prompt=p["prompt"], score=fmean(s), round=run.round + 1)
                 for p, s in zip(problems, games.scores(0))]
@@ -335,11 +335,11 @@ def _against(run, opponent, problems: list[dict]) -> Played:
     run.progress(len(games), 0)
     return games
 
-def _games(run, opponent, problems: list[dict]) -> Played:
-    "Games of the student; in a control coins decide who won."
-    games = run.task.play([run.student, opponent], problems, **run.sampling)
+def _games(run, players: list, problems: list[dict]) -> Played:
+    "Games of two players; in a control coins decide who won, new ones for new starts."
+    games = run.task.play(players, problems, **run.sampling)
     if run.config.judge == "coin":
-        coins = random.Random(run.seed("coins"))
+        coins = random.Random(seed_of("coins", run.config.seed, *(p["start"] for p in problems)))
         for g in games:
             won = float(coins.random() < .5)
             g.outcome = [won, 1 - won]
@@ -526,13 +526,13 @@ class Matches:
 
     def duel(self, run, problems: list[dict], seed: int) -> list[list[float]]:
         "Both seatings of each start: the student's outcomes."
-        return _by_start(_games(run, run.reference, problems))
+        return _by_start(_games(run, [run.student, run.reference], problems))
 
     def meet(self, run, problems: list[dict], seed: int):
         "Who joined the league last plays everybody else in it."
         *others, new = run.league.members
         for other in others:
-            scores = self.task.play([run.league[new.name], other], problems, **run.sampling).scores(0)
+            scores = _games(run, [new, other], problems).scores(0)
             run.league.record([dict(a=new.name, b=other.name, prompt=p["prompt"], score=fmean(s)) for p, s in zip(problems, scores)])
 
     def exam(self, run, policy) -> tuple[Exam, dict]:

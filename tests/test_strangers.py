@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.request
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from selfplay_nb.__main__ import main
 from selfplay_nb.competitive import CompetitiveSelfPlay
 from selfplay_nb.evaluation import versus
 from selfplay_nb.game_training import Sticks
+from selfplay_nb.games import RandomPlayer
 from selfplay_nb.pairs import Ledger
 from selfplay_nb.pipeline import RLHFOrchestrator
 from selfplay_nb.policy import Base
 from selfplay_nb.protocols import Game, Judge, Player, Task, as_game, as_judge, as_player, as_task
-from selfplay_nb.rounds import Compete, GameTask
+from selfplay_nb.rounds import Compete, GameTask, arena
 from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.update import dpo
 
@@ -297,3 +299,14 @@ def test_columns_go_to_the_arguments_of_their_name():
     everything = []
     as_task(rows, reward=lambda prompt, answer, **columns: everything.append(columns) or 1.)
     assert set(everything[0]) == {"word", "weight", "truncated"}
+
+
+def test_coins_are_new_for_new_starts():
+    "A gate looks several times in a round: with the same coins each time, its errors would add up."
+    task = GameTask(Sticks())
+    run = SimpleNamespace(student=RandomPlayer(), reference=RandomPlayer(), task=task, sampling={}, config=SimpleNamespace(judge="coin", seed=0))
+    looks = [task.problems("train", 100, seed) for seed in range(4)]
+    scores = [[s for row in arena(task).duel(run, problems, 0) for s in row] for problems in looks]
+    assert scores[0] == [s for row in arena(task).duel(run, looks[0], 0) for s in row]
+    agree = [sum(a == b for a, b in zip(scores[0], other)) for other in scores[1:]]
+    assert all(len(row) == 200 and set(row) == {0., 1.} and 70 < sum(row) < 130 for row in scores) and all(70 < n < 130 for n in agree)
