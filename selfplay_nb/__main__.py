@@ -29,57 +29,82 @@ from .trainer import KIND, SelfPlayConfig, SelfPlayTrainer
 # %% ../nbs/50_cli.ipynb #784a8157
 GROUPS = {
     "what is played": ("run_dir", "model_name", "level", "shots", "game", "judge"),
-    "a round": ("n_rounds", "prompts_per_round", "compete", "n_samples", "pairs_per_prompt", "refine_iterations", "max_new_tokens", "temperature"),
+    "a round": (
+        "n_rounds",
+        "prompts_per_round",
+        "compete",
+        "n_samples",
+        "pairs_per_prompt",
+        "refine_iterations",
+        "max_new_tokens",
+        "temperature",
+    ),
     "how to learn": ("method", "learning_rate", "beta", "kl", "sft_weight", "r"),
     "opponents": ("opponents", "league_size", "renew_every", "gate", "gate_win_rate", "gate_prompts"),
     "evaluation": ("exam_every", "exam_size", "watch", "on_alarm"),
 }
 
+# %% ../nbs/50_cli.ipynb #f9813630
 def _add_config(parser):
     "An option for each field of the configuration, in groups; the rest is about the run."
     help_of = docments(SelfPlayConfig)
-    help_of["judge"] += "; or, with --prompts, a judge of your own, (prompt, a, b) -> P(a beats b), as FILE.py:NAME"
+    help_of["judge"] += (
+        "; or, with --prompts, a judge of your own, (prompt, a, b) -> P(a beats b), as FILE.py:NAME"
+    )
     fields = {f.name: f for f in dataclasses.fields(SelfPlayConfig)}
     rest = [name for name in fields if name not in sum(GROUPS.values(), ())]
     for title, names in {**GROUPS, "the run": rest}.items():
         group = parser.add_argument_group(title)
-        for name in names: _add_field(group, fields[name], help_of.get(name) or "")
+        for name in names:
+            _add_field(group, fields[name], help_of.get(name) or "")
 
+# %% ../nbs/50_cli.ipynb #0a283f1f
 def _add_field(group, field, meaning: str):
     kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
     text = f"{meaning} (default: {field.default!r})".replace("%", "%%")
-    names = ["--" + field.name.replace("_", "-")] + ["--model"]*(field.name == "model_name")
+    names = ["--" + field.name.replace("_", "-")] + ["--model"] * (field.name == "model_name")
     group.add_argument(*names, dest=field.name, help=text, **kind)
 
 # %% ../nbs/50_cli.ipynb #761d0570
-def named_in(
-    place: str, # "file.py:name"
-):
-    "What a file calls so. Raises `ValueError` for a file that is not there, that cannot be run, or without that name."
+def named_in(place: str):  # "file.py:name"
+    """What a file calls so.
+
+    Raises `ValueError` for a file that is not there, that cannot be run, or without that name.
+    """
     path, _, name = place.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise ValueError(f"{place!r}: expected a file and a name in it, such as mine.py:reward.")
-    if not Path(path).exists(): raise ValueError(f"there is no file {path!r}.")
+    if not Path(path).exists():
+        raise ValueError(f"there is no file {path!r}.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    try: spec.loader.exec_module(module)
-    except Exception as e: raise ValueError(f"{path} could not be run: {type(e).__name__}: {e}") from e
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(f"{path} could not be run: {type(e).__name__}: {e}") from e
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
         raise ValueError(f"{path} has no {name!r}; it has {', '.join(known) or 'nothing'}.")
     return getattr(module, name)
 
+# %% ../nbs/50_cli.ipynb #53141707
 def task_of(args):
     "The task that the options mean; None for the configuration's own."
     places = dict(reward=args.reward, judge=args.own_judge, verifier=args.verifier)
     own = {k: named_in(v) for k, v in places.items() if v}
     if args.task and (args.prompts or own):
-        raise ValueError("--task brings its own prompts and rewards: give it alone, or --prompts with --reward or --judge.")
-    if args.task: return named_in(args.task)
-    if getattr(args, "game", None) and (args.prompts or own): raise ValueError("--game brings its own prompts and outcomes: give it alone.")
-    if not args.prompts and own: raise ValueError(f"--{next(iter(own))} without --prompts: on which prompts?")
-    if not args.prompts: return None
-    held_out = args.held_out if args.held_out is not None else .2
+        raise ValueError(
+            "--task brings its own prompts and rewards: give it alone, or --prompts with --reward or --judge."
+        )
+    if args.task:
+        return named_in(args.task)
+    if getattr(args, "game", None) and (args.prompts or own):
+        raise ValueError("--game brings its own prompts and outcomes: give it alone.")
+    if not args.prompts and own:
+        raise ValueError(f"--{next(iter(own))} without --prompts: on which prompts?")
+    if not args.prompts:
+        return None
+    held_out = args.held_out if args.held_out is not None else 0.2
     return as_task(args.prompts, held_out=held_out, name=Path(args.prompts).stem, **own)
 
 # %% ../nbs/50_cli.ipynb #5eba4911
@@ -88,136 +113,207 @@ def settings_of(args) -> SelfPlayConfig:
     names = [f.name for f in dataclasses.fields(SelfPlayConfig)]
     in_file = _read_yaml(args.config) if args.config else {}
     unknown = sorted(set(in_file) - set(names))
-    if unknown: raise ValueError(f"{args.config} has the settings {unknown}: expected some of {', '.join(names)}.")
+    if unknown:
+        raise ValueError(f"{args.config} has the settings {unknown}: expected some of {', '.join(names)}.")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return SelfPlayConfig(**in_file | given).check()
 
+# %% ../nbs/50_cli.ipynb #1dc6d014
 def _read_yaml(path) -> dict:
     import yaml
-    try: settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path} could not be read: {e}") from None
-    if not isinstance(settings, dict): raise ValueError(f"{path} holds {settings!r:.60}: expected lines such as n_rounds: 6.")
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"{path} could not be read: {e}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {settings!r:.60}: expected lines such as n_rounds: 6.")
     return settings
 
 # %% ../nbs/50_cli.ipynb #43c1bf02
 def train(args):
     "Begin a run or go on with it, and print the table of before and after."
     args.own_judge = args.judge if ".py:" in (args.judge or "") else None
-    if args.own_judge: args.judge = None
+    if args.own_judge:
+        args.judge = None
     config = settings_of(args)
     trainer = SelfPlayTrainer(config, task=task_of(args))
-    if args.fresh: trainer.start_anew()
+    if args.fresh:
+        trainer.start_anew()
     trainer.train()
     if trainer.history:
         print("\n" + summary(config.run_dir))
-        there = [name for name in ("report.html", "curve.png", "metrics.jsonl", "pairs.jsonl", "samples.jsonl") if _has(trainer.dir/name)]
-        print(f"\nIn {config.run_dir}: {', '.join(there)}, checkpoints/. The adapter for elsewhere: selfplay export {config.run_dir} FOLDER")
+        there = [
+            name
+            for name in ("report.html", "curve.png", "metrics.jsonl", "pairs.jsonl", "samples.jsonl")
+            if _has(trainer.dir / name)
+        ]
+        print(
+            f"\nIn {config.run_dir}: {', '.join(there)}, checkpoints/. The adapter for elsewhere: selfplay"
+            f" export {config.run_dir} FOLDER"
+        )
 
-def _has(file: Path) -> bool: return file.exists() and file.stat().st_size > 0
+# %% ../nbs/50_cli.ipynb #5c525b85
+def _has(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 # %% ../nbs/50_cli.ipynb #3491f729
 def export(
-    run_dir: str | Path, # of a run
-    folder: str | Path,  # a new folder for the adapter
-) -> str:                # which round's it is
-    "Copy the best adapter of a run (without one, the last). Raises `ValueError` for a folder that is no run, and for one that is there already."
-    if Path(folder).exists(): raise ValueError(f"{folder} is there already: give a new folder.")
+    run_dir: str | Path,
+    folder: str | Path,  # of a run  # a new folder for the adapter
+) -> str:  # which round's it is
+    """Copy the best adapter of a run (without one, the last).
+
+    Raises `ValueError` for a folder that is no run, and for one that is there already.
+    """
+    if Path(folder).exists():
+        raise ValueError(f"{folder} is there already: give a new folder.")
     run_record(Path(run_dir), KIND)
-    found = newest_whole(Path(run_dir)/"checkpoints")
-    if found is None: raise ValueError(f"{run_dir} has no whole checkpoint: expected the folder of a run.")
-    best = json.loads((found/"state.json").read_text())["marks"].get("best")
-    source = found.parent/f"round_{best:03d}" if best is not None else found
-    shutil.copytree(source/"student", folder)
+    found = newest_whole(Path(run_dir) / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run_dir} has no whole checkpoint: expected the folder of a run.")
+    best = json.loads((found / "state.json").read_text())["marks"].get("best")
+    source = found.parent / f"round_{best:03d}" if best is not None else found
+    shutil.copytree(source / "student", folder)
     return source.name
 
 # %% ../nbs/50_cli.ipynb #4cc3aae2
 _OWN = "prompts", "reward", "judge", "verifier", "task", "held_out"
-_STAGES = {"sft": "run_sft", "reward_model": "run_reward_model_training", "self_play": "run_self_play", "selection": "run_selection"}
+_STAGES = {
+    "sft": "run_sft",
+    "reward_model": "run_reward_model_training",
+    "self_play": "run_self_play",
+    "selection": "run_selection",
+}
 
+# %% ../nbs/50_cli.ipynb #5de66990
 def run_pipeline(
-    path: str | Path,      # a YAML file: arguments of `RLHFOrchestrator`, what a user brings, and `stages`
-    fresh: bool = False,   # forget what `run_dir` holds?
-):                         # the orchestrator, with all stages finished
-    "Run the stages that a file lists. Raises `ValueError` for a file or a setting that is not accepted, before anything is loaded."
+    path: str | Path,  # a YAML file: arguments of `RLHFOrchestrator`, what a user brings, and `stages`
+    fresh: bool = False,  # forget what `run_dir` holds?
+):  # the orchestrator, with all stages finished
+    """Run the stages that a file lists.
+
+    Raises `ValueError` for a file or a setting that is not accepted, before anything is loaded.
+    """
     settings = _read_yaml(path)
     stages = [_stage(path, s) for s in settings.pop("stages", [])]
-    if not stages: raise ValueError(f"{path} lists no stages: expected some of {', '.join([*_STAGES, *METHODS])}.")
+    if not stages:
+        raise ValueError(f"{path} lists no stages: expected some of {', '.join([*_STAGES, *METHODS])}.")
     own = argparse.Namespace(**{k: settings.pop(k, None) for k in _OWN})
     own.own_judge = own.judge
-    try: run = RLHFOrchestrator(task=task_of(own), **settings)
-    except TypeError as e: raise ValueError(f"{path}: {e}.") from None
-    if fresh: run.forget()
+    try:
+        run = RLHFOrchestrator(task=task_of(own), **settings)
+    except TypeError as e:
+        raise ValueError(f"{path}: {e}.") from None
+    if fresh:
+        run.forget()
     made = None
     for name, given in stages:
         made = _run_stage(run, name, dict(given), made)
     return run
 
+# %% ../nbs/50_cli.ipynb #55549644
 def _stage(path, entry) -> tuple[str, dict]:
     "A stage's name and settings."
     [(name, given)] = entry.items() if isinstance(entry, dict) and len(entry) == 1 else [(entry, {})]
     if name not in (*_STAGES, *METHODS) or not isinstance(given, dict | None):
-        raise ValueError(f"{path} has the stage {entry!r:.60}: expected one of {', '.join([*_STAGES, *METHODS])}, with its settings.")
+        raise ValueError(
+            f"{path} has the stage {entry!r:.60}: expected one of {', '.join([*_STAGES, *METHODS])}, with its"
+            " settings."
+        )
     return name, given or {}
 
+# %% ../nbs/50_cli.ipynb #81619e83
 def _run_stage(run, name: str, given: dict, made):
     "Run a stage; the pairs of the last self-play go on to the next."
     data = given.pop("data", None)
-    if name == "self_play": return run.run_self_play(**given | ({"prompts": data} if data else {}))
-    if name == "selection": run.run_selection(**given)
-    elif name in _STAGES: getattr(run, _STAGES[name])(data, **given)
+    if name == "self_play":
+        return run.run_self_play(**given | ({"prompts": data} if data else {}))
+    if name == "selection":
+        run.run_selection(**given)
+    elif name in _STAGES:
+        getattr(run, _STAGES[name])(data, **given)
     else:
         if given.pop("with_self_play", False):
-            if made is None: raise ValueError(f"{name} is to learn with_self_play, but no self_play stands before it.")
+            if made is None:
+                raise ValueError(f"{name} is to learn with_self_play, but no self_play stands before it.")
             data = run.combine(data or [], made, given.pop("ratio", None)) if data else made
         run.run_policy_optimization(name, data, **given)
     return made
 
 # %% ../nbs/50_cli.ipynb #4a3cb21d
 def learning(
-    seeds: list[int],     # one run with the rule and one with coins for each
-    folder: str | Path,   # of the runs
-    out: str | Path,      # a JSONL file: one line a round and run
-    **config,             # fields of `SelfPlayConfig`
+    seeds: list[int],  # one run with the rule and one with coins for each
+    folder: str | Path,  # of the runs
+    out: str | Path,  # a JSONL file: one line a round and run
+    **config,  # fields of `SelfPlayConfig`
 ):
     "Run the experiment; the metrics of all finished runs are in `out`."
     base, rows, fair = None, [], {}
-    if Path(out).exists(): _read_learning(out)  # somebody else's file? Better known now
+    if Path(out).exists():
+        _read_learning(out)  # somebody else's file? Better known now
     for judge in "rule", "coin":
         for seed in seeds:
-            c = SelfPlayConfig(**dict(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge) | config | fair.get(seed, {}))
+            c = SelfPlayConfig(
+                **dict(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge)
+                | config
+                | fair.get(seed, {})
+            )
             print(f"\n{judge}, seed {seed}")
             trainer = SelfPlayTrainer(c, base=base)
-            history = trainer.train(); base = trainer.base
-            if trainer.interrupted: raise SystemExit("Interrupted; the same command goes on from here.")
+            history = trainer.train()
+            base = trainer.base
+            if trainer.interrupted:
+                raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
             change = compare(load_exam(c.run_dir, 0), load_exam(c.run_dir, history[-1]["round"]))
-            pairs = sum(m.get("pairs", 0) for m in history)/max(1, c.n_rounds*c.prompts_per_round)
-            fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})  # coins hardly tie: the control trains on as many pairs, not on more
+            pairs = sum(m.get("pairs", 0) for m in history) / max(1, c.n_rounds * c.prompts_per_round)
+            # coins hardly tie: the control trains on as many pairs, not on more
+            fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
             rows[-1] |= {"gained": change.gained, "lost": change.lost}
             write_whole(out, "".join(json.dumps(r) + "\n" for r in rows), mine=_read_learning)
 
+# %% ../nbs/50_cli.ipynb #0721a262
 def _read_learning(path):
     "Raise `ValueError` unless a file holds rows of the experiment."
-    try: known = all({"judge", "seed", "round"} <= set(json.loads(line)) for line in Path(path).read_text().splitlines())
-    except (OSError, ValueError, TypeError): known = False
-    if not known: raise ValueError(f"{path} holds something else than rows of this experiment, and is left as it is: give another file.")
+    try:
+        known = all(
+            {"judge", "seed", "round"} <= set(json.loads(line))
+            for line in Path(path).read_text().splitlines()
+        )
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{path} holds something else than rows of this experiment, and is left as it is: give another"
+            " file."
+        )
 
 # %% ../nbs/50_cli.ipynb #123b4440
 def _setting(text: str):
     name, _, value = text.partition("=")
-    try: return name.replace("-", "_"), float(value)
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=NUMBER") from None
+    try:
+        return name.replace("-", "_"), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=NUMBER") from None
 
+# %% ../nbs/50_cli.ipynb #d7b907c1
 def tell(args):
-    "Write a wish into a run's folder. Raises `ValueError` if no run is running there, or the setting cannot change."
+    """Write a wish into a run's folder.
+
+    Raises `ValueError` if no run is running there, or the setting cannot change.
+    """
     from selfplay_nb.monitor import headline, run_state
+
     wishes = dict(pause=args.pause, stop=args.stop, set=dict(args.set or []))
     wishes = {k: v for k, v in wishes.items() if v is not None and v != {}}
     state = run_state(args.run_dir)
-    if not wishes: raise ValueError("nothing to tell: expected --pause, --no-pause, --stop or --set NAME=NUMBER.")
+    if not wishes:
+        raise ValueError("nothing to tell: expected --pause, --no-pause, --stop or --set NAME=NUMBER.")
     check_wish(wishes.get("set", {}))
-    if not state["alive"]: raise ValueError(f"nobody to tell: the run in {args.run_dir} is not running. {headline(state)}")
+    if not state["alive"]:
+        raise ValueError(f"nobody to tell: the run in {args.run_dir} is not running. {headline(state)}")
     control(args.run_dir, **wishes)
     print(f"Told {args.run_dir}.")
 
@@ -225,26 +321,47 @@ def tell(args):
 def measured(args):
     "Run the measurements of the chapter on costs."
     from selfplay_nb.costs import costs
+
     costs(args.out, args.repeats, args.groups)
 
 # %% ../nbs/50_cli.ipynb #9f4ff02a
 def _keep_freed_memory():
     "Where the C library is glibc: no mapping of its own for large blocks, and no trimming."
-    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"): return
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0); ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31-1)
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../nbs/50_cli.ipynb #7d13fa11
 def _add_own(parser):
     "Options for what a user brings."
     group = parser.add_argument_group("your own (FILE.py:NAME is the name NAME in that file)")
-    group.add_argument("--prompts", help="a .jsonl or .parquet file of prompts or rows, or a hub name; needs --reward or --judge")
-    group.add_argument("--reward", metavar="FILE.py:NAME", help="(prompt, answer) -> number, or a reward in TRL's convention")
-    group.add_argument("--verifier", metavar="FILE.py:NAME", help="as a reward, but right or wrong: what is examined with")
-    group.add_argument("--held-out", type=float, help="share of the prompts that are never trained on (default: 0.2)")
-    group.add_argument("--task", metavar="FILE.py:NAME", help="instead of all these: a task with problems, reward and verifier, or a game")
-    group.add_argument("--config", metavar="FILE.yaml", help="settings as below, by name; options on the command line go before")
+    group.add_argument(
+        "--prompts",
+        help="a .jsonl or .parquet file of prompts or rows, or a hub name; needs --reward or --judge",
+    )
+    group.add_argument(
+        "--reward", metavar="FILE.py:NAME", help="(prompt, answer) -> number, or a reward in TRL's convention"
+    )
+    group.add_argument(
+        "--verifier", metavar="FILE.py:NAME", help="as a reward, but right or wrong: what is examined with"
+    )
+    group.add_argument(
+        "--held-out", type=float, help="share of the prompts that are never trained on (default: 0.2)"
+    )
+    group.add_argument(
+        "--task",
+        metavar="FILE.py:NAME",
+        help="instead of all these: a task with problems, reward and verifier, or a game",
+    )
+    group.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="settings as below, by name; options on the command line go before",
+    )
 
+# %% ../nbs/50_cli.ipynb #d5cb2ffc
 def main(argv=None):
     "The entry point of `selfplay` and `python -m selfplay_nb`."
     parser = argparse.ArgumentParser("selfplay", description="Self-play for language models")
@@ -263,20 +380,32 @@ def main(argv=None):
     p.add_argument("folder")
     p.set_defaults(do=lambda a: print(f"The adapter of {export(a.run_dir, a.folder)} is in {a.folder}."))
     p = commands.add_parser("learning", help="seeds and controls: the experiment behind the learning curve")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2]); p.add_argument("--folder", default="runs/learning")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--folder", default="runs/learning")
     p.add_argument("--out", default="runs/learning/learning.jsonl")
     p.set_defaults(do=lambda a: learning(a.seeds, a.folder, a.out))
-    p = commands.add_parser("control", help="pause, stop or change a run in another process"); p.add_argument("--run-dir", default="runs/demo")
-    p.add_argument("--pause", action=argparse.BooleanOptionalAction); p.add_argument("--stop", action="store_true", default=None)
-    p.add_argument("--set", type=_setting, action="append", metavar="NAME=NUMBER"); p.set_defaults(do=tell)
-    p = commands.add_parser("costs", help="measure time and memory, against TRL's trainers and the method taken literally")
-    p.add_argument("--out", default="runs/costs.jsonl"); p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--groups", nargs="+", help="by default all"); p.set_defaults(do=measured)
+    p = commands.add_parser("control", help="pause, stop or change a run in another process")
+    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--pause", action=argparse.BooleanOptionalAction)
+    p.add_argument("--stop", action="store_true", default=None)
+    p.add_argument("--set", type=_setting, action="append", metavar="NAME=NUMBER")
+    p.set_defaults(do=tell)
+    p = commands.add_parser(
+        "costs", help="measure time and memory, against TRL's trainers and the method taken literally"
+    )
+    p.add_argument("--out", default="runs/costs.jsonl")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--groups", nargs="+", help="by default all")
+    p.set_defaults(do=measured)
     args = parser.parse_args(argv)
-    if args.do is not measured: _keep_freed_memory()  # memory is measured as it is by default
-    try: args.do(args)
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as e: sys.exit(f"selfplay_nb: {e}")
+    if args.do is not measured:
+        _keep_freed_memory()  # memory is measured as it is by default
+    try:
+        args.do(args)
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
+        sys.exit(f"selfplay_nb: {e}")
 
 # %% ../nbs/50_cli.ipynb #0287247a
 #| eval: false
-if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    main()

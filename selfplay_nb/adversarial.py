@@ -28,197 +28,300 @@ from .reward import as_reward, is_single, rows_of, score_samples
 # %% ../nbs/29_adversarial.ipynb #1a3bdd35
 KINDS = "always fails", "uncertain", "always right"
 
+# %% ../nbs/29_adversarial.ipynb #a8214df4
 def class_probabilities(
-    k: int,           # right answers
-    n: int,           # answers
-    edge: float = .2, # a prompt fails always below this chance of success, and is right always above 1 - edge
-) -> dict[str, float]: # class to probability
+    k: int,  # right answers
+    n: int,  # answers
+    edge: float = 0.2,  # below this chance of success a prompt is never solved, above 1 - edge always
+) -> dict[str, float]:  # class to probability
     """How probable each class is after `k` right of `n` answers, if all chances were equally likely before.
 
-    P(p < x) for p ~ Beta(k+1, n-k+1) is P(at least k+1 successes of n+1 at chance x). Raises `ValueError` unless 0 <= k <= n and 0 < edge < 0.5."""
-    if not (0 <= k <= n and 0 < edge < .5): raise ValueError(f"{k} right of {n}, edge {edge}: expected 0 <= k <= n and 0 < edge < 0.5.")
-    ways = lambda j: math.lgamma(n+2) - math.lgamma(j+1) - math.lgamma(n+2-j)
-    below = lambda k: sum(math.exp(ways(j) + j*math.log(edge) + (n+1-j)*math.log(1-edge)) for j in range(k+1, n+2))
-    fails, right = below(k), below(n-k)
-    return dict(zip(KINDS, (fails, max(0., 1-fails-right), right)))
+    P(p < x) for p ~ Beta(k+1, n-k+1) is P(at least k+1 successes of n+1 at chance x). Raises `ValueError`
+    unless 0 <= k <= n and 0 < edge < 0.5.
+    """
+    if not (0 <= k <= n and 0 < edge < 0.5):
+        raise ValueError(f"{k} right of {n}, edge {edge}: expected 0 <= k <= n and 0 < edge < 0.5.")
+    ways = lambda j: math.lgamma(n + 2) - math.lgamma(j + 1) - math.lgamma(n + 2 - j)
+    below = lambda k: sum(
+        math.exp(ways(j) + j * math.log(edge) + (n + 1 - j) * math.log(1 - edge)) for j in range(k + 1, n + 2)
+    )
+    fails, right = below(k), below(n - k)
+    return dict(zip(KINDS, (fails, max(0.0, 1 - fails - right), right)))
 
 # %% ../nbs/29_adversarial.ipynb #615fd14b
 @dataclass
 class Screened:
     "A prompt, a policy's answers to it, and their rewards."
-    row: dict              # of the data set: `prompt` and columns
-    answers: list[str]     # n of them
-    rewards: list[float]   # of the answers; NaN where the reward abstained
+
+    row: dict  # of the data set: `prompt` and columns
+    answers: list[str]  # n of them
+    rewards: list[float]  # of the answers; NaN where the reward abstained
     truncated: list[bool]  # was it cut off?
-    ids: list | None = None # token ids of the answers, from a `Policy`
-    right_from: float = 1. # an answer with this reward or more is right
-    edge: float = .2       # as in `class_probabilities`
+    ids: list | None = None  # token ids of the answers, from a `Policy`
+    right_from: float = 1.0  # an answer with this reward or more is right
+    edge: float = 0.2  # as in `class_probabilities`
 
     @property
-    def prompt(self): return self.row["prompt"]
+    def prompt(self):
+        return self.row["prompt"]
+
     @property
-    def known(self) -> list[float]: return [r for r in self.rewards if r == r]
+    def known(self) -> list[float]:
+        return [r for r in self.rewards if r == r]
+
     @property
-    def unjudged(self) -> int: return len(self.rewards) - len(self.known)
+    def unjudged(self) -> int:
+        return len(self.rewards) - len(self.known)
+
     @property
-    def success(self) -> Rate: return Rate(sum(r >= self.right_from for r in self.known), len(self.known))
+    def success(self) -> Rate:
+        return Rate(sum(r >= self.right_from for r in self.known), len(self.known))
+
     @property
-    def kinds(self) -> dict[str, float]: return class_probabilities(self.success.successes, len(self.known), self.edge)
+    def kinds(self) -> dict[str, float]:
+        return class_probabilities(self.success.successes, len(self.known), self.edge)
+
     @property
-    def kind(self) -> str: return max(self.kinds, key=self.kinds.get) if self.known else "unjudged"
+    def kind(self) -> str:
+        return max(self.kinds, key=self.kinds.get) if self.known else "unjudged"
 
 # %% ../nbs/29_adversarial.ipynb #828cdaff
 @patch(as_prop=True)
 def uncertainty(self: Screened) -> float:
     "An unbiased estimate of 4p(1-p), from 0 to n/(n-1); 0 for fewer than two known rewards."
     k, n = self.success.successes, len(self.known)
-    return 4*k*(n - k)/(n*(n - 1)) if n > 1 else 0.
+    return 4 * k * (n - k) / (n * (n - 1)) if n > 1 else 0.0
+
 
 @patch(as_prop=True)
-def spread(self: Screened) -> float: return max(self.known) - min(self.known) if self.known else 0.
+def spread(self: Screened) -> float:
+    return max(self.known) - min(self.known) if self.known else 0.0
 
+# %% ../nbs/29_adversarial.ipynb #22c42317
 @patch(as_prop=True)
 def margin(self: Screened) -> float:
     "Expected difference between the rewards of two answers."
     pairs = list(combinations(self.known, 2))
-    return sum(abs(a - b) for a, b in pairs)/len(pairs) if pairs else 0.
+    return sum(abs(a - b) for a, b in pairs) / len(pairs) if pairs else 0.0
 
 # %% ../nbs/29_adversarial.ipynb #bc1ba968
 @patch
 def example(self: Screened) -> dict:
-    "The prompt with its best and worst answer, and the numbers behind the choice. Raises `ValueError` if no answer has a reward."
-    best, worst = (self.rewards.index(f(self.known)) for f in (max, min))
-    return {**self.row, "best": self.answers[best], "worst": self.answers[worst], "best_reward": self.rewards[best], "worst_reward": self.rewards[worst],
-            "spread": self.spread, "success": self.success.to_dict(), "uncertainty": self.uncertainty, "margin": self.margin,
-            "kind": self.kind, "probability": self.kinds[self.kind]}
+    """The prompt with its best and worst answer, and the numbers behind the choice.
 
+    Raises `ValueError` if no answer has a reward.
+    """
+    best, worst = (self.rewards.index(f(self.known)) for f in (max, min))
+    return {
+        **self.row,
+        "best": self.answers[best],
+        "worst": self.answers[worst],
+        "best_reward": self.rewards[best],
+        "worst_reward": self.rewards[worst],
+        "spread": self.spread,
+        "success": self.success.to_dict(),
+        "uncertainty": self.uncertainty,
+        "margin": self.margin,
+        "kind": self.kind,
+        "probability": self.kinds[self.kind],
+    }
+
+# %% ../nbs/29_adversarial.ipynb #7aaf756c
 @patch
 @printable
 def __repr__(self: Screened):
-    if not self.known: return f"{prompt_text(self.prompt)[-60:]!r}: unjudged"
-    return f"{prompt_text(self.prompt)[-60:]!r}: {self.kind} ({100*self.kinds[self.kind]:.0f} %), right {self.success}"
+    if not self.known:
+        return f"{prompt_text(self.prompt)[-60:]!r}: unjudged"
+    return (
+        f"{prompt_text(self.prompt)[-60:]!r}: {self.kind} ({100 * self.kinds[self.kind]:.0f} %), right"
+        f" {self.success}"
+    )
 
 # %% ../nbs/29_adversarial.ipynb #4e952718
 def _rows(dataset):
     "The rows of `dataset` as dicts with a `prompt` and the same columns."
     columns = None
     several = isinstance(dataset, Iterable) and not isinstance(dataset, (set, bytes))
-    for i, p in enumerate([dataset] if is_single(dataset) else dataset if several else as_prompts(dataset)[0]):
+    for i, p in enumerate(
+        [dataset] if is_single(dataset) else dataset if several else as_prompts(dataset)[0]
+    ):
         row = dict(p) if isinstance(p, dict) else {"prompt": p}
         if not (isinstance(row.get("prompt"), str) or is_messages(row.get("prompt"))):
-            raise ValueError(f"row {i} is {p!r:.80}: expected a string, a list of chat messages, or a dict with such a 'prompt'.")
+            raise ValueError(
+                f"row {i} is {p!r:.80}: expected a string, a list of chat messages, or a dict with such a"
+                " 'prompt'."
+            )
         columns = columns or sorted(row)
-        if sorted(row) != columns: raise ValueError(f"row {i} has {sorted(row)}: expected {columns}, as the first one.")
+        if sorted(row) != columns:
+            raise ValueError(f"row {i} has {sorted(row)}: expected {columns}, as the first one.")
         rows_of([row], {})  # raises for an empty prompt, and for columns that no reward could be given
         yield row
-    if columns is None: raise ValueError("no prompts: expected at least one.")
+    if columns is None:
+        raise ValueError("no prompts: expected at least one.")
 
-def _key(row) -> str: return json.dumps(row, sort_keys=True, default=str)
+# %% ../nbs/29_adversarial.ipynb #f02adcfc
+def _key(row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
 
 # %% ../nbs/29_adversarial.ipynb #f940d56d
 class AdversarialFilter:
     "Finds the prompts of a data set on which a policy is uncertain."
-    def __init__(self,
-        policy,                # anything with `generate`
-        reward_fn,             # a reward in TRL's convention, or `(prompt, response) -> float`
-        n_samples: int = 10,   # answers a prompt
-        threshold: float = .5, # an example's rewards spread more than this
-        right_from: float = 1., # an answer with this reward or more is right
-        edge: float = .2,      # always fails below this chance of success, always right above 1 - edge
+
+    def __init__(
+        self,
+        policy,  # anything with `generate`
+        reward_fn,  # a reward in TRL's convention, or `(prompt, response) -> float`
+        n_samples: int = 10,  # answers a prompt
+        threshold: float = 0.5,  # an example's rewards spread more than this
+        right_from: float = 1.0,  # an answer with this reward or more is right
+        edge: float = 0.2,  # always fails below this chance of success, always right above 1 - edge
         batch_size: int = 16,  # prompts that are asked at once
-        ledger: str | Path | None = None, # a JSONL file that keeps what was screened, to go on from
-        seed: int = 0,         # of the answers
-        round: int = 0,        # written to ledger and pairs: which state of the policy this is
-        **sampling,            # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
+        ledger: str | Path | None = None,  # a JSONL file that keeps what was screened, to go on from
+        seed: int = 0,  # of the answers
+        round: int = 0,  # written to ledger and pairs: which state of the policy this is
+        **sampling,  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         for name, v, low in ("n_samples", n_samples, 2), ("batch_size", batch_size, 1):
             whole(name, v, low)
-        if not threshold >= 0: raise ValueError(f"threshold is {threshold!r}: expected a number of at least 0.")
+        if not threshold >= 0:
+            raise ValueError(f"threshold is {threshold!r}: expected a number of at least 0.")
         class_probabilities(0, 1, edge)  # raises for a bad edge
-        self.policy, self.reward_fn, self.threshold, self.right_from, self.edge = policy, as_reward(reward_fn), threshold, right_from, edge
+        self.policy = policy
+        self.reward_fn = as_reward(reward_fn)
+        self.threshold = threshold
+        self.right_from = right_from
+        self.edge = edge
         self.batch_size, self.sampling = batch_size, sampling
-        self.about = dict(policy=name_of(policy), judge=name_of(reward_fn), n_samples=n_samples, seed=seed, round=round, sampling=sampling)
+        self.about = dict(
+            policy=name_of(policy),
+            judge=name_of(reward_fn),
+            n_samples=n_samples,
+            seed=seed,
+            round=round,
+            sampling=sampling,
+        )
         fields = "prompt", "columns", "answers", "rewards", "truncated", "about"
-        self.known, self.ledger = {}, None if ledger is None else Ledger(ledger, fields)
-        if self.ledger is not None: self._recall()  # an empty ledger is false
+        self.known = {}
+        self.ledger = None if ledger is None else Ledger(ledger, fields)
+        if self.ledger is not None:
+            self._recall()  # an empty ledger is false
 
 # %% ../nbs/29_adversarial.ipynb #8a65b6e6
 @patch
 def _recall(self: AdversarialFilter):
     for r in self.ledger.rows():
         if r["about"] != self.about:
-            differ = ", ".join(f"{k}: {r['about'].get(k)!r} there, {v!r} now" for k, v in self.about.items() if r["about"].get(k) != v)
-            raise ValueError(f"{self.ledger.path} has answers of another screening ({differ}). Choose another ledger.")
+            differ = ", ".join(
+                f"{k}: {r['about'].get(k)!r} there, {v!r} now"
+                for k, v in self.about.items()
+                if r["about"].get(k) != v
+            )
+            raise ValueError(
+                f"{self.ledger.path} has answers of another screening ({differ}). Choose another ledger."
+            )
         row = {"prompt": r["prompt"], **r["columns"]}
         rewards = [math.nan if v is None else v for v in r["rewards"]]
         self.known[_key(row)] = self._screened(row, r["answers"], rewards, r["truncated"], r.get("ids"))
 
+# %% ../nbs/29_adversarial.ipynb #a54a3365
 @patch
-def _screened(self: AdversarialFilter, *what): return Screened(*what, self.right_from, self.edge)
+def _screened(self: AdversarialFilter, *what):
+    return Screened(*what, self.right_from, self.edge)
 
 # %% ../nbs/29_adversarial.ipynb #43b9c931
 @patch
 def _ask(self: AdversarialFilter, rows: list[dict], progress=None):
     "Sample and score the answers to `rows`, and write them to the ledger."
     n, (prompts, columns) = self.about["n_samples"], rows_of(rows, {})
-    answers, _, _ = answers_of(self.policy, prompts, n, progress=progress, seed=self.about["seed"], **self.sampling)
+    answers, _, _ = answers_of(
+        self.policy, prompts, n, progress=progress, seed=self.about["seed"], **self.sampling
+    )
     rewards = score_samples(self.reward_fn, prompts, answers, **columns)
     for row, said, r in zip(rows, answers, rewards):
         ids = [a.token_ids for a in said] if hasattr(said[0], "token_ids") else None
-        self.known[_key(row)] = self._screened(row, [text_of(a.text) for a in said], r, [a.truncated for a in said], ids)
-    if self.ledger is not None: self.ledger.append([self._line(self.known[_key(r)]) for r in rows])
+        self.known[_key(row)] = self._screened(
+            row, [text_of(a.text) for a in said], r, [a.truncated for a in said], ids
+        )
+    if self.ledger is not None:
+        self.ledger.append([self._line(self.known[_key(r)]) for r in rows])
 
+# %% ../nbs/29_adversarial.ipynb #e67bbd09
 @patch
 def _line(self: AdversarialFilter, s: Screened) -> dict:
     rewards = [None if r != r else r for r in s.rewards]  # JSON has no NaN
-    return dict(prompt=s.prompt, columns={k: v for k, v in s.row.items() if k != "prompt"}, answers=s.answers, rewards=rewards,
-                truncated=s.truncated, **({"ids": s.ids} if s.ids else {}), about=self.about)
+    return dict(
+        prompt=s.prompt,
+        columns={k: v for k, v in s.row.items() if k != "prompt"},
+        answers=s.answers,
+        rewards=rewards,
+        truncated=s.truncated,
+        **({"ids": s.ids} if s.ids else {}),
+        about=self.about,
+    )
 
 # %% ../nbs/29_adversarial.ipynb #654761f3
 @patch
-def screen(self: AdversarialFilter,
-    dataset,       # prompts, or dicts with `prompt` and the reward's columns; may be endless
-    progress=None, # called as `progress(finished answers, new tokens)`
-):                 # a generator of `Screened`, one for each different row, in order
-    "Ask and score, batch by batch; what is known already is not asked again. Raises `ValueError` for no prompts, or rows with different columns."
+def screen(
+    self: AdversarialFilter,
+    dataset,  # prompts, or dicts with `prompt` and the reward's columns; may be endless
+    progress=None,  # called as `progress(finished answers, new tokens)`
+):  # a generator of `Screened`, one for each different row, in order
+    """Ask and score, batch by batch; what is known already is not asked again.
+
+    Raises `ValueError` for no prompts, or rows with different columns.
+    """
     rows, done = _rows(dataset), set()
-    if isinstance(dataset, (list, tuple)): rows = iter(list(rows))
+    if isinstance(dataset, (list, tuple)):
+        rows = iter(list(rows))
     while chunk := list(islice(rows, self.batch_size)):
         chunk = {_key(r): r for r in chunk if _key(r) not in done}
-        if new := [r for k, r in chunk.items() if k not in self.known]: self._ask(new, progress)
-        yield from (self.known[k] for k in chunk); done |= set(chunk)
+        if new := [r for k, r in chunk.items() if k not in self.known]:
+            self._ask(new, progress)
+        yield from (self.known[k] for k in chunk)
+        done |= set(chunk)
 
 # %% ../nbs/29_adversarial.ipynb #c65c4f68
-def informative(
-    screened: list[Screened], # prompts
-) -> list[Screened]:
-    "Most informative first: by uncertainty 4p(1-p), among equals by expected margin, else in the given order."
+def informative(screened: list[Screened]) -> list[Screened]:  # prompts
+    """Most informative first: by uncertainty 4p(1-p), among equals by expected margin, else in the given
+    order.
+    """
     return sorted(screened, key=lambda s: (-s.uncertainty, -s.margin))
 
 # %% ../nbs/29_adversarial.ipynb #03301696
 @patch
-def find_adversarial_examples(self: AdversarialFilter,
-    dataset,                  # prompts, or dicts with `prompt` and the reward's columns
-    n_examples: int = 100,    # at most
-    kinds: tuple = KINDS,     # classes that count
+def find_adversarial_examples(
+    self: AdversarialFilter,
+    dataset,  # prompts, or dicts with `prompt` and the reward's columns
+    n_examples: int = 100,  # at most
+    kinds: tuple = KINDS,  # classes that count
     early_stop: bool = True,  # stop when enough are found?
-    progress: bool = True,    # show a bar?
-) -> "Findings":              # dicts with `prompt`, `best`, `worst` and numbers, most informative first
-    "Find prompts on which the policy does well at times and badly at others. Raises `ValueError` for bad arguments and data."
+    progress: bool = True,  # show a bar?
+) -> "Findings":  # dicts with `prompt`, `best`, `worst` and numbers, most informative first
+    """Find prompts on which the policy does well at times and badly at others.
+
+    Raises `ValueError` for bad arguments and data.
+    """
     whole("n_examples", n_examples)
-    if not set(kinds) <= set(KINDS): raise ValueError(f"kinds are {kinds!r}: expected some of {KINDS}.")
+    if not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds are {kinds!r}: expected some of {KINDS}.")
     screened, found = [], []
     total = len(dataset) if hasattr(dataset, "__len__") else None
-    with tqdm(self.screen(dataset), total=total, unit="prompt", desc="screening", disable=not progress) as bar:
+    with tqdm(
+        self.screen(dataset), total=total, unit="prompt", desc="screening", disable=not progress
+    ) as bar:
         for s in bar:
             screened.append(s)
-            if s.spread > self.threshold and s.kind in kinds: found.append(s); bar.set_postfix(found=len(found), refresh=False)
-            if early_stop and len(found) == n_examples: break
+            if s.spread > self.threshold and s.kind in kinds:
+                found.append(s)
+                bar.set_postfix(found=len(found), refresh=False)
+            if early_stop and len(found) == n_examples:
+                break
     return Findings(informative(found)[:n_examples], screened, self.about)
 
 # %% ../nbs/29_adversarial.ipynb #c4e47b64
 class Findings(list):
     "Adversarial examples, with everything that was screened to find them."
+
     def __init__(self, kept: list[Screened], screened: list[Screened], about: dict):
         super().__init__(s.example() for s in kept)
         self.kept, self.screened, self.about = kept, screened, about
@@ -228,16 +331,19 @@ class Findings(list):
         "For each class its share of the screened prompts that have a reward."
         kinds = Counter(s.kind for s in self.screened)
         return {k: Rate(kinds[k], sum(kinds[name] for name in KINDS)) for k in KINDS}
+
     @property
     def unjudged(self) -> int:
         "Answers from which the reward abstained."
         return sum(s.unjudged for s in self.screened)
+
     @property
     def noise(self) -> Rate:
         "How often two answers of the same text to the same prompt got different rewards."
         judged = [[(a.strip(), r) for a, r in zip(s.answers, s.rewards) if r == r] for s in self.screened]
         same = [r != q for row in judged for (a, r), (b, q) in combinations(row, 2) if a == b]
         return Rate(sum(same), len(same), min(len(self.screened), len(same)))
+
     @property
     def problems(self) -> list[dict]:
         "The rows of the data set behind the examples, for `SelfPlayTrainer.train(prompts=...)`."
@@ -248,76 +354,150 @@ class Findings(list):
 def _cells(self: Findings):
     kinds = [(k, str(r)) for k, r in self.counts.items()]
     unjudged = [("answers without a reward", str(self.unjudged))] if self.unjudged else []
-    return [*kinds, *unjudged, ("same answer, other reward", str(self.noise) if self.noise.n else "no answer came twice")]
+    return [
+        *kinds,
+        *unjudged,
+        ("same answer, other reward", str(self.noise) if self.noise.n else "no answer came twice"),
+    ]
+
 
 @patch
-def _head(self: Findings): return f"{len(self)} examples from {len(self.screened)} prompts, {self.about['n_samples']} answers each"
+def _head(self: Findings):
+    return f"{len(self)} examples from {len(self.screened)} prompts, {self.about['n_samples']} answers each"
 
+# %% ../nbs/29_adversarial.ipynb #10f7f9e7
 @patch
 @printable
-def __repr__(self: Findings): return self._head() + "".join(f"\n{k:26} {v}" for k, v in self._cells())
+def __repr__(self: Findings):
+    return self._head() + "".join(f"\n{k:26} {v}" for k, v in self._cells())
 
+# %% ../nbs/29_adversarial.ipynb #53d14186
 @patch
 def _repr_html_(self: Findings):
     row = lambda *cells: "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>"
-    some = "".join(row(prompt_text(e["prompt"])[-40:], e["best"][:40], e["worst"][:40], f"{100*e['success']['value']:.0f} %", e["kind"]) for e in self[:5])
+    some = "".join(
+        row(
+            prompt_text(e["prompt"])[-40:],
+            e["best"][:40],
+            e["worst"][:40],
+            f"{100 * e['success']['value']:.0f} %",
+            e["kind"],
+        )
+        for e in self[:5]
+    )
     head = "<tr><th>prompt</th><th>best</th><th>worst</th><th>right</th><th>class</th></tr>"
-    return f"<p>{self._head()}</p><table>{''.join(row(*c) for c in self._cells())}</table><table>{head}{some}</table>"
+    counts = "".join(row(*c) for c in self._cells())
+    return f"<p>{self._head()}</p><table>{counts}</table><table>{head}{some}</table>"
 
 # %% ../nbs/29_adversarial.ipynb #d69dc08b
 @patch
-def pairs(self: Findings,
-    per_prompt: int = 1, # at most
-) -> tuple[list[dict], Counter]: # pairs in TRL's form with provenance, and how many were dropped for which reason
+def pairs(
+    self: Findings,
+    per_prompt: int = 1,  # at most
+    # pairs in TRL's form with provenance, and how many were dropped for which reason
+) -> tuple[list[dict], Counter]:
     "Preference pairs of the examples, validated; answers without a reward are counted as unjudged."
-    about = dict(source="adversarial", round=self.about["round"], opponent=self.about["policy"], judge=self.about["judge"])
+    about = dict(
+        source="adversarial",
+        round=self.about["round"],
+        opponent=self.about["policy"],
+        judge=self.about["judge"],
+    )
     unjudged = sum(s.unjudged for s in self.kept)
     out, dropped = [], Counter({"unjudged": unjudged} if unjudged else {})
     for s in self.kept:
-        order = sorted(((i, j) for i in range(len(s.rewards)) for j in range(len(s.rewards)) if s.rewards[i] > s.rewards[j]),
-                       key=lambda ij: s.rewards[ij[1]] - s.rewards[ij[0]])
+        order = sorted(
+            (
+                (i, j)
+                for i in range(len(s.rewards))
+                for j in range(len(s.rewards))
+                if s.rewards[i] > s.rewards[j]
+            ),
+            key=lambda ij: s.rewards[ij[1]] - s.rewards[ij[0]],
+        )
         good, bad = validate_pairs([_pair(s, i, j) | about for i, j in order])
         seen = {}  # rejected text to its pair with the widest margin
-        for row in good: seen.setdefault(row["rejected"], row)
-        out += list(seen.values())[:per_prompt]; dropped += bad
+        for row in good:
+            seen.setdefault(row["rejected"], row)
+        out += list(seen.values())[:per_prompt]
+        dropped += bad
     return out, dropped
 
 # %% ../nbs/29_adversarial.ipynb #27c6577b
 def _pair(s: Screened, i: int, j: int) -> dict:
-    row = {"prompt": s.prompt, "chosen": s.answers[i], "rejected": s.answers[j], "margin": s.rewards[i] - s.rewards[j],
-           "chosen_truncated": s.truncated[i], "rejected_truncated": s.truncated[j]}
+    row = {
+        "prompt": s.prompt,
+        "chosen": s.answers[i],
+        "rejected": s.answers[j],
+        "margin": s.rewards[i] - s.rewards[j],
+        "chosen_truncated": s.truncated[i],
+        "rejected_truncated": s.truncated[j],
+    }
     return row | ({"chosen_ids": s.ids[i], "rejected_ids": s.ids[j]} if s.ids else {})
 
 # %% ../nbs/29_adversarial.ipynb #99650f7d
 class Curriculum:
-    "A callback of `SelfPlayTrainer`: each round trains on those problems of a pool whose success is nearest one half."
-    def __init__(self,
-        pool: int = 4,         # problems screened for each one that is kept
-        n_samples: int = 4,    # answers to each problem of the pool
-        right_from: float = 1., # as in `AdversarialFilter`
-    ): self.pool, self.n_samples, self.right_from, self.screened = pool, n_samples, right_from, []
+    """A callback of `SelfPlayTrainer`: each round trains on those problems of a pool whose success is nearest
+    one half.
+    """
 
-    def on_train_begin(self, trainer, total): self.given = trainer.prompts
+    def __init__(
+        self,
+        pool: int = 4,  # problems screened for each one that is kept
+        n_samples: int = 4,  # answers to each problem of the pool
+        right_from: float = 1.0,  # as in `AdversarialFilter`
+    ):
+        self.pool = pool
+        self.n_samples = n_samples
+        self.right_from = right_from
+        self.screened = []
+
+    def on_train_begin(self, trainer, total):
+        self.given = trainer.prompts
 
     def on_round_begin(self, trainer):
-        c = trainer.config; n, seed = self.pool*c.prompts_per_round, seed_of("screening", c.seed, trainer.round)
-        pool = trainer.task.problems("train", n, seed) if self.given is None else random.Random(seed).sample(self.given, min(n, len(self.given)))
+        c = trainer.config
+        n = self.pool * c.prompts_per_round
+        seed = seed_of("screening", c.seed, trainer.round)
+        pool = (
+            trainer.task.problems("train", n, seed)
+            if self.given is None
+            else random.Random(seed).sample(self.given, min(n, len(self.given)))
+        )
         trainer.call("on_stage", stage="screening")
-        f = AdversarialFilter(trainer.student, trainer.reward, self.n_samples, right_from=self.right_from, seed=seed, round=trainer.round + 1,
-                              max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-        self.screened = list(f.screen(pool, lambda answers, tokens: trainer.call("on_progress", answers=0, tokens=tokens)))
-        trainer.prompts = [s.row for s in informative(self.screened)[:c.prompts_per_round]]
+        f = AdversarialFilter(
+            trainer.student,
+            trainer.reward,
+            self.n_samples,
+            right_from=self.right_from,
+            seed=seed,
+            round=trainer.round + 1,
+            max_new_tokens=c.max_new_tokens,
+            temperature=c.temperature,
+        )
+        self.screened = list(
+            f.screen(pool, lambda answers, tokens: trainer.call("on_progress", answers=0, tokens=tokens))
+        )
+        trainer.prompts = [s.row for s in informative(self.screened)[: c.prompts_per_round]]
 
 # %% ../nbs/29_adversarial.ipynb #71d6b611
 class ProposerReward:
-    "A reward for texts that propose problems: the solver's uncertainty 4p(1-p), shared among copies; 0 for what is no problem."
-    def __init__(self,
-        filter: AdversarialFilter, # with the solver and its reward
-        parse,                     # `text -> {"prompt", columns}`, or None for what is no (allowed) problem
-    ): self.filter, self.parse, self.__name__ = filter, parse, "uncertainty of " + name_of(filter.policy)
+    """A reward for texts that propose problems: the solver's uncertainty 4p(1-p), shared among copies; 0 for
+    what is no problem.
+    """
+
+    def __init__(
+        self,
+        filter: AdversarialFilter,  # with the solver and its reward
+        parse,  # `text -> {"prompt", columns}`, or None for what is no (allowed) problem
+    ):
+        self.filter = filter
+        self.parse = parse
+        self.__name__ = "uncertainty of " + name_of(filter.policy)
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         rows = [self.parse(text_of(c)) for c in completions]
-        keys = [r and _key(r) for r in rows]; copies, valid = Counter(keys), [r for r in rows if r]
+        keys = [r and _key(r) for r in rows]
+        copies, valid = Counter(keys), [r for r in rows if r]
         worth = {_key(s.row): s.uncertainty for s in self.filter.screen(valid)} if valid else {}
-        return [worth[k]/copies[k] if k else 0. for k in keys]
+        return [worth[k] / copies[k] if k else 0.0 for k in keys]

@@ -13,182 +13,258 @@ from functools import lru_cache
 from numbers import Rational, Real
 
 # %% ../nbs/08_answers.ipynb #d027bf12
-LONGEST = 10_000 # characters of an answer that are looked at
+LONGEST = 10_000  # characters of an answer that are looked at
 _MARK = re.compile(r"\banswer\b[ *_]{0,4}:[ *_]{0,4}", re.IGNORECASE)
-_DENIED_MARK = re.compile(r"(?:\b(?:not|wrong|incorrect|false)|n['’]t)\b(?:\W{1,3}\w{1,12}){0,2}\W{0,3}$", re.IGNORECASE)
+_DENIED_MARK = re.compile(
+    r"(?:\b(?:not|wrong|incorrect|false)|n['’]t)\b(?:\W{1,3}\w{1,12}){0,2}\W{0,3}$", re.IGNORECASE
+)
 
+# %% ../nbs/08_answers.ipynb #d25fb653
 def _mark(text: str) -> int | None:
     "The end of the last \"Answer:\"; the end of the text if that one is denied; None if there is none."
     marks = list(_MARK.finditer(text))
-    if not marks: return None
+    if not marks:
+        return None
     start = marks[-1].start()
-    return len(text) if _DENIED_MARK.search(text[max(0, start - 40):start]) else marks[-1].end()
+    return len(text) if _DENIED_MARK.search(text[max(0, start - 40) : start]) else marks[-1].end()
 
+# %% ../nbs/08_answers.ipynb #f8cc33ed
 def _box(text: str, begin: int = 0) -> tuple[int, int] | None:
     "Where the content of the last `\\boxed{}` after `begin` stands, braces balanced."
     start = text.rfind("\\boxed{", begin)
-    if start < 0: return None
+    if start < 0:
+        return None
     depth, inside = 1, start + len("\\boxed{")
     for i in range(inside, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if not depth: return inside, i
+        if not depth:
+            return inside, i
 
 # %% ../nbs/08_answers.ipynb #0bb964b6
 def answer_and_rest(
-    text: str,      # what the policy said
-    lines: int = 1, # lines of the answer that is expected
-) -> tuple[str, str]: # the answer, "" if there is none or it is longer than `LONGEST`; and what was said after it
-    "The answer in a text: after the last \"Answer:\", else in the last \\boxed{}, else the last `lines` lines."
-    text = text[-2*LONGEST:]
+    text: str,  # what the policy said
+    lines: int = 1,  # lines of the answer that is expected
+    # the answer, "" if there is none or it is longer than `LONGEST`; and what was said after it
+) -> tuple[str, str]:
+    """The answer in a text: after the last "Answer:", else in the last \\boxed{}, else the last `lines`
+    lines.
+    """
+    text = text[-2 * LONGEST :]
     mark = _mark(text)
     box = _box(text, mark or 0)
     if box:
-        found, rest = text[box[0]:box[1]], text[box[1] + 1:]
+        found, rest = text[box[0] : box[1]], text[box[1] + 1 :]
     else:
-        told = [x for x in text[mark or 0:].splitlines() if not x.lstrip().startswith("```")]
+        told = [x for x in text[mark or 0 :].splitlines() if not x.lstrip().startswith("```")]
         full = [i for i, x in enumerate(told) if x.strip()]
-        told = told[full[0]:full[-1] + 1] if full else []
+        told = told[full[0] : full[-1] + 1] if full else []
         first = 0 if mark is not None else max(0, len(told) - lines)
-        found, rest = "\n".join(told[first:first + lines]), "\n".join(told[first + lines:])
-    if lines == 1: found = found.strip().strip("`*$").strip()
+        found = "\n".join(told[first : first + lines])
+        rest = "\n".join(told[first + lines :])
+    if lines == 1:
+        found = found.strip().strip("`*$").strip()
     return (found if len(found) <= LONGEST else ""), rest
 
+# %% ../nbs/08_answers.ipynb #9f3bda22
 def answer_in(
-    text: str,      # what the policy said
-    lines: int = 1, # lines of the answer that is expected
-) -> str:           # the answer, "" if there is none
+    text: str,
+    lines: int = 1,  # what the policy said  # lines of the answer that is expected
+) -> str:  # the answer, "" if there is none
     "The first part of `answer_and_rest`."
     return answer_and_rest(text, lines)[0]
 
 # %% ../nbs/08_answers.ipynb #577cca41
-_SAME = str.maketrans(dict.fromkeys("−﹣－‐‑‒–", "-") | dict.fromkeys("⁄∕", "/") | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", None) | {"×": "*"})
+_SAME = str.maketrans(
+    dict.fromkeys("−﹣－‐‑‒–", "-")
+    | dict.fromkeys("⁄∕", "/")
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", None)
+    | {"×": "*"}
+)
 
-def _vulgar(m): return " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")
-def _latex_fraction(m): return (m[1] + " " if m[1] else "") + f"{m[2] or m[4]}/{m[3] or m[5]}"
+
+def _vulgar(m):
+    return " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")
+
+
+def _latex_fraction(m):
+    return (m[1] + " " if m[1] else "") + f"{m[2] or m[4]}/{m[3] or m[5]}"
+
+# %% ../nbs/08_answers.ipynb #8fe76360
 def _mixed(m):
     whole, top, bottom = map(int, m.groups())
-    return f"{whole*bottom + top}/{bottom}" if top < bottom else m[0]
+    return f"{whole * bottom + top}/{bottom}" if top < bottom else m[0]
 
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?![0-9])\d", lambda m: str(int(m[0]))),
-    (r"[¼½¾⅐-⅞]", _vulgar),
-    (r"(\d?)\\[dt]?frac(?:\{ ?(-?\d{1,99}) ?\}\{ ?(\d{1,99}) ?\}|(\d)(\d))", _latex_fraction),
-    (r"(?<=\d)(?:\{,\}|\\[,;! ]|[\u00a0\u2009\u202f~])(?=\d{3}(?!\d))", ","),
-    (r"(?<=\d) ?/ ?(?=\d)", "/"),
-    (r"(?<![\d./,])(\d{1,9}) {1,2}(\d{1,9})/(\d{1,9})(?![\d./])", _mixed),
-    (r"(?<![\w.,])(\d(?:\.\d{1,30})?) ?(?:\*|\\times|\\cdot|x) ?10\^\{?(-?\d{1,3})\}?", r"\1e\2"),
-    (r"(?i)(?<=\d)\s{0,2}(?:\\?%|per ?cent\b)", "%"),
-]]
+# %% ../nbs/08_answers.ipynb #1efb25b1
+_REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"(?![0-9])\d", lambda m: str(int(m[0]))),
+        (r"[¼½¾⅐-⅞]", _vulgar),
+        (r"(\d?)\\[dt]?frac(?:\{ ?(-?\d{1,99}) ?\}\{ ?(\d{1,99}) ?\}|(\d)(\d))", _latex_fraction),
+        (r"(?<=\d)(?:\{,\}|\\[,;! ]|[\u00a0\u2009\u202f~])(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d) ?/ ?(?=\d)", "/"),
+        (r"(?<![\d./,])(\d{1,9}) {1,2}(\d{1,9})/(\d{1,9})(?![\d./])", _mixed),
+        (r"(?<![\w.,])(\d(?:\.\d{1,30})?) ?(?:\*|\\times|\\cdot|x) ?10\^\{?(-?\d{1,3})\}?", r"\1e\2"),
+        (r"(?i)(?<=\d)\s{0,2}(?:\\?%|per ?cent\b)", "%"),
+    ]
+]
 
+# %% ../nbs/08_answers.ipynb #cd5fb5bf
 def _same(text: str) -> str:
     "The text with one spelling for what is the same in numbers."
     text = text.translate(_SAME)
-    for pattern, new in _REWRITES: text = pattern.sub(new, text)
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
     return text
 
 # %% ../nbs/08_answers.ipynb #53ea3600
-_LETTER = r"(?![\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])\w" # no script that is written without spaces
+_LETTER = r"(?![\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])\w"  # no script that is written without spaces
 _WORD = re.compile(rf"(?:(?<![\w.])\.(?=\d))?(?:{_LETTER}|(?<=\d)[.,:/]+(?=\d)|(?<=\d[eE])[-+](?=\d)|\^)+%?")
 _MINUS = re.compile(r"(?:(?:^|[^\w)\]}])-|=\s?-\s?)(?:\\?[$€£¥₹]|[A-Z]{2,3}\$)?$")
 _WRAPPING = re.compile(r"(?:\\boxed|\\text|[\s$€£¥₹*`\"'+\-.()\[\]{}\\_])*")
 
+# %% ../nbs/08_answers.ipynb #a4f35e35
 def _value(word: str) -> Fraction | None:
     "A word as a number without its sign, or None."
     number = word.removesuffix("%").strip("_")
-    if len(number) > 300: return None
-    if re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+", number): number = number.replace(".", "").replace(",", ".")
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:_\d{3})+", number): number = number.replace(",", "").replace("_", "")
-    if not re.fullmatch(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?|\d+/0*[1-9]\d*", number): return None
+    if len(number) > 300:
+        return None
+    if re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+", number):
+        number = number.replace(".", "").replace(",", ".")
+    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:_\d{3})+", number):
+        number = number.replace(",", "").replace("_", "")
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?|\d+/0*[1-9]\d*", number):
+        return None
     value = Fraction(number)
-    if "/" in number and value.denominator == 1: return None
-    return value/100 if word.endswith("%") else value
+    if "/" in number and value.denominator == 1:
+        return None
+    return value / 100 if word.endswith("%") else value
 
+# %% ../nbs/08_answers.ipynb #ec573611
 def _signed(text: str, m: re.Match) -> Fraction | None:
     "The number at a match, with the sign that stands before it."
     value = _value(m[0])
-    negative = _MINUS.search(text[max(0, m.start() - 8):m.start()])
+    negative = _MINUS.search(text[max(0, m.start() - 8) : m.start()])
     return -value if value is not None and negative else value
+
 
 def _words(text: str, start: int, end: int) -> list[re.Match]:
     "The words with a digit in them that do not begin with a letter, as H2O does."
     return [m for m in _WORD.finditer(text, start, end) if re.search("[0-9]", m[0]) and not m[0][0].isalpha()]
 
 # %% ../nbs/08_answers.ipynb #fb8b4197
-def read_number(
-    text: str, # such as "-3/4", "$1,218", "1e-3", "50%", "\\boxed{7}"
-) -> Fraction | None:
+def read_number(text: str) -> Fraction | None:  # such as "-3/4", "$1,218", "1e-3", "50%", "\\boxed{7}"
     "The number that a text is as a whole, or None: \"3 apples\" is none."
     text = re.sub(r"^([-+])\s+(?=\S)", r"\1", _same(text[:LONGEST]).strip())
-    if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+", text): text = text.replace(" ", "")
+    if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+", text):
+        text = text.replace(" ", "")
     words = _words(text, 0, len(text))
-    if len(words) != 1: return None
-    before, after = text[:words[0].start()], text[words[0].end():]
+    if len(words) != 1:
+        return None
+    before, after = text[: words[0].start()], text[words[0].end() :]
     return _signed(text, words[0]) if _WRAPPING.fullmatch(before) and _WRAPPING.fullmatch(after) else None
 
 # %% ../nbs/08_answers.ipynb #f5152cc3
-_DENIED = re.compile(r"\b(?:not|never|neither|nor|cannot|without|except|unlike)\b|n['’]t\b|(?:≠|!=|≤|≥|±|\\neq?|\\leq?|\\geq?|\\pm)\W*$", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|without|except|unlike)\b|n['’]t\b|(?:≠|!=|≤|≥|±|\\neq?|\\leq?|\\geq?"
+    r"|\\pm)\W*$",
+    re.IGNORECASE,
+)
 _CLAUSE = re.compile(r"[,;:?\n]|[.!](?=\s)|\bbut\b", re.IGNORECASE)
 _CLOSING = r"[\s\"'’)\]}*`$]{0,5}"
-_WRONG = re.compile(rf"{_CLOSING}(?:(?:is|was|are|would be|seems|looks) (?:no\b|not\b|wrong|incorrect|false|too )|(?:isn|wasn)['’]t\b)", re.IGNORECASE)
+_WRONG = re.compile(
+    rf"{_CLOSING}(?:(?:is|was|are|would be|seems|looks) (?:no\b|not\b|wrong|incorrect|false|too"
+    r" )|(?:isn|wasn)['’]t\b)",
+    re.IGNORECASE,
+)
 _ASKED = re.compile(rf"{_CLOSING}\?")
 _EITHER = re.compile(r"\d\W{0,5}\bor\W{1,5}$", re.IGNORECASE)
 
+# %% ../nbs/08_answers.ipynb #33c56abd
 def denied(
-    text: str,  # what was said
-    start: int, # where something in it begins
-    end: int,   # and where it ends
+    text: str,
+    start: int,
+    end: int,  # what was said  # where something in it begins  # and where it ends
 ) -> bool:
     "Whether what is named there is denied in the same clause, as in \"not 68\" or \"68 is wrong\"."
-    clause = _CLAUSE.split(text[max(0, start - 60):start])[-1]
+    clause = _CLAUSE.split(text[max(0, start - 60) : start])[-1]
     return bool(_DENIED.search(clause) or _WRONG.match(text, end))
+
 
 _GSM8K = re.compile(r"####[ \t]{0,9}(?=\\?[-+$€£]?\\?[$€£.]?\d)[^\n]*")
 
+# %% ../nbs/08_answers.ipynb #557eda7f
 def _place(text: str) -> tuple[int, int]:
-    "Where a number is looked for: the line after \"Answer:\", the last box, the last line after ####, or everywhere."
+    """Where a number is looked for: the line after "Answer:", the last box, the last line after ####, or
+    everywhere.
+    """
     mark = _mark(text)
     box = _box(text, mark or 0)
-    if box: return box
-    if mark is not None: return re.compile(r"\s*(?:```\w*\s*)?[^\n]*").match(text, mark).span()
+    if box:
+        return box
+    if mark is not None:
+        return re.compile(r"\s*(?:```\w*\s*)?[^\n]*").match(text, mark).span()
     lines = list(_GSM8K.finditer(text))
     return lines[-1].span() if lines else (0, len(text))
 
-def last_number(
-    text: str, # what the policy said
-) -> Fraction | None:
-    """The number that an answer gives: the last one that is neither denied nor doubted, in the place that is named for the answer or else in the whole text.
+# %% ../nbs/08_answers.ipynb #e99b4412
+def last_number(text: str) -> Fraction | None:  # what the policy said
+    """The number that an answer gives: the last one that is neither denied nor doubted, in the place that is
+    named for the answer or else in the whole text.
 
-    None if there is none, or if the last word with digits is no number as a whole. At most 2·`LONGEST` characters are looked at."""
-    text = _same(text[-2*LONGEST:])
+    None if there is none, or if the last word with digits is no number as a whole. At most 2·`LONGEST`
+    characters are looked at.
+    """
+    text = _same(text[-2 * LONGEST :])
     start, end = _place(text)
-    given = [m for m in _words(text, start, end) if not (denied(text, *m.span()) or _ASKED.match(text, m.end()))]
-    if not given or _EITHER.search(text[max(0, given[-1].start() - 20):given[-1].start()]): return None
+    given = [
+        m for m in _words(text, start, end) if not (denied(text, *m.span()) or _ASKED.match(text, m.end()))
+    ]
+    if not given or _EITHER.search(text[max(0, given[-1].start() - 20) : given[-1].start()]):
+        return None
     whole = read_number(text[start:end])
     return _signed(text, given[-1]) if whole is None else whole
 
 # %% ../nbs/08_answers.ipynb #9723d5d3
-_GOLD = "a finite number, a text that is one (18, -3/4, 1e-3, '1,218', '$18', '50%'), or a solution with its answer after '####' or in \\boxed{}"
+_GOLD = (
+    "a finite number, a text that is one (18, -3/4, 1e-3, '1,218', '$18', '50%'), or a solution with its"
+    " answer after '####' or in \\boxed{}"
+)
+
 
 @lru_cache(4096)
 def _read_gold(text: str) -> Fraction | None:
     box, marked = _box(text), text.rfind("####")
-    place = text[box[0]:box[1]] if box else text[marked + 4:] if marked >= 0 else text
+    place = text[box[0] : box[1]] if box else text[marked + 4 :] if marked >= 0 else text
     return read_number(place)
 
+# %% ../nbs/08_answers.ipynb #753f06be
 def _gold(value) -> Fraction | None:
-    if isinstance(value, str): return _read_gold(value)
-    if isinstance(value, bool): return None
-    if isinstance(value, Rational): return Fraction(value)
-    try: return Fraction(str(value)) if isinstance(value, Real) or type(value).__name__ == "Decimal" else None
-    except (ValueError, OverflowError): return None  # nan, inf
+    if isinstance(value, str):
+        return _read_gold(value)
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Rational):
+        return Fraction(value)
+    try:
+        return Fraction(str(value)) if isinstance(value, Real) or type(value).__name__ == "Decimal" else None
+    except (ValueError, OverflowError):
+        return None  # nan, inf
 
+# %% ../nbs/08_answers.ipynb #46ebc227
 def gold_numbers(
-    answers: list,          # a column of right answers
-    column: str = "answer", # its name
+    answers: list,
+    column: str = "answer",  # a column of right answers  # its name
 ) -> list[Fraction]:
-    "Right answers as numbers, by the reader that also reads what a policy says. Raises `ValueError` naming the first row that is none."
+    """Right answers as numbers, by the reader that also reads what a policy says.
+
+    Raises `ValueError` naming the first row that is none.
+    """
     found = [_gold(a) for a in answers]
     wrong = [i for i, value in enumerate(found) if value is None]
-    if not wrong: return found
+    if not wrong:
+        return found
     more = f" (and so are {len(wrong) - 1} more of {len(found)} rows)" if len(wrong) > 1 else ""
-    raise ValueError(f"column {column!r}, row {wrong[0]} is {answers[wrong[0]]!r:.80}{more}: expected {_GOLD}.")
+    raise ValueError(
+        f"column {column!r}, row {wrong[0]} is {answers[wrong[0]]!r:.80}{more}: expected {_GOLD}."
+    )

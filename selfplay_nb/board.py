@@ -21,45 +21,72 @@ from .widgets import preformatted
 
 # %% ../nbs/35_board.ipynb #3cbf7d00
 def payoff_table(
-    league,      # a `LeagueTraining`
-    cell=None,   # names of row and column to be marked
-) -> str:        # HTML
+    league,
+    cell=None,  # a `LeagueTraining`  # names of row and column to be marked
+) -> str:  # HTML
     "Mean scores of the rows against the columns, with the number of games."
-    games = league.games; P, N = games.payoff, games.results.sum(-1)
+    games = league.games
+    P, N = games.payoff, games.results.sum(-1)
+
     def show(i, j):
-        if i == j or math.isnan(P[i, j]): return "<td style='text-align:center'>·</td>"
-        marked = cell == (games.players[i], games.players[j]); shade = round(255 - 155*P[i, j])
-        look = f"text-align:center;color:black;background:rgb({shade},{shade},{shade});border:{'3px solid black' if marked else '1px solid white'}"
-        return (f"<td style='{look}'>{'▸ ' if marked else ''}{P[i, j]:.2f}<br><small>n={N[i, j]}</small></td>")
+        if i == j or math.isnan(P[i, j]):
+            return "<td style='text-align:center'>·</td>"
+        marked = cell == (games.players[i], games.players[j])
+        shade = round(255 - 155 * P[i, j])
+        border = "3px solid black" if marked else "1px solid white"
+        look = f"text-align:center;color:black;background:rgb({shade},{shade},{shade});border:{border}"
+        return f"<td style='{look}'>{'▸ ' if marked else ''}{P[i, j]:.2f}<br><small>n={N[i, j]}</small></td>"
+
     shown = games._shown(cell or ())
     head = "".join(f"<th>{escape(games.players[j])}</th>" for j in shown)
-    rows = "".join(f"<tr><th>{escape(games.players[i])}</th>{''.join(show(i, j) for j in shown)}</tr>" for i in shown)
-    many = f"; of {len(games.players)} members the {len(shown)} with the most games" if len(shown) < len(games.players) else ""
-    return f"<table><caption>mean score of the row against the column, and games{many}</caption><tr><td></td>{head}</tr>{rows}</table>"
+    rows = "".join(
+        f"<tr><th>{escape(games.players[i])}</th>{''.join(show(i, j) for j in shown)}</tr>" for i in shown
+    )
+    many = (
+        f"; of {len(games.players)} members the {len(shown)} with the most games"
+        if len(shown) < len(games.players)
+        else ""
+    )
+    return (
+        "<table><caption>mean score of the row against the column, and"
+        f" games{many}</caption><tr><td></td>{head}</tr>{rows}</table>"
+    )
 
 # %% ../nbs/35_board.ipynb #4f021dcd
 class Board:
     "A league on a page, as it is when the board is made."
-    def __init__(self,
-        league,                # a `LeagueTraining` with games between its members
-        role: str = "main",    # whose snapshots are the curve, and whose opponents are shown
-        current_performance: float | None = None, # of the learner, as in `compute_matchmaking_probs`
-        seed: int = 0,         # of the intervals
+
+    def __init__(
+        self,
+        league,  # a `LeagueTraining` with games between its members
+        role: str = "main",  # whose snapshots are the curve, and whose opponents are shown
+        current_performance: float | None = None,  # of the learner, as in `compute_matchmaking_probs`
+        seed: int = 0,  # of the intervals
     ):
         "Raises `ValueError` if the members have played no games."
         games = league.games
-        if not len(games): raise ValueError("no games between members: `play` some first.")
+        if not len(games):
+            raise ValueError("no games between members: `play` some first.")
         self.league, self.role, self.games = league, role, games
         self.order = [m.name for m in league.members if m.role == role] or games.players
         self.ratings = bradley_terry(games, {"base": 1000} if "base" in games.players else None, seed=seed)
         self.matchmaking = league.matchmaking(current_performance, role)
 
     @property
-    def sections(self) -> dict: return {"members": self.league, "who is drawn": self.matchmaking, "ratings": self.ratings}
+    def sections(self) -> dict:
+        return {"members": self.league, "who is drawn": self.matchmaking, "ratings": self.ratings}
+
     @printable
-    def __repr__(self): return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in [*self.sections.items(), ("games", self.games)])
+    def __repr__(self):
+        return "\n\n".join(
+            f"{title.upper()}\n{record!r}"
+            for title, record in [*self.sections.items(), ("games", self.games)]
+        )
+
     def _repr_html_(self):
-        parts = {title: record._repr_html_() for title, record in self.sections.items()} | {"payoff": payoff_table(self.league)}
+        parts = {title: record._repr_html_() for title, record in self.sections.items()} | {
+            "payoff": payoff_table(self.league)
+        }
         return "".join(f"<section><h4>{title}</h4>{html}</section>" for title, html in parts.items())
 
 # %% ../nbs/35_board.ipynb #d791e034
@@ -67,47 +94,83 @@ class Board:
 def plot(self: Board):
     "Payoff with numbers, rating curve with 95 % bands, probabilities of the opponents; returns the figure."
     import matplotlib.pyplot as plt
+
     K, m = len(self.games.players), self.matchmaking
-    if K > MOST: K = 12   # the payoff has no numbers then
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(7 + .7*K, 2.2 + .25*K), layout="constrained", width_ratios=[1.3, 1, 1])
-    self.games.plot(ax=left); plot_rating_curve(self.ratings, self.order, middle)
+    if K > MOST:
+        K = 12  # the payoff has no numbers then
+    fig, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(7 + 0.7 * K, 2.2 + 0.25 * K), layout="constrained", width_ratios=[1.3, 1, 1]
+    )
+    self.games.plot(ax=left)
+    plot_rating_curve(self.ratings, self.order, middle)
     likely = sorted(sorted(range(len(m.members)), key=lambda i: -m.probabilities[i])[:MOST])
-    chances, names = [m.probabilities[i] for i in likely], [m.members[i] for i in likely]
+    chances = [m.probabilities[i] for i in likely]
+    names = [m.members[i] for i in likely]
     right.barh(range(len(likely)), chances, color="0.75", edgecolor="k")
-    for i, p in enumerate(chances): right.annotate(f"{p:.2f}", (p, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    right.set_yticks(range(len(likely)), names); right.invert_yaxis(); right.margins(x=.2); right.set_xlabel(f"{m.role} at {m.performance:.0f} plays")
+    for i, p in enumerate(chances):
+        right.annotate(f"{p:.2f}", (p, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    right.set_yticks(range(len(likely)), names)
+    right.invert_yaxis()
+    right.margins(x=0.2)
+    right.set_xlabel(f"{m.role} at {m.performance:.0f} plays")
     return fig
 
 # %% ../nbs/35_board.ipynb #f542a76b
 class BoardWidget(widgets.VBox):
     "The live view of a league: matchmaking as a slider moves, and the games behind each cell of the payoff."
-    def __init__(self,
-        league, # a `LeagueTraining` with games between its members
-    ):
+
+    def __init__(self, league):  # a `LeagueTraining` with games between its members
         "Raises `ValueError` if the members have played no games."
-        board = Board(league); names = board.games.players
+        board = Board(league)
+        names = board.games.players
         super().__init__()
-        self.league, low, high = league, min(board.matchmaking.ratings), max(board.matchmaking.ratings)
+        self.league = league
+        low = min(board.matchmaking.ratings)
+        high = max(board.matchmaking.ratings)
         wide, half = widgets.Layout(width="36em"), widgets.Layout(width="50%")
         here = round(board.matchmaking.performance)
-        self.skill = widgets.IntSlider(here, min(here, math.floor(low)) - 200, max(here, math.ceil(high)) + 200, 10, description="Skill", layout=wide)
+        self.skill = widgets.IntSlider(
+            here,
+            min(here, math.floor(low)) - 200,
+            max(here, math.ceil(high)) + 200,
+            10,
+            description="Skill",
+            layout=wide,
+        )
         self.role = widgets.ToggleButtons(options=list(league.roles), description="Role")
-        choose = lambda name, what: widgets.SelectionSlider(options=names, value=name, description=what, layout=wide)
-        self.row, self.column = choose(names[-1], "Row"), choose(names[0], "Column")
+        choose = lambda name, what: widgets.SelectionSlider(
+            options=names, value=name, description=what, layout=wide
+        )
+        self.row = choose(names[-1], "Row")
+        self.column = choose(names[0], "Column")
         self.game = widgets.IntSlider(1, 1, 1, description="Game", layout=wide)
         self.refresh = widgets.Button(description="Draw again", tooltip="with the games played since")
         self.members, self.drawn, self.payoff, self.curve, self.prompt = (widgets.HTML() for _ in range(5))
-        self.left, self.right = widgets.HTML(layout=half), widgets.HTML(layout=half)
-        self.children = [self.role, widgets.HBox([self.skill, self.refresh]), self.drawn, widgets.HBox([self.row, self.column]), self.payoff,
-                         self.game, self.prompt, widgets.HBox([self.left, self.right]), self.members, self.curve]
-        for control in self.skill, self.role: control.observe(lambda _: self.show_drawn(), "value")
-        for control in self.row, self.column: control.observe(lambda _: self.show_cell(), "value")
+        self.left = widgets.HTML(layout=half)
+        self.right = widgets.HTML(layout=half)
+        self.children = [
+            self.role,
+            widgets.HBox([self.skill, self.refresh]),
+            self.drawn,
+            widgets.HBox([self.row, self.column]),
+            self.payoff,
+            self.game,
+            self.prompt,
+            widgets.HBox([self.left, self.right]),
+            self.members,
+            self.curve,
+        ]
+        for control in self.skill, self.role:
+            control.observe(lambda _: self.show_drawn(), "value")
+        for control in self.row, self.column:
+            control.observe(lambda _: self.show_cell(), "value")
         self.game.observe(lambda _: self.show_game(), "value")
         self.refresh.on_click(lambda _: self.show())
         self.show(board)
 
     @printable
-    def __repr__(self): return repr(self.league)  # what a saved notebook shows in its place
+    def __repr__(self):
+        return repr(self.league)  # what a saved notebook shows in its place
 
 # %% ../nbs/35_board.ipynb #a6c5c5a9
 @patch
@@ -115,41 +178,63 @@ def show_drawn(self: BoardWidget):
     "Draw who is played by a learner of the skill on the slider."
     self.drawn.value = self.league.matchmaking(self.skill.value, self.role.value)._repr_html_()
 
+# %% ../nbs/35_board.ipynb #957b8d38
 @patch
 def show_cell(self: BoardWidget):
     "Mark the cell of the payoff, and list its games."
     a, b = self.row.value, self.column.value
     self.payoff.value = payoff_table(self.league, (a, b))
     self.rows = self.league.between(a, b) if a != b else []
-    self.game.value = 1; self.game.max = max(1, len(self.rows))
+    self.game.value = 1
+    self.game.max = max(1, len(self.rows))
     self.show_game()
 
+# %% ../nbs/35_board.ipynb #53935e22
 @patch
 def show_game(self: BoardWidget):
     "Show the chosen game: prompt, both answers, verdict."
-    if not self.rows: self.prompt.value, self.left.value, self.right.value = "<p>No games of these two.</p>", "", ""; return
-    r = self.rows[self.game.value - 1]; verdict = "wins" if r["score"] > .5 else "loses" if r["score"] < .5 else "draws"
-    title = f"Game {self.game.value} of {len(self.rows)}: {r['a']} {verdict} against {r['b']} ({r['score']:.2f})"
+    if not self.rows:
+        self.prompt.value = "<p>No games of these two.</p>"
+        self.left.value = ""
+        self.right.value = ""
+        return
+    r = self.rows[self.game.value - 1]
+    verdict = "wins" if r["score"] > 0.5 else "loses" if r["score"] < 0.5 else "draws"
+    title = (
+        f"Game {self.game.value} of {len(self.rows)}: {r['a']} {verdict} against {r['b']} ({r['score']:.2f})"
+    )
     self.prompt.value = preformatted(prompt_text(r.get("prompt") or ""), title)
-    self.left.value, self.right.value = (preformatted(r.get(k, "(the answers were not kept)"), r[n]) for k, n in (("answer_a", "a"), ("answer_b", "b")))
+    self.left.value, self.right.value = (
+        preformatted(r.get(k, "(the answers were not kept)"), r[n])
+        for k, n in (("answer_a", "a"), ("answer_b", "b"))
+    )
 
 # %% ../nbs/35_board.ipynb #a4f17fd7
 def _image(figure, text: str) -> str:
     "A figure as an HTML image that says what it shows."
-    file = io.BytesIO(); figure.savefig(file, format="png", dpi=90)
-    return f"<img alt=\"{escape(text)}\" src=\"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}\">"
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    return (
+        f"<img alt=\"{escape(text)}\""
+        f" src=\"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}\">"
+    )
 
+# %% ../nbs/35_board.ipynb #f1ca948f
 @patch
-def show(self: BoardWidget,
-    board: Board | None = None, # of the league as it is; by default made now
-):
+def show(self: BoardWidget, board: Board | None = None):  # of the league as it is; by default made now
     "Draw everything as the league is now; members that joined or left are in the lists."
     from matplotlib.figure import Figure
-    board = board or Board(self.league); names = board.games.players
+
+    board = board or Board(self.league)
+    names = board.games.players
     for control, other in (self.row, names[-1]), (self.column, names[0]):
-        before = control.value; control.options = names; control.value = before if before in names else other
-    ax = Figure(figsize=(5, 3), layout="constrained").subplots(); plot_rating_curve(board.ratings, board.order, ax)
+        before = control.value
+        control.options = names
+        control.value = before if before in names else other
+    ax = Figure(figsize=(5, 3), layout="constrained").subplots()
+    plot_rating_curve(board.ratings, board.order, ax)
     told = ", ".join(f"{p} {r:.0f}" for p, r in [*zip(board.ratings.players, board.ratings.ratings)][:MOST])
     self.curve.value = _image(ax.figure, f"Ratings, drawn with 95 % intervals: {told}")
     self.members.value = self.league._repr_html_()
-    self.show_drawn(); self.show_cell()
+    self.show_drawn()
+    self.show_cell()

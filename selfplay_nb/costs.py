@@ -27,7 +27,14 @@ import torch
 from tqdm.auto import tqdm
 
 from .competitive import CompetitiveSelfPlay
-from .model import DEFAULT_MODEL, WHEEL_MODELS, compute_dtype, default_device, fetch_wheel, wheel_model_folder
+from selfplay_nb.model import (
+    DEFAULT_MODEL,
+    WHEEL_MODELS,
+    compute_dtype,
+    default_device,
+    fetch_wheel,
+    wheel_model_folder,
+)
 from .pairs import write_whole
 from .players import text_of
 from .policy import Base, Policy, free_memory, sample_together
@@ -35,78 +42,143 @@ from .tasks import ArithmeticTask
 from .update import dpo, reinforce
 
 # %% ../nbs/46_costs.ipynb #ad0b256f
-def _resident(which="VmRSS") -> float: # MB
+def _resident(which="VmRSS") -> float:  # MB
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1])/1e3 for line in lines if line.startswith(which))
+    return next(float(line.split()[1]) / 1e3 for line in lines if line.startswith(which))
 
+# %% ../nbs/46_costs.ipynb #4a8807af
 def _run(arm, settings) -> dict:
-    with open(os.devnull, "w") as nowhere: os.dup2(nowhere.fileno(), 1); os.dup2(nowhere.fileno(), 2)  # the bars and logs of all trainers
+    # the bars and logs of all trainers
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     cuda, before = default_device() == "cuda", _resident()
-    steps = arm(**settings); next(steps); gc.collect(); free_memory()
-    if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
-    else: Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
-    loaded, start = torch.cuda.memory_allocated()/1e6 if cuda else _resident() - before, time.perf_counter()
+    steps = arm(**settings)
+    next(steps)
+    gc.collect()
+    free_memory()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
+    loaded = torch.cuda.memory_allocated() / 1e6 if cuda else _resident() - before
+    start = time.perf_counter()
     out = next(steps)
-    if cuda: torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return dict(machine=machine(), seconds=seconds, loaded=loaded, peak=torch.cuda.max_memory_allocated()/1e6 if cuda else _resident("VmHWM") - before) | out
+    return (
+        dict(
+            machine=machine(),
+            seconds=seconds,
+            loaded=loaded,
+            peak=torch.cuda.max_memory_allocated() / 1e6 if cuda else _resident("VmHWM") - before,
+        )
+        | out
+    )
 
 # %% ../nbs/46_costs.ipynb #9684e49b
 def measure(
-    arm,        # a generator function, as above, of a module: the process looks it up by name
-    **settings, # its arguments
-) -> dict:      # `seconds`, memory in MB over that of the process: `loaded` and `peak`; and what the arm yields
-    "Run `arm` once in a process of its own. Raises `RuntimeError` where memory cannot be read (anything but Linux)."
-    if not Path("/proc/self/clear_refs").exists(): raise RuntimeError("memory is read from /proc, which this system lacks: measure on Linux.")
-    context = multiprocessing.get_context("spawn" if default_device() == "cuda" else "forkserver")  # CUDA does not survive a fork
+    arm,  # a generator function, as above, of a module: the process looks it up by name
+    **settings,  # its arguments
+    # `seconds`, memory in MB over that of the process: `loaded` and `peak`; and what the arm yields
+) -> dict:
+    """Run `arm` once in a process of its own.
+
+    Raises `RuntimeError` where memory cannot be read (anything but Linux).
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise RuntimeError("memory is read from /proc, which this system lacks: measure on Linux.")
+    # CUDA does not survive a fork
+    context = multiprocessing.get_context("spawn" if default_device() == "cuda" else "forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context) as pool: return pool.submit(_run, arm, settings).result()
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_run, arm, settings).result()
 
 # %% ../nbs/46_costs.ipynb #4a962d2b
-def prompts(n: int = 32) -> list: return [p["prompt"] for p in ArithmeticTask(2, shots=0).problems("train", n, seed=0)]
+def prompts(n: int = 32) -> list:
+    return [p["prompt"] for p in ArithmeticTask(2, shots=0).problems("train", n, seed=0)]
+
 
 def luck(prompts, completions, **columns) -> list[float]:
-    "A number for each text that says nothing about it, so that nothing can be learned from it; in TRL's convention."
-    return [-zlib.crc32(text_of(c).encode())/2**32 for c in completions]
+    """A number for each text that says nothing about it, so that nothing can be learned from it; in TRL's
+    convention.
+    """
+    return [-zlib.crc32(text_of(c).encode()) / 2**32 for c in completions]
+
 
 def brevity(prompts, completions, **columns) -> list[float]:
     "The shorter, the better."
     return [x - len(text_of(c)) for x, c in zip(luck(prompts, completions), completions)]
 
+# %% ../nbs/46_costs.ipynb #3c443431
 def _policies(**settings):
-    base = Base.load(**settings); policy = Policy(base, "student", seed=0)
+    base = Base.load(**settings)
+    policy = Policy(base, "student", seed=0)
     policy.sample(prompts(1), max_new_tokens=6, seed=0)
     return base, policy, policy.snapshot("reference")
 
+# %% ../nbs/46_costs.ipynb #e43150f4
 def our_round(n=32, n_samples=4, new=32, **settings):
     "A round with this library."
     base, policy, reference = _policies(**settings)
     yield
     play = CompetitiveSelfPlay(policy, reference, brevity, n_samples, 1, max_new_tokens=new)
     preferences = play.train_step(prompts(n), seed=0)
-    start = time.perf_counter()  # both sides still are the same policy, so that sampling has told the reference's log-probabilities
-    result = dpo(policy, list(preferences), reference, sampled_by_reference=True, loss_type=["sigmoid"], loss_weights=None)
+    # both sides still are the same policy, so that sampling has told the reference's log-probabilities
+    start = time.perf_counter()
+    result = dpo(
+        policy,
+        list(preferences),
+        reference,
+        sampled_by_reference=True,
+        loss_type=["sigmoid"],
+        loss_weights=None,
+    )
     yield dict(tokens=preferences.n_tokens, pairs=result.n_rows, update=time.perf_counter() - start)
 
 # %% ../nbs/46_costs.ipynb #c4c280c7
 def _quiet(config, **settings):
     cuda = default_device() == "cuda"
-    return config(output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True, log_level="error", logging_steps=1,
-                  use_cpu=not cuda, bf16=False, dataloader_pin_memory=False, **settings)
+    return config(
+        output_dir=tempfile.mkdtemp(),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        log_level="error",
+        logging_steps=1,
+        use_cpu=not cuda,
+        bf16=False,
+        dataloader_pin_memory=False,
+        **settings,
+    )
 
-def _conversation(prompt, *texts): return dict(prompt=prompt) | {k: [dict(role="assistant", content=t)] for k, t in zip(("chosen", "rejected"), texts)}
+# %% ../nbs/46_costs.ipynb #7af7eab9
+def _conversation(prompt, *texts):
+    return dict(prompt=prompt) | {
+        k: [dict(role="assistant", content=t)] for k, t in zip(("chosen", "rejected"), texts)
+    }
 
+# %% ../nbs/46_costs.ipynb #85e22e6c
 def _one(model, tokenizer, prompt, new):
     "An answer to a single prompt, sampled."
-    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)
-    with torch.no_grad(): out = model.generate(**inputs, max_new_tokens=new, do_sample=True, temperature=1., top_k=0)
-    ids = out[0, inputs["input_ids"].shape[1]:]
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0)
+    ids = out[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(ids, skip_special_tokens=True), len(ids)
 
+# %% ../nbs/46_costs.ipynb #7d90fe26
 def literal_round(n=4, n_samples=4, new=32, packed=False):
-    "The method's listing; with `packed` on one 4-bit base with PEFT, whose adapter is switched off for the reference."
+    """The method's listing; with `packed` on one 4-bit base with PEFT, whose adapter is switched off for the
+    reference.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+
     model, other, tokenizer, peft_config = _two_models(packed)
     yield
     tokens, pairs = 0, []
@@ -114,45 +186,101 @@ def literal_round(n=4, n_samples=4, new=32, packed=False):
         said = []
         for side in model, other:
             for _ in range(n_samples):
-                text, k = _one(side, tokenizer, prompt, new); said.append(text); tokens += k
-        said.sort(key=len); pairs.append(_conversation(prompt, said[0], said[-1]))
-    start, args = time.perf_counter(), _quiet(DPOConfig, num_train_epochs=1, max_length=None)
-    DPOTrainer(model, None if packed else other, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, peft_config=peft_config).train()
+                text, k = _one(side, tokenizer, prompt, new)
+                said.append(text)
+                tokens += k
+        said.sort(key=len)
+        pairs.append(_conversation(prompt, said[0], said[-1]))
+    start = time.perf_counter()
+    args = _quiet(DPOConfig, num_train_epochs=1, max_length=None)
+    DPOTrainer(
+        model,
+        None if packed else other,
+        args,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    ).train()
     yield dict(tokens=tokens, pairs=len(pairs), update=time.perf_counter() - start)
 
 # %% ../nbs/46_costs.ipynb #2362b85f
 def _lora():
     from peft import LoraConfig
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0., task_type="CAUSAL_LM")
 
+    return LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+
+# %% ../nbs/46_costs.ipynb #6eeaf7d5
 def _two_models(packed: bool):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if packed:
         base = Base.load()
         return base.model, base.model, base.tokenizer, _lora()
     folder = wheel_model_folder()
-    model, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(default_device()) for _ in range(2))
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(default_device())
+        for _ in range(2)
+    )
     return model, other, AutoTokenizer.from_pretrained(folder), None
 
 # %% ../nbs/46_costs.ipynb #de669456
 def trl_online(trainer="online_dpo", n=32, new=32, checkpointing=True):
-    "TRL's online DPO or GRPO, by default with their gradient checkpointing; online DPO then samples without a cache of keys and values."
+    """TRL's online DPO or GRPO, by default with their gradient checkpointing; online DPO then samples without
+    a cache of keys and values.
+    """
     from datasets import Dataset
-    base, common = Base.load(), dict(num_train_epochs=1, learning_rate=1e-5, gradient_checkpointing=checkpointing)
+
+    base = Base.load()
+    common = dict(num_train_epochs=1, learning_rate=1e-5, gradient_checkpointing=checkpointing)
     data = Dataset.from_list([dict(prompt=p) for p in prompts(n)])
     said = []
-    def reward(prompts, completions, **columns): said.extend(map(text_of, completions)); return brevity(prompts, completions)
+
+    def reward(prompts, completions, **columns):
+        said.extend(map(text_of, completions))
+        return brevity(prompts, completions)
+
     if trainer == "online_dpo":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-        args = _quiet(OnlineDPOConfig, per_device_train_batch_size=n//4, max_new_tokens=new, temperature=1., **common)
-        made = OnlineDPOTrainer(base.model, reward_funcs=reward, args=args, train_dataset=data, processing_class=base.tokenizer, peft_config=_lora())
+
+        args = _quiet(
+            OnlineDPOConfig, per_device_train_batch_size=n // 4, max_new_tokens=new, temperature=1.0, **common
+        )
+        made = OnlineDPOTrainer(
+            base.model,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=data,
+            processing_class=base.tokenizer,
+            peft_config=_lora(),
+        )
     else:
         from trl import GRPOConfig, GRPOTrainer
-        args = _quiet(GRPOConfig, per_device_train_batch_size=n//2, num_generations=2, max_completion_length=new, temperature=1., **common)
-        made = GRPOTrainer(base.model, reward, args=args, train_dataset=data, processing_class=base.tokenizer, peft_config=_lora())
+
+        args = _quiet(
+            GRPOConfig,
+            per_device_train_batch_size=n // 2,
+            num_generations=2,
+            max_completion_length=new,
+            temperature=1.0,
+            **common,
+        )
+        made = GRPOTrainer(
+            base.model,
+            reward,
+            args=args,
+            train_dataset=data,
+            processing_class=base.tokenizer,
+            peft_config=_lora(),
+        )
     yield
     made.train()
-    yield dict(tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said), answers=len(said), steps=made.state.global_step)
+    yield dict(
+        tokens=sum(len(base.tokenizer(t)["input_ids"]) for t in said),
+        answers=len(said),
+        steps=made.state.global_step,
+    )
 
 # %% ../nbs/46_costs.ipynb #75bcc962
 def our_online(update="dpo", n=32, new=32, **settings):
@@ -160,183 +288,364 @@ def our_online(update="dpo", n=32, new=32, **settings):
     base, policy, reference = _policies(**settings)
     yield
     if update == "dpo":
-        made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(prompts(n), seed=0); tokens = made.n_tokens
-        result = dpo(policy, list(made), reference, sampled_by_reference=True, learning_rate=1e-5, per_device_train_batch_size=-(-len(made)//4))
+        made = CompetitiveSelfPlay(policy, reference, brevity, 1, 1, max_new_tokens=new).train_step(
+            prompts(n), seed=0
+        )
+        tokens = made.n_tokens
+        result = dpo(
+            policy,
+            list(made),
+            reference,
+            sampled_by_reference=True,
+            learning_rate=1e-5,
+            per_device_train_batch_size=-(-len(made) // 4),
+        )
     else:
-        said = policy.sample(asked := prompts(n), 2, new, seed=0); tokens = said.n_tokens
+        said = policy.sample(asked := prompts(n), 2, new, seed=0)
+        tokens = said.n_tokens
         worth = [brevity(None, [a.text for a in row]) for row in said]
-        rows = [dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=v - sum(w)/2)
-                for p, row, w in zip(asked, said, worth) if w[0] != w[1] for a, v in zip(row, w)]
-        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=-(-len(rows)//4))
-    yield dict(tokens=tokens, answers=2*n, steps=len(result.losses), rows=result.n_rows)
+        rows = [
+            dict(prompt=p, completion=a.text, completion_ids=a.token_ids, advantage=v - sum(w) / 2)
+            for p, row, w in zip(asked, said, worth)
+            if w[0] != w[1]
+            for a, v in zip(row, w)
+        ]
+        result = reinforce(policy, rows, learning_rate=1e-5, per_device_train_batch_size=-(-len(rows) // 4))
+    yield dict(tokens=tokens, answers=2 * n, steps=len(result.losses), rows=result.n_rows)
 
 # %% ../nbs/46_costs.ipynb #706bcdcd
 def some_pairs(n=32, each=1):
     "Pairs to train on."
     base, policy, reference = _policies()
     yield
-    made = CompetitiveSelfPlay(policy, reference, brevity, 4, each, max_new_tokens=32).train_step(prompts(n), seed=1)
+    made = CompetitiveSelfPlay(policy, reference, brevity, 4, each, max_new_tokens=32).train_step(
+        prompts(n), seed=1
+    )
     yield dict(pairs=[dict(prompt=p["prompt"], chosen=p["chosen"], rejected=p["rejected"]) for p in made])
 
+# %% ../nbs/46_costs.ipynb #8cb79034
 def _fill(model, adapter):
     "The same numbers for the adapter's weights, whatever its name."
     torch.manual_seed(0)
     weights = {n.replace(f".{adapter}.", "."): p for n, p in model.named_parameters() if f".{adapter}." in n}
-    with torch.no_grad(): [weights[n].normal_(0, .02) for n in sorted(weights)]
+    with torch.no_grad():
+        [weights[n].normal_(0, 0.02) for n in sorted(weights)]
 
+# %% ../nbs/46_costs.ipynb #be25ffd6
 def our_dpo(pairs, size=8, epochs=2, **settings):
-    base, policy, _ = _policies(**settings); _fill(base.peft, "student"); bare = Policy(base, "base")
+    base, policy, _ = _policies(**settings)
+    _fill(base.peft, "student")
+    bare = Policy(base, "base")
     yield
-    result = dpo(policy, pairs, bare, loss_type=["sigmoid"], loss_weights=None, num_train_epochs=epochs, per_device_train_batch_size=size,
-                 learning_rate=1e-5, max_grad_norm=1e9)
+    result = dpo(
+        policy,
+        pairs,
+        bare,
+        loss_type=["sigmoid"],
+        loss_weights=None,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=size,
+        learning_rate=1e-5,
+        max_grad_norm=1e9,
+    )
     yield dict(loss=result.losses[0], gradient=result.history[0]["grad_norm"], steps=len(result.losses))
 
+# %% ../nbs/46_costs.ipynb #4294e2fa
 def trl_dpo(pairs, size=8, epochs=2, float32=False):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+
     base = Base.load(dtype=torch.float32 if float32 else None)
-    def text(prompt): return base.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    rows = [p | dict(prompt=text(p["prompt"])) for p in pairs]  # as text: of a conversation TRL also trains what the template writes behind the end
-    args = _quiet(DPOConfig, per_device_train_batch_size=size, num_train_epochs=epochs, max_length=None, gradient_checkpointing=False, learning_rate=1e-5,
-                  lr_scheduler_type="constant", max_grad_norm=1e9)
-    trainer = DPOTrainer(base.model, args=args, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer, peft_config=_lora())
+
+    def text(prompt):
+        return base.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+
+    # as text: of a conversation TRL also trains what the template writes behind the end
+    rows = [p | dict(prompt=text(p["prompt"])) for p in pairs]
+    args = _quiet(
+        DPOConfig,
+        per_device_train_batch_size=size,
+        num_train_epochs=epochs,
+        max_length=None,
+        gradient_checkpointing=False,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+    )
+    trainer = DPOTrainer(
+        base.model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+        peft_config=_lora(),
+    )
     for n, p in trainer.model.named_parameters():
-        if float32 and ".default." in n: p.data = p.data.float()  # TRL makes the adapter of a 4-bit model bfloat16
+        # TRL makes the adapter of a 4-bit model bfloat16
+        if float32 and ".default." in n:
+            p.data = p.data.float()
     _fill(trainer.model, "default")
     yield
-    trainer.train(); log = [h for h in trainer.state.log_history if "loss" in h]
+    trainer.train()
+    log = [h for h in trainer.state.log_history if "loss" in h]
     yield dict(loss=log[0]["loss"], gradient=log[0]["grad_norm"], steps=len(log))
 
 # %% ../nbs/46_costs.ipynb #951bb892
-def _short(ids): return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
+def _short(ids):
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
 
+# %% ../nbs/46_costs.ipynb #4b6b2e1d
 def our_sampling(rows=32, new=64, policies=1, in_turn=False, **settings):
-    base, policy, other = _policies(**settings); _fill(base.peft, "student"); _fill(base.peft, "reference")
+    base, policy, other = _policies(**settings)
+    _fill(base.peft, "student")
+    _fill(base.peft, "reference")
     type(base).eos_ids = property(lambda self: set())
     asked = [(p, prompts(rows)[k::policies], 0) for k, p in enumerate([policy, other][:policies])]
     yield
-    said = [s for part in ([[a] for a in asked] if in_turn else [asked]) for s in sample_together(part, 1, new, temperature=0)]
-    yield dict(tokens=sum(s.n_tokens for s in said), answers=[_short(a.token_ids) for s in said for r in s for a in r])
+    said = [
+        s
+        for part in ([[a] for a in asked] if in_turn else [asked])
+        for s in sample_together(part, 1, new, temperature=0)
+    ]
+    yield dict(
+        tokens=sum(s.n_tokens for s in said),
+        answers=[_short(a.token_ids) for s in said for r in s for a in r],
+    )
 
+# %% ../nbs/46_costs.ipynb #d1f4feaf
 def peft_sampling(rows=32, new=64, policies=1):
     from peft import get_peft_model
-    base = Base.load(); model = get_peft_model(base.model, _lora(), adapter_name="student"); _fill(model, "student")
-    if policies == 2: model.add_adapter("other", _lora()); _fill(model, "other")
-    model.eval(); base.tokenizer.padding_side = "left"
+
+    base = Base.load()
+    model = get_peft_model(base.model, _lora(), adapter_name="student")
+    _fill(model, "student")
+    if policies == 2:
+        model.add_adapter("other", _lora())
+        _fill(model, "other")
+    model.eval()
+    base.tokenizer.padding_side = "left"
     model.generation_config.eos_token_id = None  # no answer ends early
-    inputs = base.tokenizer.apply_chat_template(prompts(rows), add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True).to(model.device)
-    names = {} if policies == 1 else dict(adapter_names=["student", "other"]*(rows//2))
+    inputs = base.tokenizer.apply_chat_template(
+        prompts(rows), add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    ).to(model.device)
+    names = {} if policies == 1 else dict(adapter_names=["student", "other"] * (rows // 2))
     yield
-    with torch.no_grad(): out = model.generate(**inputs, max_new_tokens=new, do_sample=False, **names)
-    ids = out[:, inputs["input_ids"].shape[1]:].tolist()
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=new, do_sample=False, **names)
+    ids = out[:, inputs["input_ids"].shape[1] :].tolist()
     yield dict(tokens=sum(map(len, ids)), answers=list(map(_short, ids)))
 
 # %% ../nbs/46_costs.ipynb #a69e5b2f
 def llama_cpp(rows=32, new=64):
     "llama.cpp (package `xllamacpp`) with a slot for each row."
     import xllamacpp
+
     with tempfile.TemporaryDirectory() as folder:
-        p = xllamacpp.CommonParams(); p.model.path = str(fetch_wheel(WHEEL_MODELS[DEFAULT_MODEL], Path(folder)))
-        p.n_parallel, p.n_ctx, p.cpuparams.n_threads, p.cpuparams_batch.n_threads = rows, 128*rows, *[torch.get_num_threads()]*2
+        p = xllamacpp.CommonParams()
+        p.model.path = str(fetch_wheel(WHEEL_MODELS[DEFAULT_MODEL], Path(folder)))
+        p.n_parallel, p.n_ctx, p.cpuparams.n_threads, p.cpuparams_batch.n_threads = (
+            rows,
+            128 * rows,
+            *[torch.get_num_threads()] * 2,
+        )
         server, asked = xllamacpp.Server(p), [_chat(q) for q in prompts(rows)]
-        def answer(text): return server.handle_completions(dict(prompt=text, max_tokens=new, temperature=0, ignore_eos=True, cache_prompt=False))
+
+        def answer(text):
+            return server.handle_completions(
+                dict(prompt=text, max_tokens=new, temperature=0, ignore_eos=True, cache_prompt=False)
+            )
+
         with ThreadPoolExecutor(rows) as pool:
             list(pool.map(answer, asked[:1]))
             yield
             said = list(pool.map(answer, asked))
         yield dict(tokens=sum(s["usage"]["completion_tokens"] for s in said))
 
-def _chat(messages): return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+# %% ../nbs/46_costs.ipynb #05d879a3
+def _chat(messages):
+    return (
+        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        + "<|im_start|>assistant\n"
+    )
 
 # %% ../nbs/46_costs.ipynb #3ac825a0
 def _best(work, repeats=5):
     times = []
-    for _ in range(repeats): start = time.perf_counter(); work(); times.append(time.perf_counter() - start)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
     return min(times)
 
+# %% ../nbs/46_costs.ipynb #0c14a780
 def ceilings(size=2048, megabytes=512):
     "What the machine can do: GFLOP/s of a matrix product in the model's format, GB/s of a copy."
-    device = default_device(); a, b = torch.randn(2, size, size, device=device).to(compute_dtype()); x, y = torch.randn(2, megabytes*250_000, device=device)
+    device = default_device()
+    a, b = torch.randn(2, size, size, device=device).to(compute_dtype())
+    x, y = torch.randn(2, megabytes * 250_000, device=device)
     yield
-    def product(): float((a @ b)[0, 0])
-    def copy(): x.copy_(y); float(x[0])
-    product(); copy()
-    yield dict(gflops=2*size**3/_best(product)/1e9, bandwidth=2*megabytes/1e3/_best(copy))
+
+    def product():
+        float((a @ b)[0, 0])
+
+    def copy():
+        x.copy_(y)
+        float(x[0])
+
+    product()
+    copy()
+    yield dict(gflops=2 * size**3 / _best(product) / 1e9, bandwidth=2 * megabytes / 1e3 / _best(copy))
 
 # %% ../nbs/46_costs.ipynb #e52a668f
-def _linear(base): return sum(m.in_features*m.out_features for m in base.model.modules() if hasattr(m, "in_features") and not hasattr(m, "base_layer"))
+def _linear(base):
+    return sum(
+        m.in_features * m.out_features
+        for m in base.model.modules()
+        if hasattr(m, "in_features") and not hasattr(m, "base_layer")
+    )
 
+# %% ../nbs/46_costs.ipynb #0754281d
 def reached(rows=32):
     "GFLOP/s of reading and training, GFLOP/s and GB/s of decoding by rows in the batch."
-    base, policy, _ = _policies(); _fill(base.peft, "student"); p = _linear(base)
+    base, policy, _ = _policies()
+    _fill(base.peft, "student")
+    p = _linear(base)
     type(base).eos_ids = property(lambda self: set())
-    pairs = [dict(prompt=q, chosen=f"It is {k}.", rejected=f"Perhaps {k}, or {k + 1}.") for k, q in enumerate(prompts(rows))]
+    pairs = [
+        dict(prompt=q, chosen=f"It is {k}.", rejected=f"Perhaps {k}, or {k + 1}.")
+        for k, q in enumerate(prompts(rows))
+    ]
     yield
     texts = [base.encode(q) for q in prompts(rows)]
-    n = sum(map(len, texts)) - (rows - 1)*len(os.path.commonprefix(texts))  # tokens, a common beginning once
-    out = dict(read=2*p*n/_best(lambda: base._score("student", [t[:-1] for t in texts], [t[-1:] for t in texts]), 3)/1e9)
+    n = sum(map(len, texts)) - (rows - 1) * len(
+        os.path.commonprefix(texts)
+    )  # tokens, a common beginning once
+    out = dict(
+        read=2
+        * p
+        * n
+        / _best(lambda: base._score("student", [t[:-1] for t in texts], [t[-1:] for t in texts]), 3)
+        / 1e9
+    )
     result = dpo(policy, pairs, Policy(base, "base"), per_device_train_batch_size=rows)
     tokens = n + sum(len(base.completion_ids(q[k])) for q in pairs for k in ("chosen", "rejected"))
-    out |= dict(train=4*p*tokens/result.history[-1]["train_runtime"]/1e9, decode=[])
+    out |= dict(train=4 * p * tokens / result.history[-1]["train_runtime"] / 1e9, decode=[])
     for size in (1, 8, 32, 128):
         asked, t = prompts(min(size, 32)), {}
-        for new in (8, 24): t[new] = _best(lambda: policy.sample(asked, max(1, size//32), new, temperature=0), 2)
-        step = (t[24] - t[8])/16
-        out["decode"].append(dict(rows=size, step=step, gflops=2*p*size/step/1e9, bandwidth=p*base.model.dtype.itemsize/step/1e9))
+        for new in (8, 24):
+            t[new] = _best(lambda: policy.sample(asked, max(1, size // 32), new, temperature=0), 2)
+        step = (t[24] - t[8]) / 16
+        out["decode"].append(
+            dict(
+                rows=size,
+                step=step,
+                gflops=2 * p * size / step / 1e9,
+                bandwidth=p * base.model.dtype.itemsize / step / 1e9,
+            )
+        )
     yield out
 
 # %% ../nbs/46_costs.ipynb #4c294a2d
 def grown(what, n):
-    "The same work at size `n`: `rows` in a batch, `members` of a league on the base, `length` of prompts in tokens, or `rounds` one after the other."
+    """The same work at size `n`: `rows` in a batch, `members` of a league on the base, `length` of prompts in
+    tokens, or `rounds` one after the other.
+    """
     base, policy, reference = _policies()
-    if what != "rounds": type(base).eos_ids = property(lambda self: set())  # answers of one length; an update drops those that were cut off
+    # answers of one length; an update drops those that were cut off
+    if what != "rounds":
+        type(base).eos_ids = property(lambda self: set())
     if what == "members":
-        while len(base.adapters) < n + 1: policy.snapshot(f"member_{len(base.adapters)}")
-    text = base.tokenizer.decode(base.tokenizer("stories and sums " * 600)["input_ids"][:n if what == "length" else 32])
+        while len(base.adapters) < n + 1:
+            policy.snapshot(f"member_{len(base.adapters)}")
+    text = base.tokenizer.decode(
+        base.tokenizer("stories and sums " * 600)["input_ids"][: n if what == "length" else 32]
+    )
     yield
-    if what == "rows": policy.sample(prompts(min(n, 32)), max(1, n//32), 16, temperature=0)
-    elif what == "members": Policy.resident(base, base.adapters[-1]).sample(prompts(8), 1, 16, temperature=0)
+    if what == "rows":
+        policy.sample(prompts(min(n, 32)), max(1, n // 32), 16, temperature=0)
+    elif what == "members":
+        Policy.resident(base, base.adapters[-1]).sample(prompts(8), 1, 16, temperature=0)
     elif what == "rounds":
         for k in range(n):
-            made = CompetitiveSelfPlay(policy, reference, luck, 2, 1, max_new_tokens=32).train_step(prompts(8), seed=k)
-            dpo(policy, list(made), reference, sampled_by_reference=True); reference.delete(); reference = policy.snapshot("reference")
-    else: dpo(policy, [dict(prompt=text, chosen=f"It is {k}.", rejected=f"Perhaps {k}.") for k in range(8)], reference, per_device_train_batch_size=8)
+            made = CompetitiveSelfPlay(policy, reference, luck, 2, 1, max_new_tokens=32).train_step(
+                prompts(8), seed=k
+            )
+            dpo(policy, list(made), reference, sampled_by_reference=True)
+            reference.delete()
+            reference = policy.snapshot("reference")
+    else:
+        dpo(
+            policy,
+            [dict(prompt=text, chosen=f"It is {k}.", rejected=f"Perhaps {k}.") for k in range(8)],
+            reference,
+            per_device_train_batch_size=8,
+        )
     yield {}
 
-GROWTH = dict(rows=(1, 2, 4, 8, 16, 32, 64, 128, 256), members=(1, 2, 4, 8, 16, 32, 64), length=(32, 64, 128, 256, 512, 1024), rounds=(1, 2, 4, 8, 16))
+# %% ../nbs/46_costs.ipynb #37dc7073
+GROWTH = dict(
+    rows=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    members=(1, 2, 4, 8, 16, 32, 64),
+    length=(32, 64, 128, 256, 512, 1024),
+    rounds=(1, 2, 4, 8, 16),
+)
 
 # %% ../nbs/46_costs.ipynb #0ee18a76
-SMALL = dict(max_train_tokens=128, unpack_rows=0) # settings of `Base` that make a round smaller, and slower
-GROUPS = { # group: {arm: (function, settings)}; a part of the literal arms is timed, since they are linear in the prompts
-    "round": {"ours": (our_round, {}), "literal": (literal_round, dict(n=8)), "literal, PEFT": (literal_round, dict(n=2, packed=True))},
+SMALL = dict(max_train_tokens=128, unpack_rows=0)  # settings of `Base` that make a round smaller, and slower
+# group: {arm: (function, settings)}; a part of the literal arms is timed, since they are linear in the
+# prompts
+GROUPS = {
+    "round": {
+        "ours": (our_round, {}),
+        "literal": (literal_round, dict(n=8)),
+        "literal, PEFT": (literal_round, dict(n=2, packed=True)),
+    },
     "online": {"ours": (our_online, {}), "ours, small": (our_online, SMALL), "online DPO": (trl_online, {})},
-    "gradient": {"ours": (our_online, dict(update="reinforce")), "ours, small": (our_online, SMALL | dict(update="reinforce")),
-                 "GRPO": (trl_online, dict(trainer="grpo"))},
+    "gradient": {
+        "ours": (our_online, dict(update="reinforce")),
+        "ours, small": (our_online, SMALL | dict(update="reinforce")),
+        "GRPO": (trl_online, dict(trainer="grpo")),
+    },
     "online, all kept": {"ours": (our_online, {}), "online DPO": (trl_online, dict(checkpointing=False))},
-    "gradient, all kept": {"ours": (our_online, dict(update="reinforce")), "GRPO": (trl_online, dict(trainer="grpo", checkpointing=False))},
+    "gradient, all kept": {
+        "ours": (our_online, dict(update="reinforce")),
+        "GRPO": (trl_online, dict(trainer="grpo", checkpointing=False)),
+    },
     "dpo": {"ours": (our_dpo, {}), "TRL": (trl_dpo, {})},
-    "sampling": {"ours": (our_sampling, {}), "ours, 4-bit": (our_sampling, dict(unpack_rows=0)), "ours, two policies": (our_sampling, dict(policies=2)),
-                 "ours, two in turn": (our_sampling, dict(policies=2, in_turn=True)),
-                 "PEFT": (peft_sampling, {}), "PEFT, two policies": (peft_sampling, dict(policies=2)),
-                 **({"llama.cpp": (llama_cpp, {})} if importlib.util.find_spec("xllamacpp") else {})},
+    "sampling": {
+        "ours": (our_sampling, {}),
+        "ours, 4-bit": (our_sampling, dict(unpack_rows=0)),
+        "ours, two policies": (our_sampling, dict(policies=2)),
+        "ours, two in turn": (our_sampling, dict(policies=2, in_turn=True)),
+        "PEFT": (peft_sampling, {}),
+        "PEFT, two policies": (peft_sampling, dict(policies=2)),
+        **({"llama.cpp": (llama_cpp, {})} if importlib.util.find_spec("xllamacpp") else {}),
+    },
     "ceilings": {"machine": (ceilings, {}), "library": (reached, {})},
 }
 
+# %% ../nbs/46_costs.ipynb #b798f60f
 def costs(
-    out: str | Path,    # a JSONL file: a run of an arm a line; what is there is not run again
-    repeats: int = 5,   # of each arm
-    groups=None,        # names in `GROUPS`, `parity`, `growth` and `start`; by default all
+    out: str | Path,  # a JSONL file: a run of an arm a line; what is there is not run again
+    repeats: int = 5,  # of each arm
+    groups=None,  # names in `GROUPS`, `parity`, `growth` and `start`; by default all
 ):
     "Measure, arm by arm, each in a process of its own. Raises `ValueError` for an unknown group."
-    known = [*GROUPS, "parity", "growth", "start"]; groups = known if groups is None else list(groups)
-    if set(groups) - set(known): raise ValueError(f"unknown groups {sorted(set(groups) - set(known))}: expected some of {known}.")
+    known = [*GROUPS, "parity", "growth", "start"]
+    groups = known if groups is None else list(groups)
+    if set(groups) - set(known):
+        raise ValueError(f"unknown groups {sorted(set(groups) - set(known))}: expected some of {known}.")
     rows = read(out) if Path(out).exists() else []
-    todo = [t for t in _plan(groups, repeats) if not any(t[:3] == (r["group"], r["arm"], r["repeat"]) for r in rows)]
+    todo = [
+        t
+        for t in _plan(groups, repeats)
+        if not any(t[:3] == (r["group"], r["arm"], r["repeat"]) for r in rows)
+    ]
     pairs = measure(some_pairs)["pairs"] if any(t[0] in ("dpo", "parity") for t in todo) else None
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     for group, arm, k, work, settings in (bar := tqdm(todo, unit=" runs")):
         bar.set_description(f"{group}: {arm}")
-        if group in ("dpo", "parity"): settings = dict(pairs=pairs) | settings
+        if group in ("dpo", "parity"):
+            settings = dict(pairs=pairs) | settings
         found = work() if group == "start" else measure(work, **settings)
         rows.append(dict(group=group, arm=arm, repeat=k) | found)
         write_whole(out, "".join(json.dumps(r) + "\n" for r in rows))
@@ -347,44 +656,77 @@ def _plan(groups, repeats):
     for g in groups:
         for k in range(repeats if g in GROUPS else 1):
             arms = list(GROUPS.get(g, {}).items())
-            yield from ((g, a, k, *work) for a, work in (arms[k % len(arms):] + arms[:k % len(arms)] if arms else []))
+            yield from (
+                (g, a, k, *work)
+                for a, work in (arms[k % len(arms) :] + arms[: k % len(arms)] if arms else [])
+            )
     if "parity" in groups:
-        yield "parity", "ours", 0, our_dpo, dict(size=1000, epochs=1, dtype=torch.float32, max_train_tokens=10**6)
+        yield (
+            "parity",
+            "ours",
+            0,
+            our_dpo,
+            dict(size=1000, epochs=1, dtype=torch.float32, max_train_tokens=10**6),
+        )
         yield "parity", "TRL", 0, trl_dpo, dict(size=1000, epochs=1, float32=True)
     sizes = [(what, n) for what in GROWTH for n in GROWTH[what]] if "growth" in groups else []
     yield from (("growth", f"{what} {n}", 0, grown, dict(what=what, n=n)) for what, n in sizes)
-    if "start" in groups: yield from (("start", a, k, lambda code=code: _started(code), {}) for k in range(repeats) for a, code in STARTS.items())
+    if "start" in groups:
+        yield from (
+            ("start", a, k, lambda code=code: _started(code), {})
+            for k in range(repeats)
+            for a, code in STARTS.items()
+        )
 
-STARTS = {"import selfplay_nb": "import selfplay_nb", "import policy": "import selfplay_nb.policy",
-          "help of a mechanism": "import pydoc, selfplay_nb.competitive as m; pydoc.render_doc(m.CompetitiveSelfPlay)",
-          "default model ready": "from selfplay_nb.policy import Base; Base.load()"}
+# %% ../nbs/46_costs.ipynb #426fbd33
+STARTS = {
+    "import selfplay_nb": "import selfplay_nb",
+    "import policy": "import selfplay_nb.policy",
+    "help of a mechanism": (
+        "import pydoc, selfplay_nb.competitive as m; pydoc.render_doc(m.CompetitiveSelfPlay)"
+    ),
+    "default model ready": "from selfplay_nb.policy import Base; Base.load()",
+}
 
+# %% ../nbs/46_costs.ipynb #c1eefe3e
 def _started(code):
     "Seconds of a fresh interpreter, less those of an empty one."
+
     def run(code):
-        start = time.perf_counter(); subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         return time.perf_counter() - start
+
     return dict(machine=machine(), seconds=run(code) - run("pass"))
 
 # %% ../nbs/46_costs.ipynb #adc60c7c
 def machine() -> str:
     "What it was measured on."
-    if default_device() == "cuda": return torch.cuda.get_device_name()
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    if default_device() == "cuda":
+        return torch.cuda.get_device_name()
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
+# %% ../nbs/46_costs.ipynb #52dd3e41
 def read(path: str | Path) -> list[dict]:
     "What `costs` has written."
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 # %% ../nbs/46_costs.ipynb #cface56a
 def ratios(
-    rows: list[dict], # of `costs`
-    group: str,       # one of `GROUPS`
-    arm: str,         # the slower one, as one hopes
-    to: str = "ours", # what it is compared with
+    rows: list[dict],  # of `costs`
+    group: str,  # one of `GROUPS`
+    arm: str,  # the slower one, as one hopes
+    to: str = "ours",  # what it is compared with
     value=lambda r: r["seconds"],
-) -> list[float]:     # a ratio for each repeat that both have
+) -> list[float]:  # a ratio for each repeat that both have
     "How many times as much `arm` took as `to`, run by run."
     at = {(r["arm"], r["repeat"]): value(r) for r in rows if r["group"] == group}
-    return [at[arm, k]/at[to, k] for a, k in sorted(at) if a == arm and (to, k) in at]
+    return [at[arm, k] / at[to, k] for a, k in sorted(at) if a == arm and (to, k) in at]

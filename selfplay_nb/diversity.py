@@ -24,90 +24,108 @@ def words(text: str) -> list[str]:
     "Lower-case words and punctuation marks."
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
-def _ngrams(texts, n): return [tuple(w[i:i+n]) for w in map(words, texts) for i in range(len(w)-n+1)]
+
+def _ngrams(texts, n):
+    return [tuple(w[i : i + n]) for w in map(words, texts) for i in range(len(w) - n + 1)]
 
 # %% ../nbs/22_diversity.ipynb #bc60c764
 def distinct(
-    texts: list[str], # a set of answers
-    n: int = 2,       # words in an n-gram
-) -> float:           # in (0, 1]; NaN if no text has `n` words
+    texts: list[str],
+    n: int = 2,  # a set of answers  # words in an n-gram
+) -> float:  # in (0, 1]; NaN if no text has `n` words
     "Different n-grams over all n-grams of `texts`."
     grams = _ngrams(texts, n)
-    return len(set(grams))/len(grams) if grams else math.nan
+    return len(set(grams)) / len(grams) if grams else math.nan
 
 # %% ../nbs/22_diversity.ipynb #a065ebe8
 def adjusted_distinct(
-    texts: list[str],        # a set of answers
+    texts: list[str],  # a set of answers
     vocabulary: int = 1000,  # V, a convention: keep it the same for all that is to be compared
-) -> float:                  # 1 is as many different words as random draws from V would give; NaN without words
+    # 1 is as many different words as random draws from V would give; NaN without words
+) -> float:
     "Expectation-adjusted distinct-1."
     grams = _ngrams(texts, 1)
-    return len(set(grams))/(vocabulary*(1 - (1 - 1/vocabulary)**len(grams))) if grams else math.nan
+    return len(set(grams)) / (vocabulary * (1 - (1 - 1 / vocabulary) ** len(grams))) if grams else math.nan
 
 # %% ../nbs/22_diversity.ipynb #ead94184
-LONGEST = 10_000 # characters of an answer that BLEU looks at: its time grows faster than the text
+LONGEST = 10_000  # characters of an answer that BLEU looks at: its time grows faster than the text
 
+# %% ../nbs/22_diversity.ipynb #6588b7df
 def self_bleu(
     texts: list[str],  # a set of answers
-    limit: int = 64,   # hypotheses at most, a random sample of the texts
-    seed: int = 0,     # of that sample
-) -> float:            # from 0, nothing in common, to 1, all the same; NaN for fewer than two texts
-    "Mean BLEU of an answer with all the others as references; the first `LONGEST` characters of each are looked at."
+    limit: int = 64,  # hypotheses at most, a random sample of the texts
+    seed: int = 0,  # of that sample
+) -> float:  # from 0, nothing in common, to 1, all the same; NaN for fewer than two texts
+    """Mean BLEU of an answer with all the others as references; the first `LONGEST` characters of each are
+    looked at.
+    """
     from sacrebleu.metrics import BLEU
-    if len(texts) < 2: return math.nan
+
+    if len(texts) < 2:
+        return math.nan
     texts = [t.strip()[:LONGEST] for t in texts]
     counts, bleu = Counter(texts), BLEU(effective_order=True)
-    chosen = range(len(texts)) if len(texts) <= limit else np.random.default_rng(seed).choice(len(texts), limit, replace=False)
-    one = lambda i: 1. if counts[texts[i]] > 1 else bleu.sentence_score(texts[i], texts[:i] + texts[i+1:]).score/100
+    chosen = (
+        range(len(texts))
+        if len(texts) <= limit
+        else np.random.default_rng(seed).choice(len(texts), limit, replace=False)
+    )
+    one = lambda i: (
+        1.0 if counts[texts[i]] > 1 else bleu.sentence_score(texts[i], texts[:i] + texts[i + 1 :]).score / 100
+    )
     return float(np.mean([one(int(i)) for i in chosen]))
 
 # %% ../nbs/22_diversity.ipynb #12975564
 def compression_ratio(
-    texts: list[str], # a set of answers
-) -> float:           # bytes over compressed bytes; higher is more repetitive
+    texts: list[str],  # a set of answers
+) -> float:  # bytes over compressed bytes; higher is more repetitive
     "How much zlib shrinks the answers, one a line. Compare sets of similar size: small ones hardly shrink."
     data = "\n".join(texts).encode("utf-8", "surrogatepass")
-    return len(data)/len(zlib.compress(data, 9))
+    return len(data) / len(zlib.compress(data, 9))
 
 # %% ../nbs/22_diversity.ipynb #639bbd59
-def vendi(
-    embeddings: np.ndarray, # (n, d), a row an answer
-) -> float:                 # from 1, all the same, to n
+def vendi(embeddings: np.ndarray) -> float:  # (n, d), a row an answer  # from 1, all the same, to n
     "Vendi score with the cosine kernel."
     x = np.asarray(embeddings, float)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    if not (np.isfinite(x).all() and norm.all()): raise ValueError("an embedding is zero or not finite: cosine similarity needs a direction.")
-    l = np.linalg.eigvalsh((x/norm) @ (x/norm).T/len(x))
+    if not (np.isfinite(x).all() and norm.all()):
+        raise ValueError("an embedding is zero or not finite: cosine similarity needs a direction.")
+    l = np.linalg.eigvalsh((x / norm) @ (x / norm).T / len(x))
     l = l[l > 1e-12]
-    return float(np.exp(-(l*np.log(l)).sum()))
+    return float(np.exp(-(l * np.log(l)).sum()))
 
 # %% ../nbs/22_diversity.ipynb #19dde1c3
 def embed(
-    base,             # a `Base`: `tokenizer`, `running`, `device`, `end_id`, `context_length`
-    texts: list[str], # n texts; an empty one counts as the end token alone
-    batch_size: int = 32, # texts at once
-) -> np.ndarray:      # (n, d), float32
+    base,  # a `Base`: `tokenizer`, `running`, `device`, `end_id`, `context_length`
+    texts: list[str],  # n texts; an empty one counts as the end token alone
+    batch_size: int = 32,  # texts at once
+) -> np.ndarray:  # (n, d), float32
     "Mean of the bare base's last hidden states over each text's tokens."
     import torch
-    ids = [base.completion_ids(t, finished=False)[:base.context_length] or [base.end_id] for t in texts]
+
+    ids = [base.completion_ids(t, finished=False)[: base.context_length] or [base.end_id] for t in texts]
     out = []
     with base.running("base") as model:
         for start in range(0, len(ids), batch_size):
-            batch = ids[start:start+batch_size]; longest = max(map(len, batch))
-            mask = torch.tensor([[1]*len(i) + [0]*(longest-len(i)) for i in batch], device=base.device)
-            tokens = torch.tensor([i + [base.end_id]*(longest-len(i)) for i in batch], device=base.device)
-            hidden = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state.float()
-            out.append((hidden*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
+            batch = ids[start : start + batch_size]
+            longest = max(map(len, batch))
+            mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in batch], device=base.device)
+            tokens = torch.tensor([i + [base.end_id] * (longest - len(i)) for i in batch], device=base.device)
+            hidden = model.base_model(
+                input_ids=tokens, attention_mask=mask, use_cache=False
+            ).last_hidden_state.float()
+            out.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
     return torch.cat(out).cpu().numpy()
 
 # %% ../nbs/22_diversity.ipynb #bdd2438b
 @dataclass(frozen=True)
 class Entropy:
     "Monte-Carlo estimate of a policy's entropy per token, with a 95 % interval over prompts."
+
     value: float  # nats a token
-    low: float    # nan for one prompt
+    low: float  # nan for one prompt
     high: float
-    n_tokens: int # sampled tokens that it rests on
+    n_tokens: int  # sampled tokens that it rests on
 
     @printable
     def __repr__(self):
@@ -116,28 +134,41 @@ class Entropy:
 
 # %% ../nbs/22_diversity.ipynb #a05ca65e
 def entropy(
-    samples, # for each prompt a list of records with `logprobs`, sampled at temperature 1 and top_p 1
+    samples,  # for each prompt a list of records with `logprobs`, sampled at temperature 1 and top_p 1
 ) -> Entropy:
-    """Mean −log p of sampled tokens. At another temperature the same number is *not* the policy's entropy: the tokens are then drawn from one distribution
-    and scored with another. Raises `ValueError` for samples without tokens."""
-    s, n = (np.array([sum(f(x) for x in row) for row in samples], float) for f in (lambda x: -sum(x.logprobs), lambda x: len(x.logprobs)))
-    if not n.sum(): raise ValueError("no tokens: expected samples with their log-probabilities.")
+    """Mean −log p of sampled tokens. At another temperature the same number is *not* the policy's entropy:
+    the tokens are then drawn from one distribution and scored with another. Raises `ValueError` for
+    samples without tokens.
+    """
+    s, n = (
+        np.array([sum(f(x) for x in row) for row in samples], float)
+        for f in (lambda x: -sum(x.logprobs), lambda x: len(x.logprobs))
+    )
+    if not n.sum():
+        raise ValueError("no tokens: expected samples with their log-probabilities.")
     low, high = ratio_interval(s, n)
-    return Entropy(float(s.sum()/n.sum()), low, high, int(n.sum()))
+    return Entropy(float(s.sum() / n.sum()), low, high, int(n.sum()))
 
 # %% ../nbs/22_diversity.ipynb #9d145975
-MEASURES = {"distinct-2": distinct, "adjusted distinct-1": adjusted_distinct, "self-BLEU": self_bleu, "compression ratio": compression_ratio}
+MEASURES = {
+    "distinct-2": distinct,
+    "adjusted distinct-1": adjusted_distinct,
+    "self-BLEU": self_bleu,
+    "compression ratio": compression_ratio,
+}
 
+# %% ../nbs/22_diversity.ipynb #37c45dcf
 @dataclass(frozen=True)
 class Diversity:
     "Measures of a table of answers. They depend on its size, so only tables of the same size compare."
-    within: dict[str, float] # answers to the same prompt, mean over prompts; NaN for one answer a prompt
-    across: dict[str, float] # one answer to each prompt, mean over samples; NaN for one prompt
+
+    within: dict[str, float]  # answers to the same prompt, mean over prompts; NaN for one answer a prompt
+    across: dict[str, float]  # one answer to each prompt, mean over samples; NaN for one prompt
     n_prompts: int
-    n_samples: int           # answers to each prompt
-    words: float             # mean words of an answer
-    commonest: tuple[str, float] # the most frequent answer, and its share of all answers
-    entropy: Entropy | None = None # for samples with log-probabilities
+    n_samples: int  # answers to each prompt
+    words: float  # mean words of an answer
+    commonest: tuple[str, float]  # the most frequent answer, and its share of all answers
+    entropy: Entropy | None = None  # for samples with log-probabilities
 
 # %% ../nbs/22_diversity.ipynb #6ad80c87
 def _mean(measure, sets):
@@ -145,98 +176,174 @@ def _mean(measure, sets):
     values = [v for v in values if not math.isnan(v)]
     return float(np.mean(values)) if values else math.nan
 
+# %% ../nbs/22_diversity.ipynb #3df4be06
 def diversity(
-    samples,               # for each prompt a list of k answers: `Samples` as a policy gives them, or texts; a flat list of texts is one answer a prompt
-    embeddings=None,       # (answers, d) in the order of the answers, for the Vendi score
+    # for each prompt a list of k answers: `Samples` as a policy gives them, or texts; a flat list of texts is
+    # one answer a prompt
+    samples,
+    embeddings=None,  # (answers, d) in the order of the answers, for the Vendi score
 ) -> Diversity:
-    "Measure answers within and across prompts. Raises `ValueError` for none, rows of different length, or embeddings that do not fit."
+    """Measure answers within and across prompts.
+
+    Raises `ValueError` for none, rows of different length, or embeddings that do not fit.
+    """
     rows = [[r] if isinstance(r, str) else list(r) for r in samples]
     m, k = len(rows), len(rows[0]) if rows else 0
     counts = sorted({len(r) for r in rows})
-    if len(counts) != 1 or not k: raise ValueError(f"{m} prompts with {counts} answers: expected as many for each, at least one.")
+    if len(counts) != 1 or not k:
+        raise ValueError(f"{m} prompts with {counts} answers: expected as many for each, at least one.")
     texts = [[x if isinstance(x, str) else x.text for x in r] for r in rows]
-    within, across = ({name: _mean(f, sets) for name, f in MEASURES.items()} for sets in (texts, list(zip(*texts))))
+    within, across = (
+        {name: _mean(f, sets) for name, f in MEASURES.items()} for sets in (texts, list(zip(*texts)))
+    )
     if embeddings is not None:
         e = np.asarray(embeddings)
-        if e.ndim != 2 or len(e) != m*k: raise ValueError(f"embeddings have the shape {e.shape}: expected ({m*k}, d), a row an answer.")
+        if e.ndim != 2 or len(e) != m * k:
+            raise ValueError(f"embeddings have the shape {e.shape}: expected ({m * k}, d), a row an answer.")
         e = e.reshape(m, k, -1)
         within["Vendi"], across["Vendi"] = _mean(vendi, e), _mean(vendi, e.swapaxes(0, 1))
-    flat = [t for r in texts for t in r]; top, count = Counter(t.strip() for t in flat).most_common(1)[0]
+    flat = [t for r in texts for t in r]
+    top, count = Counter(t.strip() for t in flat).most_common(1)[0]
     scored = all(hasattr(x, "logprobs") for r in rows for x in r)
-    return Diversity(within, across, m, k, float(np.mean([len(words(t)) for t in flat])), (top, count/len(flat)), entropy(rows) if scored else None)
+    return Diversity(
+        within,
+        across,
+        m,
+        k,
+        float(np.mean([len(words(t)) for t in flat])),
+        (top, count / len(flat)),
+        entropy(rows) if scored else None,
+    )
 
 # %% ../nbs/22_diversity.ipynb #e3a693cd
 @patch
 @printable
 def __repr__(self: Diversity):
-    lines = [f"{'':20}{'within':>8}{'across':>8}  prompts"] + [f"{name:20}{w:8.2f}{self.across[name]:8.2f}" for name, w in self.within.items()]
-    return "\n".join([*lines, f"{self.n_prompts} prompts, {self.n_samples} answers each, {self.words:.1f} words an answer; "
-                      f"commonest, {100*self.commonest[1]:.0f} %: {self.commonest[0][:60]!r}", *([f"entropy {self.entropy}"] if self.entropy else [])])
+    lines = [f"{'':20}{'within':>8}{'across':>8}  prompts"] + [
+        f"{name:20}{w:8.2f}{self.across[name]:8.2f}" for name, w in self.within.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"{self.n_prompts} prompts, {self.n_samples} answers each, {self.words:.1f} words an answer; "
+                f"commonest, {100 * self.commonest[1]:.0f} %: {self.commonest[0][:60]!r}"
+            ),
+            *([f"entropy {self.entropy}"] if self.entropy else []),
+        ]
+    )
 
 # %% ../nbs/22_diversity.ipynb #0ed78861
 @dataclass(frozen=True)
 class Alarm:
     "What is left of a reference's diversity (1 − self-BLEU), within prompts and across."
-    within: float    # share of the reference; NaN with one answer a prompt
-    across: float    # share of the reference
-    threshold: float # below this share it counts as gone
-    commonest: tuple[str, float] # the most frequent answer now, and its share
+
+    within: float  # share of the reference; NaN with one answer a prompt
+    across: float  # share of the reference
+    threshold: float  # below this share it counts as gone
+    commonest: tuple[str, float]  # the most frequent answer now, and its share
 
     @property
-    def tripped(self) -> bool: return self.across < self.threshold
+    def tripped(self) -> bool:
+        return self.across < self.threshold
+
     @property
-    def verdict(self) -> str: return "collapsed" if self.tripped else "converged" if self.within < self.threshold else "healthy"
+    def verdict(self) -> str:
+        return "collapsed" if self.tripped else "converged" if self.within < self.threshold else "healthy"
+
     @printable
     def __repr__(self):
-        evidence = f"; {100*self.commonest[1]:.0f} % of the answers are {self.commonest[0][:60]!r}" if self.verdict != "healthy" else ""
-        return (f"{self.verdict}: {100*self.across:.0f} % left across prompts (alarm below {100*self.threshold:.0f} %), "
-                f"{100*self.within:.0f} % within{evidence}")
+        evidence = (
+            f"; {100 * self.commonest[1]:.0f} % of the answers are {self.commonest[0][:60]!r}"
+            if self.verdict != "healthy"
+            else ""
+        )
+        return (
+            f"{self.verdict}: {100 * self.across:.0f} % left across prompts (alarm below"
+            f" {100 * self.threshold:.0f} %), {100 * self.within:.0f} % within{evidence}"
+        )
 
 # %% ../nbs/22_diversity.ipynb #2c3d782c
-def has_diversity(
-    d: Diversity, # of a policy
-) -> bool:
-    "Whether different prompts have different answers, so that there is something to lose: 1 − self-BLEU across prompts of at least 0.1."
-    return 1 - d.across["self-BLEU"] >= .1
+def has_diversity(d: Diversity) -> bool:  # of a policy
+    """Whether different prompts have different answers, so that there is something to lose: 1 − self-BLEU
+    across prompts of at least 0.1.
+    """
+    return 1 - d.across["self-BLEU"] >= 0.1
 
 # %% ../nbs/22_diversity.ipynb #b042c4f7
 def collapse_alarm(
-    now: Diversity,         # of the policy
-    reference: Diversity,   # of the same prompts and as many samples, at the start of the run and the same temperature
-    threshold: float = 0.5, # the share of the reference's diversity below which it counts as gone
+    now: Diversity,  # of the policy
+    # of the same prompts and as many samples, at the start of the run and the same temperature
+    reference: Diversity,
+    threshold: float = 0.5,  # the share of the reference's diversity below which it counts as gone
 ) -> Alarm:
-    """Compare `now` with `reference`. "collapsed": different prompts get the same answer. "converged": each prompt has its own, always the same.
+    """Compare `now` with `reference`. "collapsed": different prompts get the same answer. "converged": each
+    prompt has its own, always the same.
 
-    Raises `ValueError` for tables of different size, a threshold outside (0, 1), or a reference whose answers are much the same already."""
-    if not 0 < threshold < 1: raise ValueError(f"threshold is {threshold!r}: expected a share between 0 and 1.")
+    Raises `ValueError` for tables of different size, a threshold outside (0, 1), or a reference whose
+    answers are much the same already.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold is {threshold!r}: expected a share between 0 and 1.")
     sizes = [(d.n_prompts, d.n_samples) for d in (now, reference)]
-    if sizes[0] != sizes[1]: raise ValueError(f"{sizes[0]} prompts and samples now, {sizes[1]} in the reference: expected the same; the measures depend on it.")
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{sizes[0]} prompts and samples now, {sizes[1]} in the reference: expected the same; the"
+            " measures depend on it."
+        )
     new = lambda d: (1 - d.within["self-BLEU"], 1 - d.across["self-BLEU"])
     (within, across), (had_within, had_across) = new(now), new(reference)
     if not has_diversity(reference):
-        raise ValueError(f"1 − self-BLEU of the reference across prompts is {had_across:.2f}: expected at least 0.1, something to lose.")
-    return Alarm(within/had_within if had_within > 0 else math.nan, across/had_across, threshold, now.commonest)
+        raise ValueError(
+            f"1 − self-BLEU of the reference across prompts is {had_across:.2f}: expected at least 0.1,"
+            " something to lose."
+        )
+    return Alarm(
+        within / had_within if had_within > 0 else math.nan, across / had_across, threshold, now.commonest
+    )
 
 # %% ../nbs/22_diversity.ipynb #da7d499f
 def plot_strip(
-    history: list[Diversity], # a record a round
-    measures=("self-BLEU", "distinct-2", "compression ratio"), # a strip each
-    threshold: float | None = 0.5, # draws where the alarm trips on self-BLEU across prompts, with the first round as the reference; None for no line
-    axes=None,                # as many matplotlib axes, below each other; by default a new figure
-):                            # the axes
-    "Measures over rounds, within prompts (solid) and across (dashed), and the entropy where all rounds have it."
+    history: list[Diversity],  # a record a round
+    measures=("self-BLEU", "distinct-2", "compression ratio"),  # a strip each
+    # draws where the alarm trips on self-BLEU across prompts, with the first round as the reference; None for
+    # no line
+    threshold: float | None = 0.5,
+    axes=None,  # as many matplotlib axes, below each other; by default a new figure
+):  # the axes
+    """Measures over rounds, within prompts (solid) and across (dashed), and the entropy where all rounds have
+    it.
+    """
     import matplotlib.pyplot as plt
+
     names = [*measures, *(["entropy"] if all(d.entropy for d in history) else [])]
-    if axes is None: _, axes = plt.subplots(len(names), 1, figsize=(5, 1.1*len(names)), sharex=True, layout="constrained", squeeze=False); axes = axes[:, 0]
+    if axes is None:
+        _, axes = plt.subplots(
+            len(names), 1, figsize=(5, 1.1 * len(names)), sharex=True, layout="constrained", squeeze=False
+        )
+        axes = axes[:, 0]
     rounds = range(len(history))
     for ax, name in zip(axes, names):
         if name == "entropy":
-            ax.fill_between(rounds, [d.entropy.low for d in history], [d.entropy.high for d in history], color="0.85")
+            ax.fill_between(
+                rounds, [d.entropy.low for d in history], [d.entropy.high for d in history], color="0.85"
+            )
             ax.plot(rounds, [d.entropy.value for d in history], "k-^", ms=4)
         else:
             ax.plot(rounds, [d.within[name] for d in history], "k-o", ms=4, label="within prompts")
-            ax.plot(rounds, [d.across[name] for d in history], "s--", color="0.45", ms=4, label="across prompts")
-        if name == "self-BLEU" and threshold: ax.axhline(1 - threshold*(1 - history[0].across[name]), color="0.45", lw=.8, ls=":", label="alarm (across)")
+            ax.plot(
+                rounds, [d.across[name] for d in history], "s--", color="0.45", ms=4, label="across prompts"
+            )
+        if name == "self-BLEU" and threshold:
+            ax.axhline(
+                1 - threshold * (1 - history[0].across[name]),
+                color="0.45",
+                lw=0.8,
+                ls=":",
+                label="alarm (across)",
+            )
         ax.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
-    axes[0].legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1)); axes[-1].set_xlabel("round"); axes[-1].set_xticks(rounds)
+    axes[0].legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axes[-1].set_xlabel("round")
+    axes[-1].set_xticks(rounds)
     return axes

@@ -22,92 +22,161 @@ from .reward import check_columns, score
 @dataclass
 class Exam:
     "A policy's answers to a set of problems, and how right they were."
-    rows: list[dict] # `prompt`, `answer` (what was said), `right` (1, 0, a share between, or a reward of any size), `truncated`
+
+    # `prompt`, `answer` (what was said), `right` (1, 0, a share between, or a reward of any size),
+    # `truncated`
+    rows: list[dict]
 
     @property
-    def values(self) -> list[float]: return [r["right"] for r in self.rows]
+    def values(self) -> list[float]:
+        return [r["right"] for r in self.rows]
+
     @property
     def accuracy(self) -> Rate:
-        "The share of right answers; the mean if shares were given. Raises `ValueError` for values outside of [0, 1]."
+        """The share of right answers; the mean if shares were given.
+
+        Raises `ValueError` for values outside of [0, 1].
+        """
         wrong = [v for v in self.values if not 0 <= v <= 1]
         if wrong:
-            raise ValueError(f"the verifier gave {wrong[0]:g}: an accuracy needs 1 (right), 0 (wrong) or a share between. Give a verifier that says "
-                             "right or wrong beside the reward; `Exam.mean` has the mean of a reward of any size.")
-        return Rate(sum(self.values), len(self.rows)) if set(self.values) <= {0, 1} else win_rate([[v] for v in self.values])
+            raise ValueError(
+                f"the verifier gave {wrong[0]:g}: an accuracy needs 1 (right), 0 (wrong) or a share between."
+                " Give a verifier that says right or wrong beside the reward; `Exam.mean` has the mean of a"
+                " reward of any size."
+            )
+        return (
+            Rate(sum(self.values), len(self.rows))
+            if set(self.values) <= {0, 1}
+            else win_rate([[v] for v in self.values])
+        )
+
     @property
     def mean(self) -> tuple[float, float, float]:
         "Mean of the values and the ends of its 95 % interval by Student's t (infinite for a single one)."
         from scipy.stats import t
+
         n, value = len(self.rows), fmean(self.values)
-        half = t.ppf(.975, n - 1)*stdev(self.values)/n**.5 if n > 1 else inf
+        half = t.ppf(0.975, n - 1) * stdev(self.values) / n**0.5 if n > 1 else inf
         return value, value - half, value + half
+
     @printable
     def __repr__(self):
         cut = f"{sum(r['truncated'] for r in self.rows)} cut off"
-        if set(self.values) <= {0, 1}: return f"Exam: {self.accuracy} right, {cut}"
-        if all(0 <= v <= 1 for v in self.values): return f"Exam: {self.accuracy} of full marks on average, {cut}"
+        if set(self.values) <= {0, 1}:
+            return f"Exam: {self.accuracy} right, {cut}"
+        if all(0 <= v <= 1 for v in self.values):
+            return f"Exam: {self.accuracy} of full marks on average, {cut}"
         value, low, high = self.mean
         return f"Exam: mean {value:.2f} [{low:.2f}, {high:.2f}] (n={len(self.rows)}), {cut}"
 
 # %% ../nbs/21_evaluation.ipynb #6be3e882
 def _checked(problems, *players, reserved=("prompts", "completions", "truncated", "self")) -> list[dict]:
-    "The problems as a list. Raises `ValueError` for problems without a prompt, with different columns or reserved ones, and for what cannot answer."
+    """The problems as a list.
+
+    Raises `ValueError` for problems without a prompt, with different columns or reserved ones, and for
+    what cannot answer.
+    """
     rows = list(problems) if not isinstance(problems, (str, dict)) and hasattr(problems, "__iter__") else []
-    if not rows: raise ValueError(f"no problems: expected a non-empty list of dicts with a 'prompt', got {problems!r:.60}.")
+    if not rows:
+        raise ValueError(
+            f"no problems: expected a non-empty list of dicts with a 'prompt', got {problems!r:.60}."
+        )
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or "prompt" not in row: raise ValueError(f"problem {i} is {row!r:.60}: expected a dict with a 'prompt'.")
-        if set(row) != set(rows[0]): raise ValueError(f"problem {i} has the columns {sorted(row)}, problem 0 {sorted(rows[0])}: expected the same in all.")
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f"problem {i} is {row!r:.60}: expected a dict with a 'prompt'.")
+        if set(row) != set(rows[0]):
+            raise ValueError(
+                f"problem {i} has the columns {sorted(row)}, problem 0 {sorted(rows[0])}: expected the same"
+                " in all."
+            )
     as_prompts([row["prompt"] for row in rows])  # raises for one that is none
     taken = [name for name in reserved if name in rows[0]]
-    if taken: raise ValueError(f"problems have a column {taken[0]!r}, a name that verifiers and judges use for something else: rename it.")
-    for player in players: as_player(player)  # raises for what cannot answer
+    if taken:
+        raise ValueError(
+            f"problems have a column {taken[0]!r}, a name that verifiers and judges use for something else:"
+            " rename it."
+        )
+    for player in players:
+        as_player(player)  # raises for what cannot answer
     return rows
 
+# %% ../nbs/21_evaluation.ipynb #82e93bd0
 def examine(
-    policy,               # any player: with `generate`, or with `sample` as a `Policy` has it
-    problems: list[dict], # with `prompt` and the verifier's columns
-    verifier,             # a reward in TRL's convention: 1 (right), 0 (wrong) or a share between; others have a mean and no accuracy
-    max_new_tokens: int = 16, # an answer that is longer is cut off, and wrong
-    progress=None,        # called as `progress(finished answers, new tokens)`
+    policy,  # any player: with `generate`, or with `sample` as a `Policy` has it
+    problems: list[dict],  # with `prompt` and the verifier's columns
+    # a reward in TRL's convention: 1 (right), 0 (wrong) or a share between; others have a mean and no
+    # accuracy
+    verifier,
+    max_new_tokens: int = 16,  # an answer that is longer is cut off, and wrong
+    progress=None,  # called as `progress(finished answers, new tokens)`
 ) -> Exam:
-    "Greedy answers to `problems`, checked by `verifier`. Raises `ValueError` for problems, players and verifiers that are none, before anything is asked."
+    """Greedy answers to `problems`, checked by `verifier`.
+
+    Raises `ValueError` for problems, players and verifiers that are none, before anything is asked.
+    """
     problems = _checked(problems, policy)
     if not callable(verifier):
-        kind = "a judge, which compares two answers (`versus` takes it)" if hasattr(verifier, "compare") else "no reward"
-        raise ValueError(f"verifier is {verifier!r:.60}, {kind}: expected verifier(prompts, completions, **columns) -> a number for each answer.")
+        kind = (
+            "a judge, which compares two answers (`versus` takes it)"
+            if hasattr(verifier, "compare")
+            else "no reward"
+        )
+        raise ValueError(
+            f"verifier is {verifier!r:.60}, {kind}: expected verifier(prompts, completions, **columns) -> a"
+            " number for each answer."
+        )
     prompts, columns = columns_of(problems)
     check_columns(verifier, **columns)
-    samples = [row[0] for row in answers_of(policy, prompts, progress=progress, temperature=0, max_new_tokens=max_new_tokens)[0]]
-    values = score(verifier, prompts, [s.text for s in samples], truncated=[s.truncated for s in samples], **columns)
-    return Exam([dict(prompt=p, answer=s.text, right=min(v, 0.) if s.truncated else v, truncated=s.truncated)
-                 for p, s, v in zip(prompts, samples, values)])
+    samples = [
+        row[0]
+        for row in answers_of(
+            policy, prompts, progress=progress, temperature=0, max_new_tokens=max_new_tokens
+        )[0]
+    ]
+    values = score(
+        verifier, prompts, [s.text for s in samples], truncated=[s.truncated for s in samples], **columns
+    )
+    return Exam(
+        [
+            dict(prompt=p, answer=s.text, right=min(v, 0.0) if s.truncated else v, truncated=s.truncated)
+            for p, s, v in zip(prompts, samples, values)
+        ]
+    )
 
 # %% ../nbs/21_evaluation.ipynb #4eb4b9f8
 @dataclass
 class Comparison:
     "Two exams on the same problems, `after` against `before`."
-    gained: int # solved after, not before
-    lost: int   # solved before, not after
-    n: int      # problems
+
+    gained: int  # solved after, not before
+    lost: int  # solved before, not after
+    n: int  # problems
 
     @property
     def p(self) -> float:
-        "McNemar's test, exact and two-sided: the probability of so uneven a split of the problems that changed, if a coin decided which way."
+        """McNemar's test, exact and two-sided: the probability of so uneven a split of the problems that
+        changed, if a coin decided which way.
+        """
         from scipy.stats import binomtest
+
         n = self.gained + self.lost
-        return float(binomtest(self.gained, n).pvalue) if n else 1.
+        return float(binomtest(self.gained, n).pvalue) if n else 1.0
+
     @property
     def verdict(self) -> str:
         "At 5 %."
-        if self.p >= .05: return "cannot be separated"
+        if self.p >= 0.05:
+            return "cannot be separated"
         return "better" if self.gained > self.lost else "worse"
+
     @printable
-    def __repr__(self): return f"{self.gained} gained, {self.lost} lost of {self.n}: {self.verdict}"
+    def __repr__(self):
+        return f"{self.gained} gained, {self.lost} lost of {self.n}: {self.verdict}"
 
 # %% ../nbs/21_evaluation.ipynb #70073a4c
 def compare(
-    before: Exam, # one exam
-    after: Exam,  # another, on the same problems in the same order
+    before: Exam,
+    after: Exam,  # one exam  # another, on the same problems in the same order
 ) -> Comparison:
     "Paired comparison of two exams; raises `ValueError` if their problems differ."
     if [r["prompt"] for r in before.rows] != [r["prompt"] for r in after.rows]:
@@ -118,88 +187,131 @@ def compare(
 # %% ../nbs/21_evaluation.ipynb #086b29a8
 @dataclass
 class Match:
-    """Games of one policy against another, as rows `a`, `b` (names), `prompt`, `answer_a`, `answer_b`, `score` (P(a beats b); None or NaN where the
-    judge abstained), and `truncated_a`, `truncated_b` for answers that were cut off."""
+    """Games of one policy against another, as rows `a`, `b` (names), `prompt`, `answer_a`, `answer_b`,
+    `score` (P(a beats b); None or NaN where the judge abstained), and `truncated_a`, `truncated_b` for
+    answers that were cut off.
+    """
+
     rows: list[dict]
     n_prompts: int
 
     @property
     def scores(self) -> list[list[float]]:
         "For each prompt the scores of its games that were judged."
-        k = len(self.rows)//self.n_prompts
-        games = [self.rows[i:i+k] for i in range(0, len(self.rows), k)]
-        return [[r["score"] for r in row if r["score"] is not None and not isnan(r["score"])] for row in games]
+        k = len(self.rows) // self.n_prompts
+        games = [self.rows[i : i + k] for i in range(0, len(self.rows), k)]
+        return [
+            [r["score"] for r in row if r["score"] is not None and not isnan(r["score"])] for row in games
+        ]
+
     @property
-    def unjudged(self) -> int: return len(self.rows) - sum(map(len, self.scores))
+    def unjudged(self) -> int:
+        return len(self.rows) - sum(map(len, self.scores))
+
     @property
-    def win_rate(self) -> Rate: return win_rate(self.scores)
+    def win_rate(self) -> Rate:
+        return win_rate(self.scores)
+
     @property
     def paired(self) -> "Comparison":
         "By prompt: on how many does `a` win more than it loses, and the reverse."
-        means = [sum(s)/len(s) for s in self.scores if s]
-        return Comparison(sum(m > .5 for m in means), sum(m < .5 for m in means), len(means))
+        means = [sum(s) / len(s) for s in self.scores if s]
+        return Comparison(sum(m > 0.5 for m in means), sum(m < 0.5 for m in means), len(means))
+
     @printable
     def __repr__(self):
         p = self.paired
         unjudged = f"; {self.unjudged} games not judged" if self.unjudged else ""
-        return (f"{self.rows[0]['a']} against {self.rows[0]['b']}: {self.win_rate}; ahead on {p.gained} prompts, behind on {p.lost} of {p.n}: {p.verdict}"
-                + unjudged)
+        return (
+            f"{self.rows[0]['a']} against {self.rows[0]['b']}: {self.win_rate}; ahead on {p.gained} prompts,"
+            f" behind on {p.lost} of {p.n}: {p.verdict}" + unjudged
+        )
 
 # %% ../nbs/21_evaluation.ipynb #b1429ccf
 def _decided(x, y) -> float | None:
-    "P(a beats b) where it needs no judge, since one answer or both were cut off: as in an exam, such an answer is wrong."
-    if x.truncated or y.truncated: return .5 + .5*(y.truncated - x.truncated)
+    """P(a beats b) where it needs no judge, since one answer or both were cut off: as in an exam, such an
+    answer is wrong.
+    """
+    if x.truncated or y.truncated:
+        return 0.5 + 0.5 * (y.truncated - x.truncated)
 
+# %% ../nbs/21_evaluation.ipynb #1d5cce3e
 def versus(
-    policy,              # any player
-    opponent,            # likewise
-    problems: list[dict], # held-out, with `prompt` and the judge's columns
-    judge,               # whatever `as_judge` takes: with `compare(prompts, a, b, **columns)`, a rule, or a reward
+    policy,  # any player
+    opponent,  # likewise
+    problems: list[dict],  # held-out, with `prompt` and the judge's columns
+    # whatever `as_judge` takes: with `compare(prompts, a, b, **columns)`, a rule, or a reward
+    judge,
     n_samples: int = 1,  # answers a side and prompt; the k-th meets the k-th
-    seed: int = 0,       # of the answers; both sides have streams of their own
-    **sampling,          # settings of the players: `max_new_tokens`, `temperature`, `top_p`
+    seed: int = 0,  # of the answers; both sides have streams of their own
+    **sampling,  # settings of the players: `max_new_tokens`, `temperature`, `top_p`
 ) -> Match:
-    """Play `policy` against `opponent`. An answer that was cut off loses against one that was not, and draws with another one.
+    """Play `policy` against `opponent`. An answer that was cut off loses against one that was not, and draws
+    with another one.
 
-    Raises `ValueError` for problems, players and judges that are none, before anything is asked."""
-    problems = _checked(problems, policy, opponent, reserved=("prompts", "completions", "truncated", "self", "a", "b"))
+    Raises `ValueError` for problems, players and judges that are none, before anything is asked.
+    """
+    problems = _checked(
+        problems, policy, opponent, reserved=("prompts", "completions", "truncated", "self", "a", "b")
+    )
     check_columns(judge, **columns_of(problems)[1])
     judge = as_judge(judge)
     whole("n_samples", n_samples)
     prompts = [p["prompt"] for p in problems]
-    a, b = (answers_of(p, prompts, n_samples, seed=2*seed + i, **sampling)[0] for i, p in enumerate((policy, opponent)))
+    a, b = (
+        answers_of(p, prompts, n_samples, seed=2 * seed + i, **sampling)[0]
+        for i, p in enumerate((policy, opponent))
+    )
     games = [(p, x, y) for p, xs, ys in zip(problems, a, b) for x, y in zip(xs, ys)]
     scores = [_decided(x, y) for _, x, y in games]
     open_games = [game for game, s in zip(games, scores) if s is None]
     if open_games:
         asked, columns = columns_of([p for p, _, _ in open_games])
-        verdicts = iter(judge.compare(asked, [x.text for _, x, _ in open_games], [y.text for _, _, y in open_games], **columns))
+        verdicts = iter(
+            judge.compare(
+                asked, [x.text for _, x, _ in open_games], [y.text for _, _, y in open_games], **columns
+            )
+        )
         scores = [next(verdicts) if s is None else s for s in scores]
     names = dict(a=name_of(policy), b=name_of(opponent))
-    return Match([names | dict(prompt=p["prompt"], answer_a=x.text, answer_b=y.text, score=s) | _cut(x, y)
-                  for (p, x, y), s in zip(games, scores)], len(problems))
+    return Match(
+        [
+            names | dict(prompt=p["prompt"], answer_a=x.text, answer_b=y.text, score=s) | _cut(x, y)
+            for (p, x, y), s in zip(games, scores)
+        ],
+        len(problems),
+    )
 
-def _cut(x, y): return {f"truncated_{side}": True for side, answer in (("a", x), ("b", y)) if answer.truncated}
+# %% ../nbs/21_evaluation.ipynb #a821eb5e
+def _cut(x, y):
+    return {f"truncated_{side}": True for side, answer in (("a", x), ("b", y)) if answer.truncated}
 
 # %% ../nbs/21_evaluation.ipynb #ec5f7b17
-def _last_user(prompt) -> str: return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def _last_user(prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
 
 @patch
-def show(self: Exam,
-    n: int = 8, # rows
-) -> str:
+def show(self: Exam, n: int = 8) -> str:  # rows
     "The first `n` rows as text: right (+) or wrong (-) or how much was given, prompt, answer."
     mark = lambda v: {1: "+", 0: "-"}.get(v, f"{v:.2f}")
-    return printed("\n".join(f"{mark(r['right'])} {_last_user(r['prompt'])}  {r['answer']!r}" for r in self.rows[:n]))
+    return printed(
+        "\n".join(f"{mark(r['right'])} {_last_user(r['prompt'])}  {r['answer']!r}" for r in self.rows[:n])
+    )
 
 # %% ../nbs/21_evaluation.ipynb #8258627c
 def transcripts_html(
-    before: Exam, # an exam
-    after: Exam,  # another, on the same problems
-    n: int = 12,  # rows
+    before: Exam,
+    after: Exam,
+    n: int = 12,  # an exam  # another, on the same problems  # rows
 ) -> str:
     "A table of answers before and after, as HTML. Right and wrong are words, not colours."
-    verdict = lambda r: "cut off" if r["truncated"] else {1: "right", 0: "wrong"}.get(r["right"], f"{r['right']:.2f}")
+    verdict = lambda r: (
+        "cut off" if r["truncated"] else {1: "right", 0: "wrong"}.get(r["right"], f"{r['right']:.2f}")
+    )
     cell = lambda r: f"<td>{escape(r['answer'])}</td><td>{verdict(r)}</td>"
-    rows = "".join(f"<tr><td>{escape(_last_user(a['prompt']))}</td>{cell(a)}{cell(b)}</tr>" for a, b in zip(before.rows[:n], after.rows))
+    rows = "".join(
+        f"<tr><td>{escape(_last_user(a['prompt']))}</td>{cell(a)}{cell(b)}</tr>"
+        for a, b in zip(before.rows[:n], after.rows)
+    )
     return f"<table><tr><th>prompt</th><th>before</th><th></th><th>after</th><th></th></tr>{rows}</table>"

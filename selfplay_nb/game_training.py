@@ -19,24 +19,31 @@ from .players import prompt_text
 # %% ../nbs/39_game_training.ipynb #ad2cd83b
 class Sticks:
     "Take one, two or three; whoever takes the last one wins."
+
     name, seats, perfect = "sticks", 2, True
-    def __init__(self,
-        low: int = 5,   # the fewest at the start
-        high: int = 12, # the most
-    ):
+
+    def __init__(self, low: int = 5, high: int = 12):  # the fewest at the start  # the most
         self.low, self.high = low, high
 
     def start(self, seed) -> "SticksState":
         "The table as the seed laid it."
         return SticksState(random.Random(seed).randint(self.low, self.high))
+
     @printable
-    def __repr__(self): return f"Sticks({self.low} to {self.high})"
+    def __repr__(self):
+        return f"Sticks({self.low} to {self.high})"
 
-STICKS_RULES = "Two players take 1, 2 or 3 sticks in turn. Whoever takes the last stick wins. Say how many you take."
+# %% ../nbs/39_game_training.ipynb #ae8b7abd
+STICKS_RULES = (
+    "Two players take 1, 2 or 3 sticks in turn. Whoever takes the last stick wins. Say how many you take."
+)
 
+# %% ../nbs/39_game_training.ipynb #348a4d65
 class SticksState:
     "A position of `Sticks`: how many lie there, and whose turn it is."
-    def __init__(self, n: int, seat: int = 0): self.n, self.seat, self.outcome = n, seat, None
+
+    def __init__(self, n: int, seat: int = 0):
+        self.n, self.seat, self.outcome = n, seat, None
 
     @property
     def legal(self) -> list[str]:
@@ -52,46 +59,61 @@ class SticksState:
 
     def move(self, text: str):
         "Take that many. Raises `ValueError` for what is no legal move."
-        if text.strip() not in self.legal: raise ValueError(f"{text!r:.60}: expected one of {', '.join(self.legal)}.")
+        if text.strip() not in self.legal:
+            raise ValueError(f"{text!r:.60}: expected one of {', '.join(self.legal)}.")
         self.n -= int(text)
         mover = self.seat
         self.seat, self.outcome = (1 - mover, None) if self.n else (None, [float(s == mover) for s in (0, 1)])
 
-    def copy(self) -> "SticksState": return SticksState(self.n, self.seat)
-    def __str__(self): return "|"*self.n or "no sticks"
+    def copy(self) -> "SticksState":
+        return SticksState(self.n, self.seat)
+
+    def __str__(self):
+        return "|" * self.n or "no sticks"
 
 # %% ../nbs/39_game_training.ipynb #eb8e6171
 class Taken(NamedTuple):
     "A turn, and how its game ended for the one who took it."
-    game: str      # its name
+
+    game: str  # its name
     turn: object
     outcome: float
-    match: int     # number of the transcript: turns of one match share its luck
+    match: int  # number of the transcript: turns of one match share its luck
 
+# %% ../nbs/39_game_training.ipynb #bd0a21cf
 def _taken(played, who):
     "The turns of a player, or of all."
     turns = [(g, t, i) for i, g in enumerate(played) for t in g.turns]
-    return [Taken(g.game, t, g.outcome[t.seat], i) for g, t, i in turns if who is None or g.players[t.seat] == who]
+    return [
+        Taken(g.game, t, g.outcome[t.seat], i) for g, t, i in turns if who is None or g.players[t.seat] == who
+    ]
 
-def _position(game, turn): return game, prompt_text(turn.prompt)
+
+def _position(game, turn):
+    return game, prompt_text(turn.prompt)
 
 # %% ../nbs/39_game_training.ipynb #7017893d
 def position_pairs(
-    played,                   # transcripts, as `games.play` gives them
-    who: str | None = None,   # a player's name; by default both seats are learned from
-    least: int = 2,           # games behind each side of a pair
-    per_position: int = 2,    # pairs, the widest margins first
-    round: int = 0,           # written to the pairs
-) -> tuple[list[dict], Counter]: # pairs in TRL's form with provenance, and how many were dropped for which reason
+    played,  # transcripts, as `games.play` gives them
+    who: str | None = None,  # a player's name; by default both seats are learned from
+    least: int = 2,  # games behind each side of a pair
+    per_position: int = 2,  # pairs, the widest margins first
+    round: int = 0,  # written to the pairs
+    # pairs in TRL's form with provenance, and how many were dropped for which reason
+) -> tuple[list[dict], Counter]:
     "Preference pairs of answers to the same position: the one whose games ended better on average is chosen."
     seen, out = {}, []
     for game, t, won, _ in _taken(played, who):
         seen.setdefault(_position(game, t), {}).setdefault(t.answer, []).append((won, t))
     for (game, _), answers in seen.items():
-        means = sorted(((mean(w for w, _ in rows), rows[0][1]) for rows in answers.values() if len(rows) >= least), key=lambda mt: -mt[0])
+        means = sorted(
+            ((mean(w for w, _ in rows), rows[0][1]) for rows in answers.values() if len(rows) >= least),
+            key=lambda mt: -mt[0],
+        )
         for value, worse in means[:0:-1][:per_position]:
             best, chosen = means[0]
-            if best > value: out.append(_pair(chosen, worse, best - value) | dict(source="game", judge=game, round=round))
+            if best > value:
+                out.append(_pair(chosen, worse, best - value) | dict(source="game", judge=game, round=round))
     return validate_pairs(out)
 
 # %% ../nbs/39_game_training.ipynb #f24d2559
@@ -103,55 +125,78 @@ def _pair(chosen, rejected, margin: float) -> dict:
 
 # %% ../nbs/39_game_training.ipynb #9d577558
 class SeatBaseline:
-    "Expected outcome of each game and seat: an exponential mean over batches of matches (after Liu et al., 2025)."
-    def __init__(self, decay: float = .8): self.decay, self.means = decay, {}
-    def __call__(self, turns) -> list[float]: # for each turn what was expected: the mean before this batch, in the first batch its own
+    """Expected outcome of each game and seat: an exponential mean over batches of matches (after Liu et al.,
+    2025).
+    """
+
+    def __init__(self, decay: float = 0.8):
+        self.decay, self.means = decay, {}
+
+    # for each turn what was expected: the mean before this batch, in the first batch its own
+    def __call__(self, turns) -> list[float]:
         matches = {}
         for game, turn, outcome, match in turns:
             matches.setdefault((game, turn.seat), {}).setdefault(match, []).append(outcome)
         fresh = {seat: mean(map(mean, outcomes.values())) for seat, outcomes in matches.items()}
         was = {seat: self.means.get(seat, value) for seat, value in fresh.items()}
-        self.means |= {seat: self.decay*was[seat] + (1 - self.decay)*value for seat, value in fresh.items()}
+        self.means |= {
+            seat: self.decay * was[seat] + (1 - self.decay) * value for seat, value in fresh.items()
+        }
         return [was[game, turn.seat] for game, turn, _, _ in turns]
 
 # %% ../nbs/39_game_training.ipynb #546f7f67
-def position_baseline(
-    turns: list[Taken],
-) -> list[float]: # for each turn what was expected
+def position_baseline(turns: list[Taken]) -> list[float]:  # for each turn what was expected
     """The mean over the other matches that came to the same position; where there is none, over the other
     matches at the same seat of the game.
 
-    Of a match that was in the position several times its mean outcome counts. Where no other match tells anything,
-    the outcome itself is what was expected."""
+    Of a match that was in the position several times its mean outcome counts. Where no other match tells
+    anything, the outcome itself is what was expected.
+    """
     at_position = _of_others(turns, lambda t: _position(t.game, t.turn))
     at_seat = _of_others(turns, lambda t: (t.game, t.turn.seat))
     known = ((p, s, t.outcome) for p, s, t in zip(at_position, at_seat, turns))
     return [next(x for x in values if x is not None) for values in known]
 
+# %% ../nbs/39_game_training.ipynb #b7c66336
 def _of_others(turns, key) -> list[float | None]:
     "For each turn the mean over other matches with turns of the same key; None if there are none."
     outcomes, keys = {}, [key(t) for t in turns]
     for k, t in zip(keys, turns):
         outcomes.setdefault(k, {}).setdefault(t.match, []).append(Fraction(t.outcome))
     means = {k: {match: mean(of) for match, of in matches.items()} for k, matches in outcomes.items()}
-    totals = {k: sum(of.values()) for k, of in means.items()}  # exact: equal outcomes leave no rounding behind
+    # exact: equal outcomes leave no rounding behind
+    totals = {k: sum(of.values()) for k, of in means.items()}
     others = [(totals[k] - means[k][t.match], len(means[k]) - 1) for k, t in zip(keys, turns)]
-    return [float(total/n) if n else None for total, n in others]
+    return [float(total / n) if n else None for total, n in others]
 
 # %% ../nbs/39_game_training.ipynb #f1e56aa6
 def advantages(
-    played,                 # transcripts, as `games.play` gives them
-    who: str | None = None, # a player's name; by default both seats are learned from
-    baseline=position_baseline, # `[(game, turn, outcome, match)] -> expected outcomes`; or a `SeatBaseline`
-    entropy: float = 0.,    # paid for each nat of surprise in a legal move, so that a policy goes on trying
-) -> list[dict]:            # rows `{"prompt", "completion", "advantage", ...}` for `update.reinforce`
-    "A row for each move, legal or not: the outcome of the game for the mover less what was expected. Raises `ValueError` for no moves."
-    turns = [t._replace(outcome=t.outcome + entropy*_surprise(t.turn)) for t in _taken(played, who)]
-    if not turns: raise ValueError(f"no moves of {who!r} in {len(played)} games: expected a player's name, or None for all.")
+    played,  # transcripts, as `games.play` gives them
+    who: str | None = None,  # a player's name; by default both seats are learned from
+    baseline=position_baseline,  # `[(game, turn, outcome, match)] -> expected outcomes`; or a `SeatBaseline`
+    entropy: float = 0.0,  # paid for each nat of surprise in a legal move, so that a policy goes on trying
+) -> list[dict]:  # rows `{"prompt", "completion", "advantage", ...}` for `update.reinforce`
+    """A row for each move, legal or not: the outcome of the game for the mover less what was expected.
+
+    Raises `ValueError` for no moves.
+    """
+    turns = [t._replace(outcome=t.outcome + entropy * _surprise(t.turn)) for t in _taken(played, who)]
+    if not turns:
+        raise ValueError(
+            f"no moves of {who!r} in {len(played)} games: expected a player's name, or None for all."
+        )
     return [_row(t.turn, t.outcome - expected) for t, expected in zip(turns, baseline(turns))]
 
-def _surprise(turn) -> float: return -sum(turn.logprobs or [0.])*turn.legal
+# %% ../nbs/39_game_training.ipynb #235454d4
+def _surprise(turn) -> float:
+    return -sum(turn.logprobs or [0.0]) * turn.legal
+
 
 def _row(turn, advantage: float) -> dict:
-    row = {"prompt": turn.prompt, "completion": turn.answer, "advantage": advantage, "truncated": turn.truncated}
+    row = {
+        "prompt": turn.prompt,
+        "completion": turn.answer,
+        "advantage": advantage,
+        "truncated": turn.truncated,
+    }
     return row | ({"completion_ids": list(turn.token_ids)} if turn.token_ids else {})

@@ -30,162 +30,252 @@ from .templates import escape_special, fill
 # %% ../nbs/36_games.ipynb #e95fb578
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _QUOTES = re.compile(r'"([^"\n]*)"|`([^`\n]*)`|(?<!\w)\'([^\'\n]*)\'|\*\*([^*\n]*)\*\*')
-_BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"   # a move that goes on there is another one
+# a move that goes on there is another one
+_BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"
 
-def find_move(
-    answer: str,       # of a player
-    legal: list[str],  # the legal moves
-) -> str:              # one of them
+# %% ../nbs/36_games.ipynb #a4cd08c3
+def find_move(answer: str, legal: list[str]) -> str:  # of a player  # the legal moves  # one of them
     "The move that an answer means; raises `ValueError` saying why there is none."
     key = str.casefold if len({m.casefold() for m in legal}) == len(legal) else str
     moves, text = {key(m): m for m in legal}, key(answer.strip())
-    if not text: raise ValueError("the answer is empty")
-    if text in moves: return moves[text]
+    if not text:
+        raise ValueError("the answer is empty")
+    if text in moves:
+        return moves[text]
     brackets = [m for m in _BRACKETS.finditer(text) if not denied(text, *m.span())]
     if brackets:
         whole, inner = brackets[-1][0], brackets[-1][1].strip()
-        if inner in moves or whole in moves: return moves[inner if inner in moves else whole]
+        if inner in moves or whole in moves:
+            return moves[inner if inner in moves else whole]
         raise ValueError(f"{whole:.80} is not a legal move")
     for m in reversed(list(_QUOTES.finditer(text))):
         inner = next(x for x in m.groups() if x is not None).strip()
-        if inner in moves and not denied(text, *m.span()): return moves[inner]
-    words = "|".join(re.escape(m) for m in sorted(moves, key=len, reverse=True))   # the longest first: "take 10" is not "take 1"
+        if inner in moves and not denied(text, *m.span()):
+            return moves[inner]
+    # the longest first: "take 10" is not "take 1"
+    words = "|".join(re.escape(m) for m in sorted(moves, key=len, reverse=True))
     named = re.finditer(rf"{_BEFORE}(?:{words}){_AFTER}", text) if moves else []
     found = list(dict.fromkeys(m[0] for m in named if not denied(text, *m.span())))
-    if len(found) == 1: return moves[found[0]]
-    if found: raise ValueError(f"the answer names several legal moves ({', '.join(moves[m] for m in found[:5])}): it must say which one is meant")
+    if len(found) == 1:
+        return moves[found[0]]
+    if found:
+        raise ValueError(
+            f"the answer names several legal moves ({', '.join(moves[m] for m in found[:5])}): it must say"
+            " which one is meant"
+        )
     raise ValueError("the answer contains no legal move")
 
 # %% ../nbs/36_games.ipynb #3d5e33af
 @dataclass
 class Turn:
     "One answer of a player."
+
     seat: int
-    prompt: object             # what it was shown: a string or messages
+    prompt: object  # what it was shown: a string or messages
     answer: str
-    move: str | None = None    # what was played; None if nothing was
-    legal: bool = True         # is it the answer's own move?
-    reason: str = ""           # if not, why
-    truncated: bool = False    # was the answer cut off?
+    move: str | None = None  # what was played; None if nothing was
+    legal: bool = True  # is it the answer's own move?
+    reason: str = ""  # if not, why
+    truncated: bool = False  # was the answer cut off?
     token_ids: list | None = None
     logprobs: list | None = None
-    value: float | None = None # exact outcome of seat 0 from the position before it, if both play perfectly
+    value: float | None = None  # exact outcome of seat 0 from the position before it, if both play perfectly
 
 # %% ../nbs/36_games.ipynb #3e71198b
 @dataclass
 class Transcript:
     "One game, word for word."
-    game: str                  # its name
-    seed: int                  # of its start
-    players: list[str]         # names by seat
-    number: int = 0            # of the game among those played together
-    start: int = 0             # games with the same start differ in who sat where
+
+    game: str  # its name
+    seed: int  # of its start
+    players: list[str]  # names by seat
+    number: int = 0  # of the game among those played together
+    start: int = 0  # games with the same start differ in who sat where
     order: list[int] = field(default_factory=list)  # for each seat, which of the players
     turns: list[Turn] = field(default_factory=list)
     outcome: list[float] | None = None  # by seat, in [0, 1]; None while it is played
-    forfeit: int | None = None # the seat that lost because of its illegal answers
-    end: str = ""              # the last position, as text
-    record: list | None = None # what the game itself keeps (OpenSpiel: all actions, chance included)
+    forfeit: int | None = None  # the seat that lost because of its illegal answers
+    end: str = ""  # the last position, as text
+    record: list | None = None  # what the game itself keeps (OpenSpiel: all actions, chance included)
 
     @property
-    def moves(self) -> list[str]: return [t.move for t in self.turns if t.move is not None]
+    def moves(self) -> list[str]:
+        return [t.move for t in self.turns if t.move is not None]
+
     @property
-    def illegal(self) -> list[int]: return [sum(not t.legal for t in self.turns if t.seat == s) for s in range(len(self.players))]
+    def illegal(self) -> list[int]:
+        return [sum(not t.legal for t in self.turns if t.seat == s) for s in range(len(self.players))]
+
     @property
-    def truncated(self) -> list[int]: return [sum(t.truncated for t in self.turns if t.seat == s) for s in range(len(self.players))]
-    def to_dict(self) -> dict: return asdict(self)
+    def truncated(self) -> list[int]:
+        return [sum(t.truncated for t in self.turns if t.seat == s) for s in range(len(self.players))]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
     @classmethod
     def from_dict(cls, row: dict) -> "Transcript":
         "From `to_dict`, or a row of a saved file."
-        return cls(**{k: v for k, v in row.items() if k in cls.__dataclass_fields__} | {"turns": [Turn(**t) for t in row["turns"]]})
+        return cls(
+            **{k: v for k, v in row.items() if k in cls.__dataclass_fields__}
+            | {"turns": [Turn(**t) for t in row["turns"]]}
+        )
 
 # %% ../nbs/36_games.ipynb #49ebe474
 @patch(as_prop=True)
 def result(self: Transcript) -> str:
     "How it ended, in words."
-    if self.outcome is None: return "not finished"
-    if self.forfeit is not None: return f"{self.players[self.forfeit]} (seat {self.forfeit}) loses by illegal answers"
-    if len(self.outcome) == 2 and self.outcome[0] == self.outcome[1]: return "drawn" if self.outcome[0] == .5 else f"both {self.outcome[0]:.2f}"
-    return ", ".join(f"{p} (seat {s}) {o:.2f}".replace("1.00", "wins").replace("0.00", "loses") for s, (p, o) in enumerate(zip(self.players, self.outcome)))
+    if self.outcome is None:
+        return "not finished"
+    if self.forfeit is not None:
+        return f"{self.players[self.forfeit]} (seat {self.forfeit}) loses by illegal answers"
+    if len(self.outcome) == 2 and self.outcome[0] == self.outcome[1]:
+        return "drawn" if self.outcome[0] == 0.5 else f"both {self.outcome[0]:.2f}"
+    return ", ".join(
+        f"{p} (seat {s}) {o:.2f}".replace("1.00", "wins").replace("0.00", "loses")
+        for s, (p, o) in enumerate(zip(self.players, self.outcome))
+    )
 
+# %% ../nbs/36_games.ipynb #5ed7b450
 @patch
 @printable
 def __repr__(self: Transcript):
     moves = " ".join(self.moves)
-    return f"{self.game}, game {self.number}: {' against '.join(self.players)}: {moves[:100]}{'…'*(len(moves) > 100)}: {self.result}"
+    return (
+        f"{self.game}, game {self.number}: {' against '.join(self.players)}:"
+        f" {moves[:100]}{'…' * (len(moves) > 100)}: {self.result}"
+    )
 
+# %% ../nbs/36_games.ipynb #60ddfcef
 @patch
 def _repr_html_(self: Transcript):
     def row(i, t):
-        said = "legal" if t.legal else f"illegal: {t.reason}" + (f"; played at random: {t.move}" if t.move else "")
+        said = (
+            "legal"
+            if t.legal
+            else f"illegal: {t.reason}" + (f"; played at random: {t.move}" if t.move else "")
+        )
         value = "" if t.value is None else f"{t.value:.2f}"
-        cells = [str(i), f"{self.players[t.seat]} (seat {t.seat})", t.answer, t.move or "–", said + ", cut off"*t.truncated, value]
-        return "<tr>" + "".join(f"<td style='text-align:left;white-space:pre-wrap'>{escape(c)}</td>" for c in cells) + "</tr>"
-    head = "".join(f"<th style='text-align:left'>{h}</th>" for h in ("turn", "player", "answer", "move", "verdict", "value for seat 0"))
-    return (f"<p>{escape(self.game)}, game {self.number}: {escape(self.result)}</p><table><tr>{head}</tr>"
-            f"{''.join(row(i, t) for i, t in enumerate(self.turns))}</table><pre style='font-family:monospace'>{escape(self.end)}</pre>")
+        cells = [
+            str(i),
+            f"{self.players[t.seat]} (seat {t.seat})",
+            t.answer,
+            t.move or "–",
+            said + ", cut off" * t.truncated,
+            value,
+        ]
+        return (
+            "<tr>"
+            + "".join(f"<td style='text-align:left;white-space:pre-wrap'>{escape(c)}</td>" for c in cells)
+            + "</tr>"
+        )
+
+    head = "".join(
+        f"<th style='text-align:left'>{h}</th>"
+        for h in ("turn", "player", "answer", "move", "verdict", "value for seat 0")
+    )
+    return (
+        f"<p>{escape(self.game)}, game {self.number}:"
+        f" {escape(self.result)}</p><table><tr>{head}</tr>"
+        f"{''.join(row(i, t) for i, t in enumerate(self.turns))}</table><pre"
+        f" style='font-family:monospace'>{escape(self.end)}</pre>"
+    )
 
 # %% ../nbs/36_games.ipynb #13e445d4
 class Solver:
     "Exact values of the positions of a two-player game in which nothing is hidden or left to chance."
-    def __init__(self,
-        game,                  # with `perfect` true
-        limit: int = 10_000,   # positions; a game with more has no exact values
-    ): self.memo, self.limit, self.able = {}, limit, getattr(game, "perfect", False) and game.seats == 2
+
+    def __init__(
+        self,
+        game,  # with `perfect` true
+        limit: int = 10_000,  # positions; a game with more has no exact values
+    ):
+        self.memo = {}
+        self.limit = limit
+        self.able = getattr(game, "perfect", False) and game.seats == 2
 
     def value(self, state) -> float | None:
         "Outcome of seat 0 if both play perfectly from here; None if it cannot be known."
         if self.able:
-            try: return self._value(state)
-            except (OverflowError, RecursionError): self.able = False
+            try:
+                return self._value(state)
+            except (OverflowError, RecursionError):
+                self.able = False
 
     def _value(self, s):
-        if s.seat is None: return s.outcome[0]
+        if s.seat is None:
+            return s.outcome[0]
         key = getattr(s, "key", None) or (str(s), s.seat)
         if key not in self.memo:
-            if len(self.memo) >= self.limit: raise OverflowError
+            if len(self.memo) >= self.limit:
+                raise OverflowError
             self.memo[key] = None
             self.memo[key] = (max, min)[s.seat](self._value(self.after(s, m)) for m in s.legal)
-        if self.memo[key] is None: raise OverflowError  # a position that comes back
+        if self.memo[key] is None:
+            raise OverflowError  # a position that comes back
         return self.memo[key]
 
     @staticmethod
     def after(state, move):
         "The position after a move; `state` stays as it is."
-        state = state.copy(); state.move(move)
+        state = state.copy()
+        state.move(move)
         return state
 
     def best(self, state) -> list[str]:
         "The moves that keep the value."
         return [m for m in state.legal if self._value(self.after(state, m)) == self._value(state)]
 
+# %% ../nbs/36_games.ipynb #b18beeda
 def solver(game) -> Solver:
     "The solver of a game, made once."
-    if "_solver" not in game.__dict__: game._solver = Solver(game)
+    if "_solver" not in game.__dict__:
+        game._solver = Solver(game)
     return game._solver
 
 # %% ../nbs/36_games.ipynb #e431298f
 def stream(*key) -> int:
     "A seed that belongs to `key` alone."
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, key)).encode("utf-8", "surrogatepass")).digest()[:7], "big") >> 3
+    return (
+        int.from_bytes(
+            hashlib.sha256(" ".join(map(str, key)).encode("utf-8", "surrogatepass")).digest()[:7], "big"
+        )
+        >> 3
+    )
 
+# %% ../nbs/36_games.ipynb #19c9bfe5
 class LiveGame:
     "A game while it is played: shows a prompt, takes an answer, keeps the transcript."
-    def __init__(self,
-        game,              # what is played
-        seed: int,         # of its start
-        players: list[str], # names by seat
-        number: int = 0,   # of this game
-        start: int = 0,    # of its start
-        order: list[int] | None = None, # for each seat, which of the players
-        luck: int = 0,     # seed of the players' luck
+
+    def __init__(
+        self,
+        game,  # what is played
+        seed: int,  # of its start
+        players: list[str],  # names by seat
+        number: int = 0,  # of this game
+        start: int = 0,  # of its start
+        order: list[int] | None = None,  # for each seat, which of the players
+        luck: int = 0,  # seed of the players' luck
     ):
-        self.game, self.state, self.luck, self.reason, self.tries = game, game.start(seed), luck, "", 0
-        self.transcript = Transcript(game.name, seed, list(players), number, start, list(range(len(players))) if order is None else order)
+        self.game = game
+        self.state = game.start(seed)
+        self.luck = luck
+        self.reason = ""
+        self.tries = 0
+        self.transcript = Transcript(
+            game.name,
+            seed,
+            list(players),
+            number,
+            start,
+            list(range(len(players))) if order is None else order,
+        )
         self._end()
 
     @property
-    def over(self) -> bool: return self.transcript.outcome is not None
+    def over(self) -> bool:
+        return self.transcript.outcome is not None
+
     @property
     def seed(self) -> int:
         "Of the next answer: it belongs to the game's number and turn, in whatever company it is asked."
@@ -195,60 +285,90 @@ class LiveGame:
     def prompt(self):
         "What the player to move is shown; after an illegal answer with the reason."
         p = self.state.prompt
-        if not self.reason: return p
+        if not self.reason:
+            return p
         said = self.transcript.turns[-1].answer
         again = f"This was not accepted: {escape_special(self.reason)}. Answer again."
         template = "{prompt}\n\nYour answer was:\n{said}\n{again}"
-        if isinstance(p, str): return fill(template, max_chars=2000, trusted=dict(prompt=p, again=again), said=said)[0]
+        if isinstance(p, str):
+            return fill(template, max_chars=2000, trusted=dict(prompt=p, again=again), said=said)[0]
         return [*p, dict(role="assistant", content=escape_special(said)), dict(role="user", content=again)]
 
     def _end(self):
         if self.state.seat is None and not self.over:
-            if self.state.outcome is None: self.game.settle([self.state])   # it needs a judge
+            if self.state.outcome is None:
+                self.game.settle([self.state])  # it needs a judge
             self.transcript.outcome = [float(o) for o in self.state.outcome]
-        if self.over: self.transcript.end, self.transcript.record = str(self.state), getattr(self.state, "record", None)
+        if self.over:
+            self.transcript.end = str(self.state)
+            self.transcript.record = getattr(self.state, "record", None)
 
 # %% ../nbs/36_games.ipynb #48d81486
 @patch
-def take(self: LiveGame,
-    answer,                  # a string, or what `answers_of` gives
+def take(
+    self: LiveGame,
+    answer,  # a string, or what `answers_of` gives
     illegal: str = "retry",  # "retry", "lose" or "random"
-    retries: int = 2,        # further tries on the same turn
-    end: bool = True,        # score the game if it is over; False where many are scored at once
+    retries: int = 2,  # further tries on the same turn
+    end: bool = True,  # score the game if it is over; False where many are scored at once
 ) -> Turn:
     "Play what the answer says, or apply the rule for illegal ones."
-    s, text = self.state, getattr(answer, "text", answer); turns = self.transcript.turns
+    s, text = self.state, getattr(answer, "text", answer)
+    turns = self.transcript.turns
     more = {k: getattr(answer, k, None) for k in ("token_ids", "logprobs")}
-    turn = Turn(s.seat, self.prompt, text, truncated=bool(getattr(answer, "truncated", False)), value=solver(self.game).value(s), **more)
+    turn = Turn(
+        s.seat,
+        self.prompt,
+        text,
+        truncated=bool(getattr(answer, "truncated", False)),
+        value=solver(self.game).value(s),
+        **more,
+    )
     try:
         move = text if s.legal is None else find_move(text, s.legal)
-        s.move(move); turn.move, self.reason, self.tries = move, "", 0
+        s.move(move)
+        turn.move, self.reason, self.tries = move, "", 0
     except ValueError as e:
-        turn.legal, turn.reason, self.reason = False, str(e), str(e); self.tries += 1
+        turn.legal, turn.reason, self.reason = False, str(e), str(e)
+        self.tries += 1
         if illegal == "random" and s.legal:
             turn.move = random.Random(stream(self.seed, "random")).choice(s.legal)
-            s.move(turn.move); self.reason, self.tries = "", 0
+            s.move(turn.move)
+            self.reason, self.tries = "", 0
         elif illegal != "retry" or self.tries > retries:
-            self.transcript.forfeit = s.seat; self.transcript.outcome = [float(k != s.seat) for k in range(self.game.seats)]
+            self.transcript.forfeit = s.seat
+            self.transcript.outcome = [float(k != s.seat) for k in range(self.game.seats)]
     turns.append(turn)
-    if end: self._end()
+    if end:
+        self._end()
     return turn
 
 # %% ../nbs/36_games.ipynb #a7d9489b
 def ask_all(
-    waiting: list[tuple], # `(player, games that wait for it)`; a player has `generate`, or `act(state, rng) -> move`
-    **sampling,           # for `generate`
-):                        # yields the answers of each player, one for each of its games
+    # `(player, games that wait for it)`; a player has `generate`, or `act(state, rng) -> move`
+    waiting: list[tuple],
+    **sampling,  # for `generate`
+):  # yields the answers of each player, one for each of its games
     "One answer for each game; players on one base answer in one batch, others when it is their turn."
     asked = []
     for player, games in waiting:
         seeds = [g.seed for g in games]
-        if not hasattr(player, "act"): asked.append((player, [g.prompt for g in games], seeds if getattr(player, "takes_seeds", False) else stream(*seeds)))
+        if not hasattr(player, "act"):
+            asked.append(
+                (
+                    player,
+                    [g.prompt for g in games],
+                    seeds if getattr(player, "takes_seeds", False) else stream(*seeds),
+                )
+            )
     answers = answers_together(asked, **sampling)
     for player, games in waiting:
-        if hasattr(player, "act"): yield [Answer(player.act(g.state.copy(), random.Random(g.seed))) for g in games]
-        else: yield [row[0] for row in next(answers)[0]]
+        if hasattr(player, "act"):
+            yield [Answer(player.act(g.state.copy(), random.Random(g.seed))) for g in games]
+        else:
+            yield [row[0] for row in next(answers)[0]]
 
+# %% ../nbs/36_games.ipynb #eb0bc295
 def ask(player, games: list[LiveGame], **sampling) -> list:
     "As `ask_all`, of one player."
     return next(ask_all([(player, games)], **sampling))
@@ -256,83 +376,155 @@ def ask(player, games: list[LiveGame], **sampling) -> list:
 # %% ../nbs/36_games.ipynb #56721ed3
 class RandomPlayer:
     "Plays a random legal move."
-    name = "random"
-    def act(self, state, rng): return rng.choice(state.legal)
 
+    name = "random"
+
+    def act(self, state, rng):
+        return rng.choice(state.legal)
+
+# %% ../nbs/36_games.ipynb #f8a07947
 class MinimaxBot:
     "Plays perfectly, with a random choice among the best moves."
-    def __init__(self,
-        game,                  # small, with nothing hidden or left to chance
-        name: str = "minimax", # shown in results
+
+    def __init__(
+        self,
+        game,
+        name: str = "minimax",  # small, with nothing hidden or left to chance  # shown in results
     ):
         "Raises `ValueError` if the game cannot be solved."
         self.name, self.solver = name, solver(game)
         if self.solver.value(game.start(0)) is None:
-            raise ValueError(f"{game.name} cannot be solved: expected two players, nothing hidden, no chance and at most {self.solver.limit} positions.")
-    def act(self, state, rng): return rng.choice(self.solver.best(state))
+            raise ValueError(
+                f"{game.name} cannot be solved: expected two players, nothing hidden, no chance and at most"
+                f" {self.solver.limit} positions."
+            )
+
+    def act(self, state, rng):
+        return rng.choice(self.solver.best(state))
 
 # %% ../nbs/36_games.ipynb #a8679c0f
 class Played(list):
     "Transcripts of games between the same players, in the order of their numbers."
+
     def __init__(self, transcripts=(), players: list[str] | None = None):
         super().__init__(transcripts)
-        self.players = players or ([p for _, p in sorted(zip(self[0].order, self[0].players))] if self else [])
+        self.players = players or (
+            [p for _, p in sorted(zip(self[0].order, self[0].players))] if self else []
+        )
 
     def _id(self, player):
-        if player in self.players: return self.players.index(player)
-        if isinstance(player, int) and 0 <= player < len(self.players): return player
+        if player in self.players:
+            return self.players.index(player)
+        if isinstance(player, int) and 0 <= player < len(self.players):
+            return player
         raise ValueError(f"no player {player!r}: expected one of {self.players}, or its place among them.")
 
-    def scores(self,
-        player=0,          # a name, or the place among the players
-        seat: int | None = None, # only games in which it sat there
-    ) -> list[list[float]]: # for each start, the player's outcomes
+    def scores(
+        self,
+        player=0,  # a name, or the place among the players
+        seat: int | None = None,  # only games in which it sat there
+    ) -> list[list[float]]:  # for each start, the player's outcomes
         k, starts = self._id(player), {}
         for t in self:
             s = t.order.index(k)
-            if seat in (None, s): starts.setdefault((t.game, t.seed, t.start), []).append(t.outcome[s])
+            if seat in (None, s):
+                starts.setdefault((t.game, t.seed, t.start), []).append(t.outcome[s])
         return list(starts.values())
 
     def win_rate(self, player=0, seat: int | None = None) -> Rate:
-        "Mean outcome of a player (a draw is one half), with an interval that is corrected for games from the same start."
+        """Mean outcome of a player (a draw is one half), with an interval that is corrected for games from
+        the same start.
+        """
         return win_rate(self.scores(player, seat))
 
     def count(self, player=0) -> dict:
-        "How a player did: games won, drawn, lost; answers, illegal ones, cut off ones; games lost by illegal answers."
-        k = self._id(player); of = [(t, t.order.index(k)) for t in self]; o = [t.outcome[s] for t, s in of]
-        return dict(won=sum(x > .5 for x in o), drawn=o.count(.5), lost=sum(x < .5 for x in o), answers=sum(u.seat == s for t, s in of for u in t.turns),
-                    illegal=sum(t.illegal[s] for t, s in of), truncated=sum(t.truncated[s] for t, s in of), forfeits=sum(t.forfeit == s for t, s in of))
+        """How a player did: games won, drawn, lost; answers, illegal ones, cut off ones; games lost by
+        illegal answers.
+        """
+        k = self._id(player)
+        of = [(t, t.order.index(k)) for t in self]
+        o = [t.outcome[s] for t, s in of]
+        return dict(
+            won=sum(x > 0.5 for x in o),
+            drawn=o.count(0.5),
+            lost=sum(x < 0.5 for x in o),
+            answers=sum(u.seat == s for t, s in of for u in t.turns),
+            illegal=sum(t.illegal[s] for t, s in of),
+            truncated=sum(t.truncated[s] for t, s in of),
+            forfeits=sum(t.forfeit == s for t, s in of),
+        )
 
     def rows(self) -> list[dict]:
-        "Games of two as `ratings.Games` takes them; the score is half of one plus the lead of the first seat."
-        return [dict(a=t.players[0], b=t.players[1], score=.5 + (t.outcome[0] - t.outcome[1])/2, prompt=f"{t.game}, start {t.seed}") for t in self]
+        """Games of two as `ratings.Games` takes them; the score is half of one plus the lead of the first
+        seat.
+        """
+        return [
+            dict(
+                a=t.players[0],
+                b=t.players[1],
+                score=0.5 + (t.outcome[0] - t.outcome[1]) / 2,
+                prompt=f"{t.game}, start {t.seed}",
+            )
+            for t in self
+        ]
 
 # %% ../nbs/36_games.ipynb #9a455a74
 @patch
 def _cells(self: Played):
     seats = range(len(self.players) if len({tuple(t.order) for t in self}) > 1 else 0)
-    head = ["", "mean outcome", *(f"in seat {s}" for s in seats), "won-drawn-lost", "answers", "illegal", "cut off", "lost by illegal answers"]
+    head = [
+        "",
+        "mean outcome",
+        *(f"in seat {s}" for s in seats),
+        "won-drawn-lost",
+        "answers",
+        "illegal",
+        "cut off",
+        "lost by illegal answers",
+    ]
+
     def row(k):
-        c, short = self.count(k), lambda r: f"{r.value:.2f} [{r.interval[0]:.2f}, {r.interval[1]:.2f}]" if r.n else "–"
-        return [self.players[k], repr(self.win_rate(k)), *(short(self.win_rate(k, s)) for s in seats), f"{c['won']}-{c['drawn']}-{c['lost']}",
-                *(str(c[x]) for x in ("answers", "illegal", "truncated", "forfeits"))]
+        c = self.count(k)
+        short = lambda r: f"{r.value:.2f} [{r.interval[0]:.2f}, {r.interval[1]:.2f}]" if r.n else "–"
+        return [
+            self.players[k],
+            repr(self.win_rate(k)),
+            *(short(self.win_rate(k, s)) for s in seats),
+            f"{c['won']}-{c['drawn']}-{c['lost']}",
+            *(str(c[x]) for x in ("answers", "illegal", "truncated", "forfeits")),
+        ]
+
     return [head, *(row(k) for k in range(len(self.players)))]
 
+# %% ../nbs/36_games.ipynb #9e3fd2d3
 @patch
-def _head(self: Played): return f"{len(self)} game{'s'*(len(self) != 1)} of {', '.join(dict.fromkeys(t.game for t in self))}" if self else "no games"
+def _head(self: Played):
+    return (
+        f"{len(self)} game{'s' * (len(self) != 1)} of {', '.join(dict.fromkeys(t.game for t in self))}"
+        if self
+        else "no games"
+    )
+
+
 @patch
 @printable
-def __repr__(self: Played): return self._head() + ("\n" + text_table(self._cells()) if self else "")
+def __repr__(self: Played):
+    return self._head() + ("\n" + text_table(self._cells()) if self else "")
+
+# %% ../nbs/36_games.ipynb #b33b3d56
 @patch
-def _repr_html_(self: Played): return f"<p>{escape(self._head())}</p>" + (html_table(self._cells()) if self else "")
+def _repr_html_(self: Played):
+    return f"<p>{escape(self._head())}</p>" + (html_table(self._cells()) if self else "")
 
 # %% ../nbs/36_games.ipynb #5225a8fb
 _FIELDS = "game", "number", "players", "order", "turns", "outcome"
+
 
 @patch
 def save(self: Played, path):
     "Append all games to a JSONL file."
     Ledger(path, _FIELDS).append([t.to_dict() for t in self])
+
 
 @patch(cls_method=True)
 def load(cls: Played, path) -> Played:
@@ -344,95 +536,156 @@ def _names(players) -> list[str]:
     "Names of the players, made different."
     names = []
     for p in players:
-        name = own = name_of(p); k = 2
-        while name in names: name = f"{own} {k}"; k += 1
+        name = own = name_of(p)
+        k = 2
+        while name in names:
+            name = f"{own} {k}"
+            k += 1
         names.append(name)
     return names
 
+# %% ../nbs/36_games.ipynb #b7362df8
 def _check(game, players, n, illegal, retries, batch):
-    if len(players) != game.seats: raise ValueError(f"{len(players)} players for {game.name}: expected {game.seats}, one for each seat.")
+    if len(players) != game.seats:
+        raise ValueError(f"{len(players)} players for {game.name}: expected {game.seats}, one for each seat.")
     for p in players:
-        if not (hasattr(p, "generate") or hasattr(p, "act")): raise ValueError(f"{p!r:.80} cannot play: expected `generate`, or `act(state, rng)`.")
-    if illegal not in ("retry", "lose", "random"): raise ValueError(f"illegal is {illegal!r}: expected 'retry', 'lose' or 'random'.")
+        if not (hasattr(p, "generate") or hasattr(p, "act")):
+            raise ValueError(f"{p!r:.80} cannot play: expected `generate`, or `act(state, rng)`.")
+    if illegal not in ("retry", "lose", "random"):
+        raise ValueError(f"illegal is {illegal!r}: expected 'retry', 'lose' or 'random'.")
     for name, v, low in ("n", n, 1), ("retries", retries, 0), ("batch", 1 if batch is None else batch, 1):
         whole(name, v, low)
-    if illegal == "random" and game.start(0).legal is None: raise ValueError(f"illegal is 'random', but {game.name} has no list of legal moves.")
+    if illegal == "random" and game.start(0).legal is None:
+        raise ValueError(f"illegal is 'random', but {game.name} has no list of legal moves.")
 
 # %% ../nbs/36_games.ipynb #6cd9d7d7
 def play(
-    game,               # anything with `start(seed)`, see above
-    players: list,      # one for each seat, by `generate` or `act`; the same one may sit in several
-    n: int,             # starts; with `swap` each is played `game.seats` times
-    seed: int = 0,      # of the starts and of the players' luck
+    game,  # anything with `start(seed)`, see above
+    players: list,  # one for each seat, by `generate` or `act`; the same one may sit in several
+    n: int,  # starts; with `swap` each is played `game.seats` times
+    seed: int = 0,  # of the starts and of the players' luck
     swap: bool = True,  # play every start in every seating (the players move on a seat)
-    illegal: str = "retry", # an illegal answer: "retry" (with the reason, then lose), "lose", or "random" (a random legal move)
-    retries: int = 2,   # further tries on the same turn
-    progress=None,      # called as `progress(finished games, games)`
-    path=None,          # a JSONL file: finished games are in it at once, and those that it has are not played again
-    batch: int | None = None, # games that are alive at the same time; by default all
-    **sampling,         # for `generate`: `max_new_tokens`, `temperature`
+    # an illegal answer: "retry" (with the reason, then lose), "lose", or "random" (a random legal move)
+    illegal: str = "retry",
+    retries: int = 2,  # further tries on the same turn
+    progress=None,  # called as `progress(finished games, games)`
+    # a JSONL file: finished games are in it at once, and those that it has are not played again
+    path=None,
+    batch: int | None = None,  # games that are alive at the same time; by default all
+    **sampling,  # for `generate`: `max_new_tokens`, `temperature`
 ) -> Played:
-    "Play games, all together. Raises `ValueError` for bad arguments before the first; what a player raises ends it, finished games are on file."
-    players = list(players); _check(game, players, n, illegal, retries, batch)
+    """Play games, all together.
+
+    Raises `ValueError` for bad arguments before the first; what a player raises ends it, finished games
+    are on file.
+    """
+    players = list(players)
+    _check(game, players, n, illegal, retries, batch)
     names, seats = _names(players), game.seats
     orders = [[(s + k) % seats for s in range(seats)] for k in range(seats if swap else 1)]
     settings = dict(names=names, seed=seed, swap=swap, illegal=illegal, retries=retries, sampling=sampling)
-    if path: settings = json.loads(json.dumps(settings))  # as it will be read again; what JSON cannot hold is refused now
-    played, ledger, total = Played(players=names), Ledger(path, (*_FIELDS, "settings")) if path else None, n*len(orders)
+    # as it will be read again; what JSON cannot hold is refused now
+    if path:
+        settings = json.loads(json.dumps(settings))
+    played = Played(players=names)
+    ledger = Ledger(path, (*_FIELDS, "settings")) if path else None
+    total = n * len(orders)
     for row in ledger.rows() if ledger is not None else []:
         if (row["game"], row["settings"]) != (game.name, settings):
-            raise ValueError(f"{path} has games of another tournament ({row['game']!r}, {row['settings']}); this is {game.name}, {settings}. Give another.")
-        if row["number"] < total: played.append(Transcript.from_dict(row))
+            raise ValueError(
+                f"{path} has games of another tournament ({row['game']!r}, {row['settings']}); this is"
+                f" {game.name}, {settings}. Give another."
+            )
+        if row["number"] < total:
+            played.append(Transcript.from_dict(row))
     there, live = {t.number for t in played}, []
     waiting = deque(k for k in range(total) if k not in there)
     while waiting or live:
         while waiting and (batch is None or len(live) < batch):
-            number = waiting.popleft(); start, order = number // len(orders), orders[number % len(orders)]
-            live.append(LiveGame(game, stream(seed, "start", start), [names[k] for k in order], number, start, order, seed))
-        try: _step(live, players, illegal, retries, sampling)
+            number = waiting.popleft()
+            start, order = number // len(orders), orders[number % len(orders)]
+            live.append(
+                LiveGame(
+                    game, stream(seed, "start", start), [names[k] for k in order], number, start, order, seed
+                )
+            )
+        try:
+            _step(live, players, illegal, retries, sampling)
         finally:
-            done, live = [g.transcript for g in live if g.over], [g for g in live if not g.over]
-            if ledger is not None and done: ledger.append([t.to_dict() | {"settings": settings} for t in done])
+            done = [g.transcript for g in live if g.over]
+            live = [g for g in live if not g.over]
+            if ledger is not None and done:
+                ledger.append([t.to_dict() | {"settings": settings} for t in done])
             played += done
-        if progress and done: progress(len(played), total)
+        if progress and done:
+            progress(len(played), total)
     played.sort(key=lambda t: t.number)
     return played
 
+# %% ../nbs/36_games.ipynb #382d35d7
 def _step(live, players, illegal, retries, sampling):
-    "One answer for every live game, one call for every player; a game that needs a judge (`settle`) gets its verdicts in one call."
+    """One answer for every live game, one call for every player; a game that needs a judge (`settle`) gets
+    its verdicts in one call.
+    """
     groups = {}
     for g in live:
-        if not g.over: p = players[g.transcript.order[g.state.seat]]; groups.setdefault(id(p), (p, []))[1].append(g)
+        if not g.over:
+            p = players[g.transcript.order[g.state.seat]]
+            groups.setdefault(id(p), (p, []))[1].append(g)
     for (_, games), answers in zip(groups.values(), ask_all(groups.values(), **sampling)):
-        for g, answer in zip(games, answers): g.take(answer, illegal, retries, end=not hasattr(g.game, "settle"))
-    if over := [g for g in live if g.state.seat is None and not g.over]: over[0].game.settle([g.state for g in over])
-    for g in live: g._end()
+        for g, answer in zip(games, answers):
+            g.take(answer, illegal, retries, end=not hasattr(g.game, "settle"))
+    if over := [g for g in live if g.state.seat is None and not g.over]:
+        over[0].game.settle([g.state for g in over])
+    for g in live:
+        g._end()
 
 # %% ../nbs/36_games.ipynb #5250efbb
 def _spiel():
-    try: import pyspiel
-    except ImportError as e: raise ImportError('OpenSpiel is missing: pip install "selfplay_nb[games]"') from e
+    try:
+        import pyspiel
+    except ImportError as e:
+        raise ImportError('OpenSpiel is missing: pip install "selfplay_nb[games]"') from e
     return pyspiel
 
+# %% ../nbs/36_games.ipynb #cfb83b5a
 class OpenSpielGame:
     "A game of OpenSpiel in which players move in turns."
-    def __init__(self,
-        name: str, # as OpenSpiel calls it, such as "tic_tac_toe"
+
+    def __init__(
+        self,
+        name: str,  # as OpenSpiel calls it, such as "tic_tac_toe"
         **params,  # as OpenSpiel has them, such as `pile_sizes="1;2;3"`
     ):
-        "Raises `ValueError` for an unknown game or parameter, one in which players move at the same time, or one whose chance no seed decides."
+        """Raises `ValueError` for an unknown game or parameter, one in which players move at the same time,
+        or one whose chance no seed decides.
+        """
         spiel = _spiel()
         if name not in spiel.registered_names():
             near = difflib.get_close_matches(name, spiel.registered_names())
-            raise ValueError(f"unknown game {name!r}: expected a name of OpenSpiel's{', perhaps one of ' + str(near) if near else ''}.")
-        try: self.spiel = spiel.load_game(name, params)
-        except (spiel.SpielError, TypeError) as e: raise ValueError(f"{name} does not take {params}: {e}") from None
-        kind = self.spiel.get_type(); T = type(kind)
-        if kind.dynamics != T.Dynamics.SEQUENTIAL: raise ValueError(f"in {name} players move at the same time: expected a game played in turns.")
-        if kind.chance_mode == T.ChanceMode.SAMPLED_STOCHASTIC: raise ValueError(f"{name} draws its own random numbers, which no seed decides.")
-        self.short, self.kind, self.name, self.seats = name, kind, str(self.spiel).removesuffix("()"), self.spiel.num_players()
+            raise ValueError(
+                f"unknown game {name!r}: expected a name of"
+                f" OpenSpiel's{', perhaps one of ' + str(near) if near else ''}."
+            )
+        try:
+            self.spiel = spiel.load_game(name, params)
+        except (spiel.SpielError, TypeError) as e:
+            raise ValueError(f"{name} does not take {params}: {e}") from None
+        kind = self.spiel.get_type()
+        T = type(kind)
+        if kind.dynamics != T.Dynamics.SEQUENTIAL:
+            raise ValueError(f"in {name} players move at the same time: expected a game played in turns.")
+        if kind.chance_mode == T.ChanceMode.SAMPLED_STOCHASTIC:
+            raise ValueError(f"{name} draws its own random numbers, which no seed decides.")
+        self.short, self.kind, self.name, self.seats = (
+            name,
+            kind,
+            str(self.spiel).removesuffix("()"),
+            self.spiel.num_players(),
+        )
         self.low, self.high = self.spiel.min_utility(), self.spiel.max_utility()
-        self.open, self.zero_sum = kind.information == T.Information.PERFECT_INFORMATION, kind.utility == T.Utility.ZERO_SUM
+        self.open = kind.information == T.Information.PERFECT_INFORMATION
+        self.zero_sum = kind.utility == T.Utility.ZERO_SUM
         self.chance = kind.chance_mode != T.ChanceMode.DETERMINISTIC
         self.perfect = self.open and not self.chance and self.zero_sum and self.seats == 2
         if not (self.open or kind.provides_information_state_string or kind.provides_observation_string):
@@ -441,15 +694,19 @@ class OpenSpielGame:
     def start(self, seed) -> "OpenSpielState":
         "The first position, chance decided by `seed`."
         return OpenSpielState(self, self.spiel.new_initial_state(), random.Random(seed))
+
     def starts(self) -> list[tuple[float, "OpenSpielState"]]:
         "All first positions with their probabilities."
         return _deal(self, self.spiel.new_initial_state())
+
     @printable
-    def __repr__(self): return f"OpenSpielGame({self.name}: {self.seats} seats)"
+    def __repr__(self):
+        return f"OpenSpielGame({self.name}: {self.seats} seats)"
 
 # %% ../nbs/36_games.ipynb #f51d1b8a
 class OpenSpielState:
     "A position of an `OpenSpielGame`; `spiel` is OpenSpiel's own."
+
     def __init__(self, game, spiel, rng=None):
         self.game, self.spiel, self.rng = game, spiel, rng
         self._settle()
@@ -457,54 +714,86 @@ class OpenSpielState:
     def _settle(self):
         s = self.spiel
         while s.is_chance_node():
-            self.rng = self.rng or random.Random(0); actions, p = zip(*s.chance_outcomes())
+            self.rng = self.rng or random.Random(0)
+            actions, p = zip(*s.chance_outcomes())
             s.apply_action(self.rng.choices(actions, p)[0])
-        self.seat, self._moves = None if s.is_terminal() else s.current_player(), None
+        self.seat = None if s.is_terminal() else s.current_player()
+        self._moves = None
 
     @property
     def moves(self) -> dict[str, int]:
         "OpenSpiel's actions by the legal moves' text."
         if self._moves is None:
-            pairs = [(self.spiel.action_to_string(self.seat, a).strip(), a) for a in self.spiel.legal_actions()] if self.seat is not None else []
-            self._moves = dict(pairs) if len(dict(pairs)) == len(pairs) else {f"{m} #{a}": a for m, a in pairs}
+            pairs = (
+                [(self.spiel.action_to_string(self.seat, a).strip(), a) for a in self.spiel.legal_actions()]
+                if self.seat is not None
+                else []
+            )
+            self._moves = (
+                dict(pairs) if len(dict(pairs)) == len(pairs) else {f"{m} #{a}": a for m, a in pairs}
+            )
         return self._moves
+
     @property
-    def legal(self) -> list[str]: return list(self.moves)
+    def legal(self) -> list[str]:
+        return list(self.moves)
 
     def move(self, text: str):
         "Play a legal move; raises `ValueError` for any other."
-        if text not in self.moves: raise ValueError(f"{text!r:.80} is not a legal move" if self.seat is not None else "the game is over")
-        self.spiel.apply_action(self.moves[text]); self._settle()
+        if text not in self.moves:
+            raise ValueError(
+                f"{text!r:.80} is not a legal move" if self.seat is not None else "the game is over"
+            )
+        self.spiel.apply_action(self.moves[text])
+        self._settle()
 
     @property
     def outcome(self) -> list[float] | None:
         low, high = self.game.low, self.game.high
-        return [(r - low)/(high - low) for r in self.spiel.returns()] if self.seat is None else None
+        return [(r - low) / (high - low) for r in self.spiel.returns()] if self.seat is None else None
+
     @property
-    def record(self) -> list[int]: return list(self.spiel.history())
+    def record(self) -> list[int]:
+        return list(self.spiel.history())
+
     @property
-    def key(self): return str(self.spiel), self.seat
-    def copy(self): return OpenSpielState(self.game, self.spiel.clone(), copy.copy(self.rng) if self.game.chance else self.rng)
+    def key(self):
+        return str(self.spiel), self.seat
+
+    def copy(self):
+        return OpenSpielState(
+            self.game, self.spiel.clone(), copy.copy(self.rng) if self.game.chance else self.rng
+        )
+
     def after(self, move: str) -> list[tuple[float, "OpenSpielState"]]:
         "All positions after a move, with the probabilities of chance."
         return _deal(self.game, self.spiel.child(self.moves[move]))
 
-def _deal(game, spiel, p=1.):
-    if not spiel.is_chance_node(): return [(p, OpenSpielState(game, spiel))]
-    return [x for action, q in spiel.chance_outcomes() for x in _deal(game, spiel.child(action), p*q)]
+# %% ../nbs/36_games.ipynb #b7a319d1
+def _deal(game, spiel, p=1.0):
+    if not spiel.is_chance_node():
+        return [(p, OpenSpielState(game, spiel))]
+    return [x for action, q in spiel.chance_outcomes() for x in _deal(game, spiel.child(action), p * q)]
 
 # %% ../nbs/36_games.ipynb #79b82c8c
 @patch(as_prop=True)
 def grid(self: OpenSpielState) -> list[str] | None:
     "Rows of `.`, `x` and `o`, for boards that are drawn; else None."
-    if self.game.short in ("tic_tac_toe", "connect_four"): return [r for r in str(self.spiel).split("\n") if r and set(r) <= set(".xo")]
+    if self.game.short in ("tic_tac_toe", "connect_four"):
+        return [r for r in str(self.spiel).split("\n") if r and set(r) <= set(".xo")]
+
 
 def _board(s, seat):
-    rows = s.grid; columns = " ".join(map(str, range(len(rows[0]))))
-    if s.game.short == "connect_four": return "\n".join([" ".join(r) for r in rows] + [columns])
+    rows = s.grid
+    columns = " ".join(map(str, range(len(rows[0]))))
+    if s.game.short == "connect_four":
+        return "\n".join([" ".join(r) for r in rows] + [columns])
     return "\n".join(["   " + columns] + [f"{i}  {' '.join(r)}" for i, r in enumerate(rows)])
 
-def _piles(s, seat): return ", ".join(f"pile {i}: {n}" for i, n in enumerate(str(s.spiel).split(":")[1].split(), 1))
+# %% ../nbs/36_games.ipynb #a01c01da
+def _piles(s, seat):
+    return ", ".join(f"pile {i}: {n}" for i, n in enumerate(str(s.spiel).split(":")[1].split(), 1))
+
 
 def _kuhn(s, seat):
     n, h = s.game.seats, s.spiel.history()
@@ -514,199 +803,324 @@ def _kuhn(s, seat):
 
 # %% ../nbs/36_games.ipynb #6f84d11b
 _RULES = {  # the rules and how the position is drawn
-    "tic_tac_toe": ("Tic-tac-toe: three in a row, a column or a diagonal win. A move is the own mark with row and column, both from 0 to 2.", _board),
-    "connect_four": ("Connect four: a disc falls to the lowest free place of its column; {x_in_row} in a row, a column or a diagonal win. "
-                     "A move is the own mark with the column (numbers below the board).", _board),
-    "nim": ("Nim: take as many objects as you like, at least one, from one pile. Whoever takes the last object {last}.", _piles),
-    "kuhn_poker": ("Kuhn poker: cards 0 to {seats}, one for each player; everybody has paid one chip. In turn, pass or bet one chip more. Once somebody "
-                   "has bet, each other player has one answer: bet to go along, or pass and be out. The highest card of those who are in takes all.", _kuhn)}
+    "tic_tac_toe": (
+        (
+            "Tic-tac-toe: three in a row, a column or a diagonal win. A move is the own mark with row and"
+            " column, both from 0 to 2."
+        ),
+        _board,
+    ),
+    "connect_four": (
+        (
+            "Connect four: a disc falls to the lowest free place of its column; {x_in_row} in a row, a column"
+            " or a diagonal win. A move is the own mark with the column (numbers below the board)."
+        ),
+        _board,
+    ),
+    "nim": (
+        (
+            "Nim: take as many objects as you like, at least one, from one pile. Whoever takes the last"
+            " object {last}."
+        ),
+        _piles,
+    ),
+    "kuhn_poker": (
+        (
+            "Kuhn poker: cards 0 to {seats}, one for each player; everybody has paid one chip. In turn, pass"
+            " or bet one chip more. Once somebody has bet, each other player has one answer: bet to go along,"
+            " or pass and be out. The highest card of those who are in takes all."
+        ),
+        _kuhn,
+    ),
+}
 
+# %% ../nbs/36_games.ipynb #4d3267cb
 def _rules(game) -> str:
-    if game.short not in _RULES: return f"The game {game.kind.long_name}."
+    if game.short not in _RULES:
+        return f"The game {game.kind.long_name}."
     p = game.spiel.get_parameters()
     return _RULES[game.short][0].format(seats=game.seats, last="loses" if p.get("is_misere") else "wins", **p)
 
+# %% ../nbs/36_games.ipynb #752b373f
 @patch
-def view(self: OpenSpielState,
-    seat: int | None, # who looks; None sees everything
-) -> str:
+def view(self: OpenSpielState, seat: int | None) -> str:  # who looks; None sees everything
     "The position as text."
     kind, s = self.game.kind, self.spiel
-    if self.game.short in _RULES: return _RULES[self.game.short][1](self, seat)
-    if seat is None: return str(s)
-    order = ["information_state", "observation"][::-1 if self.game.open else 1]
-    return next((getattr(s, f"{k}_string")(seat) for k in order if getattr(kind, f"provides_{k}_string")), str(s))
+    if self.game.short in _RULES:
+        return _RULES[self.game.short][1](self, seat)
+    if seat is None:
+        return str(s)
+    order = ["information_state", "observation"][:: -1 if self.game.open else 1]
+    return next(
+        (getattr(s, f"{k}_string")(seat) for k in order if getattr(kind, f"provides_{k}_string")), str(s)
+    )
 
+# %% ../nbs/36_games.ipynb #2e9260f2
 @patch
-def __str__(self: OpenSpielState): return self.view(None)
+def __str__(self: OpenSpielState):
+    return self.view(None)
+
 
 @patch(as_prop=True)
 def prompt(self: OpenSpielState) -> str:
     "Rules, what the player to move may know, and the legal moves."
     who = f"player {self.seat}" + (f" ({'xo'[self.seat]})" if self.grid else "")
-    return (f"{_rules(self.game)}\n\n{self.view(self.seat)}\n\nYou are {who}. Legal moves: {' '.join(f'[{m}]' for m in self.legal)}\n"
-            "Answer with one legal move in square brackets.")
+    return (
+        f"{_rules(self.game)}\n\n{self.view(self.seat)}\n\nYou are {who}. Legal moves:"
+        f" {' '.join(f'[{m}]' for m in self.legal)}\nAnswer with one legal move in square brackets."
+    )
 
 # %% ../nbs/36_games.ipynb #a19207ef
 class MCTSBot:
     "Monte Carlo tree search by OpenSpiel, for games in which nothing is hidden."
-    def __init__(self,
-        simulations: int = 100, # random games a move
-        c: float = 2.,          # how much it explores (UCT)
-        name: str | None = None, # shown in results
-    ): self.simulations, self.c, self.name = simulations, c, name or f"mcts {simulations}"
+
+    def __init__(
+        self,
+        simulations: int = 100,  # random games a move
+        c: float = 2.0,  # how much it explores (UCT)
+        name: str | None = None,  # shown in results
+    ):
+        self.simulations = simulations
+        self.c = c
+        self.name = name or f"mcts {simulations}"
 
     def act(self, state, rng):
         spiel = _spiel()
-        if not state.game.open: raise ValueError(f"MCTSBot sees everything, but in {state.game.name} something is hidden.")
+        if not state.game.open:
+            raise ValueError(f"MCTSBot sees everything, but in {state.game.name} something is hidden.")
         evaluator = spiel.RandomRolloutEvaluator(1, rng.randrange(2**31))
-        bot = spiel.MCTSBot(state.game.spiel, evaluator, self.c, self.simulations, 100, True, rng.randrange(2**31), False)
+        bot = spiel.MCTSBot(
+            state.game.spiel, evaluator, self.c, self.simulations, 100, True, rng.randrange(2**31), False
+        )
         action = bot.step(state.spiel)
         return next(m for m, a in state.moves.items() if a == action)
 
 # %% ../nbs/36_games.ipynb #912683a8
 class Tabular:
     "A player with known probabilities for every prompt."
-    def __init__(self,
-        table: dict,            # prompt: {move: probability}
-        name: str = "tabular",  # shown in results
-    ): self.table, self.name = table, name
-    def probabilities(self, state) -> dict[str, float]: return self.table[state.prompt]
+
+    def __init__(self, table: dict, name: str = "tabular"):  # prompt: {move: probability}  # shown in results
+        self.table, self.name = table, name
+
+    def probabilities(self, state) -> dict[str, float]:
+        return self.table[state.prompt]
+
     def act(self, state, rng):
         p = self.probabilities(state)
         return rng.choices(list(p), list(p.values()))[0]
 
+# %% ../nbs/36_games.ipynb #f87d2a75
 def tabular(
-    game: OpenSpielGame, # a small one: all its positions are visited
-    policy,              # `state -> {move: probability}`, or a table of these by OpenSpiel's information state string
-    name: str = "tabular", # shown in results
+    game: OpenSpielGame,  # a small one: all its positions are visited
+    # `state -> {move: probability}`, or a table of these by OpenSpiel's information state string
+    policy,
+    name: str = "tabular",  # shown in results
 ) -> Tabular:
-    "A policy as a player. Raises `ValueError` for probabilities that are none, or that depend on what the player cannot see."
+    """A policy as a player.
+
+    Raises `ValueError` for probabilities that are none, or that depend on what the player cannot see.
+    """
     table, todo = {}, [s for _, s in game.starts()]
     while todo:
         s = todo.pop()
-        if s.seat is None: continue
+        if s.seat is None:
+            continue
         p = policy(s) if callable(policy) else policy[s.spiel.information_state_string()]
         if not set(p) <= set(s.legal) or min(p.values()) < 0 or abs(sum(p.values()) - 1) > 1e-9:
             raise ValueError(f"{p} in {s}: expected probabilities of {s.legal} with the sum 1.")
-        if table.setdefault(s.prompt, p) != p: raise ValueError(f"{p} in {s}, but {table[s.prompt]} where the player sees the same.")
+        if table.setdefault(s.prompt, p) != p:
+            raise ValueError(f"{p} in {s}, but {table[s.prompt]} where the player sees the same.")
         todo += [c for m in s.legal for _, c in s.after(m)]
     return Tabular(table, name)
 
 # %% ../nbs/36_games.ipynb #f4133528
 def best_response(
-    game: OpenSpielGame, # a small one
-    player,              # with `probabilities(state) -> {move: probability}`
-    seat: int,           # who answers to it
-) -> tuple[float, dict[str, str]]: # its outcome in [0, 1], and its move for each prompt
+    game: OpenSpielGame,  # a small one
+    player,  # with `probabilities(state) -> {move: probability}`
+    seat: int,  # who answers to it
+) -> tuple[float, dict[str, str]]:  # its outcome in [0, 1], and its move for each prompt
     "The best that `seat` can do against a player that it knows."
     seen, values, moves = {}, {}, {}
+
     def walk(s, reach):
-        if s.seat is None: return
-        if s.seat == seat: seen.setdefault(s.prompt, []).append((s, reach))
-        for m, q in (dict.fromkeys(s.legal, 1.) if s.seat == seat else player.probabilities(s)).items():
-            if q: [walk(c, reach*q*p) for p, c in s.after(m)]
+        if s.seat is None:
+            return
+        if s.seat == seat:
+            seen.setdefault(s.prompt, []).append((s, reach))
+        for m, q in (dict.fromkeys(s.legal, 1.0) if s.seat == seat else player.probabilities(s)).items():
+            if q:
+                [walk(c, reach * q * p) for p, c in s.after(m)]
+
     def value(s):
         key = s.spiel.history_str()
         if key not in values:
-            p = {best(s.prompt): 1.} if s.seat == seat else player.probabilities(s) if s.seat is not None else {}
-            values[key] = sum(q*after(s, m) for m, q in p.items() if q) if p else s.outcome[seat]
+            p = (
+                {best(s.prompt): 1.0}
+                if s.seat == seat
+                else player.probabilities(s)
+                if s.seat is not None
+                else {}
+            )
+            values[key] = sum(q * after(s, m) for m, q in p.items() if q) if p else s.outcome[seat]
         return values[key]
-    def after(s, m): return sum(p*value(c) for p, c in s.after(m))
+
+    def after(s, m):
+        return sum(p * value(c) for p, c in s.after(m))
+
     def best(prompt):
         if prompt not in moves:
-            here = seen[prompt]; moves[prompt] = max(here[0][0].legal, key=lambda m: sum(reach*after(s, m) for s, reach in here))
+            here = seen[prompt]
+            moves[prompt] = max(here[0][0].legal, key=lambda m: sum(reach * after(s, m) for s, reach in here))
         return moves[prompt]
-    for p, s in game.starts(): walk(s, p)
-    return sum(p*value(s) for p, s in game.starts()), moves
 
+    for p, s in game.starts():
+        walk(s, p)
+    return sum(p * value(s) for p, s in game.starts()), moves
+
+# %% ../nbs/36_games.ipynb #996f9f71
 def exploitability(
-    game: OpenSpielGame, # two players, zero-sum, small
-    player,              # with `probabilities(state)`, for both seats
-) -> float:              # in the game's own points
-    "What a best response gains against a policy, averaged over both seats; 0 in an equilibrium. Raises `ValueError` for other games."
-    if game.seats != 2 or not game.zero_sum: raise ValueError(f"{game.name}: expected a zero-sum game of two.")
-    return (sum(best_response(game, player, seat)[0] for seat in (0, 1)) - 1)/2*(game.high - game.low)
+    game: OpenSpielGame,
+    player,  # two players, zero-sum, small  # with `probabilities(state)`, for both seats
+) -> float:  # in the game's own points
+    """What a best response gains against a policy, averaged over both seats; 0 in an equilibrium.
+
+    Raises `ValueError` for other games.
+    """
+    if game.seats != 2 or not game.zero_sum:
+        raise ValueError(f"{game.name}: expected a zero-sum game of two.")
+    return (sum(best_response(game, player, seat)[0] for seat in (0, 1)) - 1) / 2 * (game.high - game.low)
 
 # %% ../nbs/36_games.ipynb #a29fd7ea
 class TextArenaGame:
     "A game of TextArena."
-    def __init__(self,
-        env_id: str,    # such as "TicTacToe-v0"
-        seats: int = 2, # players
-        **params,       # for `textarena.make`
+
+    def __init__(
+        self,
+        env_id: str,  # such as "TicTacToe-v0"
+        seats: int = 2,  # players
+        **params,  # for `textarena.make`
     ):
         "Raises `ValueError` for an unknown game."
-        try: import textarena
-        except ImportError as e: raise ImportError('TextArena is missing: pip install "selfplay_nb[games]"') from e
+        try:
+            import textarena
+        except ImportError as e:
+            raise ImportError('TextArena is missing: pip install "selfplay_nb[games]"') from e
         known = textarena.envs.registration.ENV_REGISTRY
-        if env_id not in known: raise ValueError(f"unknown game {env_id!r}; near: {difflib.get_close_matches(env_id, known) or 'none'}.")
-        self.name, self.seats, self.make = env_id, seats, lambda: textarena.make(env_id, **params)
-    def start(self, seed) -> "TextArenaState": return TextArenaState(self, seed)
+        if env_id not in known:
+            raise ValueError(
+                f"unknown game {env_id!r}; near: {difflib.get_close_matches(env_id, known) or 'none'}."
+            )
+        self.name = env_id
+        self.seats = seats
+        self.make = lambda: textarena.make(env_id, **params)
 
+    def start(self, seed) -> "TextArenaState":
+        return TextArenaState(self, seed)
+
+# %% ../nbs/36_games.ipynb #e4b2ff53
 class TextArenaState:
     "A position of a `TextArenaGame`. A copy replays the moves."
+
     legal = None
+
     def __init__(self, game, seed, moves=()):
         self.game, self.seed, self._given = game, seed, moves
         self._begin(moves)
 
     def _begin(self, moves):
-        self.env, self.moves, self._luck = self.game.make(), [], random.Random(self.seed).getstate()
-        self._quietly(self.env.reset, num_players=self.game.seats, seed=self.seed); self._look()
-        for m in moves: self.move(m)
+        self.env = self.game.make()
+        self.moves = []
+        self._luck = random.Random(self.seed).getstate()
+        self._quietly(self.env.reset, num_players=self.game.seats, seed=self.seed)
+        self._look()
+        for m in moves:
+            self.move(m)
 
     def _quietly(self, do, *args, **kw):
         "TextArena draws from Python's global generator: lend it one of this game."
-        outside = random.getstate(); random.setstate(self._luck)
-        try: return do(*args, **kw)
-        finally: self._luck = random.getstate(); random.setstate(outside)
+        outside = random.getstate()
+        random.setstate(self._luck)
+        try:
+            return do(*args, **kw)
+        finally:
+            self._luck = random.getstate()
+            random.setstate(outside)
 
     def _look(self):
         self.seat, prompt = self.env.get_observation()
-        self.prompt = escape_special(str(prompt))   # it quotes what the others said
-    def copy(self): return TextArenaState(self.game, self.seed, list(self.moves))
+        self.prompt = escape_special(str(prompt))  # it quotes what the others said
+
+    def copy(self):
+        return TextArenaState(self.game, self.seed, list(self.moves))
+
     @property
-    def record(self) -> list[str]: return list(self.moves)
+    def record(self) -> list[str]:
+        return list(self.moves)
+
     def __str__(self):
-        try: return self.env.get_board_str()
-        except (AttributeError, NotImplementedError): return str(self.prompt)
+        try:
+            return self.env.get_board_str()
+        except (AttributeError, NotImplementedError):
+            return str(self.prompt)
 
 # %% ../nbs/36_games.ipynb #90e5269d
 @patch
 def move(self: TextArenaState, text: str):
     "Hand an answer to the game; raises `ValueError` with its reason if it does not take it."
     done, _ = self._quietly(self.env.step, text)
-    s = self.env.state; info = s.game_info[self.seat]
+    s = self.env.state
+    info = s.game_info[self.seat]
     if getattr(s, "error_count", 0) or info.get("invalid_move"):
         found = [re.search(r"invalid move\. Reason: (.*?)(?: Please resubmit|$)", m, re.S) for _, m in s.logs]
-        reason = next((f[1] for f in reversed(found) if f), info.get("reason") or "TextArena calls it an invalid move")
-        self._begin(self.moves)   # as if it had not been said
+        reason = next(
+            (f[1] for f in reversed(found) if f), info.get("reason") or "TextArena calls it an invalid move"
+        )
+        self._begin(self.moves)  # as if it had not been said
         raise ValueError(reason.rstrip(". "))
     self.moves.append(text)
-    if done: self.seat = None
-    else: self._look()
+    if done:
+        self.seat = None
+    else:
+        self._look()
 
+# %% ../nbs/36_games.ipynb #b56970b4
 @patch(as_prop=True)
 def outcome(self: TextArenaState) -> list[float] | None:
-    if self.seat is not None: return None
-    rewards = self.env.close()[0]   # -1 to 1 among several players, 0 to 1 for one
-    return [min(1., max(0., (rewards[s] + 1)/2 if self.game.seats > 1 else rewards[s])) for s in range(self.game.seats)]
+    if self.seat is not None:
+        return None
+    rewards = self.env.close()[0]  # -1 to 1 among several players, 0 to 1 for one
+    return [
+        min(1.0, max(0.0, (rewards[s] + 1) / 2 if self.game.seats > 1 else rewards[s]))
+        for s in range(self.game.seats)
+    ]
 
 # %% ../nbs/36_games.ipynb #7ab85034
 def replay(
-    game,                   # the one that was played
-    transcript: Transcript, # of it
-) -> list:                  # the position before each turn, and the last one
+    game,
+    transcript: Transcript,  # the one that was played  # of it
+) -> list:  # the position before each turn, and the last one
     "The positions of a game that was played; raises `ValueError` if the moves do not fit the game."
-    state = game.start(transcript.seed); out = [state.copy()]
+    state = game.start(transcript.seed)
+    out = [state.copy()]
     for i, turn in enumerate(transcript.turns):
         try:
-            if turn.move is not None: state.move(turn.move)
+            if turn.move is not None:
+                state.move(turn.move)
         except ValueError as e:
-            raise ValueError(f"turn {i} of this transcript of {printed(transcript.game)} is no move in {game.name}: {printed(str(e))}") from None
+            raise ValueError(
+                f"turn {i} of this transcript of {printed(transcript.game)} is no move in {game.name}:"
+                f" {printed(str(e))}"
+            ) from None
         out.append(state.copy())
-    unjudged = state.seat is None and state.outcome is None   # its outcome is a judge's, who is not asked again
-    if transcript.forfeit is None and not unjudged and transcript.outcome != (state.outcome and [float(o) for o in state.outcome]):
-        raise ValueError(f"{game.name} ends with {state.outcome}, the transcript with {transcript.outcome}: it is another game, or another version of it.")
+    # its outcome is a judge's, who is not asked again
+    unjudged = state.seat is None and state.outcome is None
+    if (
+        transcript.forfeit is None
+        and not unjudged
+        and transcript.outcome != (state.outcome and [float(o) for o in state.outcome])
+    ):
+        raise ValueError(
+            f"{game.name} ends with {state.outcome}, the transcript with {transcript.outcome}: it is another"
+            " game, or another version of it."
+        )
     return out

@@ -27,52 +27,89 @@ from .reward import last_number
 def _sides(n: int, seed: int, rater: str) -> str:
     "Who stands on the left of each item, such as 'abba'; as many a as b, give or take one."
     rank = lambda i: hashlib.sha256(f"{seed} {rater} {i}".encode("utf-8", "surrogatepass")).digest()
-    left_b = set(sorted(range(n), key=rank)[rank("start")[0] % 2::2])
+    left_b = set(sorted(range(n), key=rank)[rank("start")[0] % 2 :: 2])
     return "".join("b" if i in left_b else "a" for i in range(n))
 
 # %% ../nbs/24_human.ipynb #e38a74e2
 VERDICTS = "left", "right", "tie", "skip"
 
+# %% ../nbs/24_human.ipynb #6ca3406c
 def _texts(items: list[dict]) -> list[dict]:
     "What of each item may be seen; raises `ValueError` naming the item that is none."
-    if not items: raise ValueError("no items: expected a non-empty list of dicts with 'prompt', 'a' and 'b'.")
+    if not items:
+        raise ValueError("no items: expected a non-empty list of dicts with 'prompt', 'a' and 'b'.")
     for i, item in enumerate(items):
-        if not isinstance(item, dict) or not all(isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b")):
-            raise ValueError(f"item {i} is {repr(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or a list of messages.")
+        if not isinstance(item, dict) or not all(
+            isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b")
+        ):
+            raise ValueError(
+                f"item {i} is {repr(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or"
+                " a list of messages."
+            )
     return [dict(prompt=prompt_text(x["prompt"]), a=text_of(x["a"]), b=text_of(x["b"])) for x in items]
 
 # %% ../nbs/24_human.ipynb #279eac48
 class HumanRatings:
-    "A blind A/B session of one rater. The sides are hidden and shuffled, every click is on disk before the next item is shown."
-    def __init__(self,
-        path: str | Path,      # the file, made with its folder if missing; goes on where it ends
-        items: list[dict],     # with `prompt`, `a`, `b`, and more that is kept but not shown
-        seed: int = 0,         # of the sides
+    """A blind A/B session of one rater.
+
+    The sides are hidden and shuffled, every click is on disk before the next item is shown.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,  # the file, made with its folder if missing; goes on where it ends
+        items: list[dict],  # with `prompt`, `a`, `b`, and more that is kept but not shown
+        seed: int = 0,  # of the sides
         rater: str = "rater",  # who rates; another rater has another file and sees other sides
     ):
-        "Raises `ValueError` if the file is damaged, or was made for other items, another seed or another rater."
+        """Raises `ValueError` if the file is damaged, or was made for other items, another seed or another
+        rater.
+        """
         self.items, self.rater, self._shown = list(items), rater, _texts(items)
         self.sides = _sides(len(self.items), seed, rater)
-        self.head = dict(items=hashlib.sha256(json.dumps(self._shown).encode()).hexdigest()[:16], n=len(self.items), seed=seed, rater=rater)
-        start = Path(path).read_bytes()[:10] if Path(path).exists() else b""  # a ledger cuts off a torn line: not in anybody else's file
-        if not b'{"items": '.startswith(start): raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
+        self.head = dict(
+            items=hashlib.sha256(json.dumps(self._shown).encode()).hexdigest()[:16],
+            n=len(self.items),
+            seed=seed,
+            rater=rater,
+        )
+        # a ledger cuts off a torn line: not in anybody else's file
+        start = Path(path).read_bytes()[:10] if Path(path).exists() else b""
+        if not b'{"items": '.startswith(start):
+            raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
         self.log = Ledger(path, fields=())
-        if not self.log.rows(): self.log.append([self.head])
+        if not self.log.rows():
+            self.log.append([self.head])
         self.given()
 
 # %% ../nbs/24_human.ipynb #f1444a10
 @patch
 def given(self: HumanRatings) -> list[str]:
-    "The verdicts so far as they were clicked (left, right, tie, skip), without those that were taken back. Raises `ValueError` naming a damaged line."
+    """The verdicts so far as they were clicked (left, right, tie, skip), without those that were taken back.
+
+    Raises `ValueError` naming a damaged line.
+    """
     (head, *rows), path, out = self.log.rows(), self.log.path, []
-    if set(head) != set(self.head): raise ValueError(f"{path}, line 1 is damaged: {str(head)[:60]} does not say what is rated; expected {sorted(self.head)}.")
+    if set(head) != set(self.head):
+        raise ValueError(
+            f"{path}, line 1 is damaged: {str(head)[:60]} does not say what is rated; expected"
+            f" {sorted(self.head)}."
+        )
     other = ", ".join(f"{k} {head[k]!r} instead of {v!r}" for k, v in self.head.items() if head[k] != v)
-    if other: raise ValueError(f"{path} was made for {other}: give what it was made for, or another path.")
+    if other:
+        raise ValueError(f"{path} was made for {other}: give what it was made for, or another path.")
     for line, row in enumerate(rows, 2):
         i, what = len(out), row.get("verdict")
-        if out and row.get("undo") == i-1: out.pop()
-        elif i < len(self.items) and (row.get("item"), row.get("left")) == (i, self.sides[i]) and what in VERDICTS: out.append(what)
-        else: raise ValueError(f"{path}, line {line} is damaged: {str(row)[:60]} cannot follow {i} ratings.")
+        if out and row.get("undo") == i - 1:
+            out.pop()
+        elif (
+            i < len(self.items)
+            and (row.get("item"), row.get("left")) == (i, self.sides[i])
+            and what in VERDICTS
+        ):
+            out.append(what)
+        else:
+            raise ValueError(f"{path}, line {line} is damaged: {str(row)[:60]} cannot follow {i} ratings.")
     return out
 
 # %% ../nbs/24_human.ipynb #3cebedbc
@@ -80,7 +117,8 @@ def given(self: HumanRatings) -> list[str]:
 def current(self: HumanRatings) -> dict | None:
     "What to show now, `{'item', 'prompt', 'left', 'right'}`, all texts; None at the end."
     i = len(self.given())
-    if i == len(self.items): return None
+    if i == len(self.items):
+        return None
     shown, left, right = self._shown[i], *("ab" if self.sides[i] == "a" else "ba")
     return dict(item=i, prompt=shown["prompt"], left=shown[left], right=shown[right])
 
@@ -90,20 +128,29 @@ def progress(self: HumanRatings) -> tuple[int, int]:
     "How many are rated (skipped ones count), out of how many."
     return len(self.given()), len(self.items)
 
+
 @patch(as_prop=True)
-def done(self: HumanRatings) -> bool: return self.progress[0] == self.progress[1]
+def done(self: HumanRatings) -> bool:
+    return self.progress[0] == self.progress[1]
 
 # %% ../nbs/24_human.ipynb #5284bd17
 @patch
-def rate(self: HumanRatings,
-    verdict: str,            # left, right, tie or skip
-    item: int | None = None, # the item that was looked at; by default the current one
+def rate(
+    self: HumanRatings,
+    verdict: str,  # left, right, tie or skip
+    item: int | None = None,  # the item that was looked at; by default the current one
 ):
-    "Save the verdict on the current item. Raises `ValueError` for another verdict, another item, or if all are rated."
+    """Save the verdict on the current item.
+
+    Raises `ValueError` for another verdict, another item, or if all are rated.
+    """
     i = len(self.given())
-    if verdict not in VERDICTS: raise ValueError(f"verdict {verdict!r}: expected one of {list(VERDICTS)}.")
-    if i == len(self.items): raise ValueError(f"all {i} items are rated: only undo is possible.")
-    if item not in (None, i): raise ValueError(f"the verdict is on items[{item}], but items[{i}] is the current one: look again.")
+    if verdict not in VERDICTS:
+        raise ValueError(f"verdict {verdict!r}: expected one of {list(VERDICTS)}.")
+    if i == len(self.items):
+        raise ValueError(f"all {i} items are rated: only undo is possible.")
+    if item not in (None, i):
+        raise ValueError(f"the verdict is on items[{item}], but items[{i}] is the current one: look again.")
     self.log.append([dict(item=i, left=self.sides[i], verdict=verdict, time=round(time.time(), 3))])
 
 # %% ../nbs/24_human.ipynb #e8d4c967
@@ -111,24 +158,28 @@ def rate(self: HumanRatings,
 def undo(self: HumanRatings):
     "Take the last verdict back; its item is the current one again. Raises `ValueError` if there is none."
     i = len(self.given())
-    if not i: raise ValueError("nothing is rated yet: nothing to undo.")
-    self.log.append([dict(undo=i-1, time=round(time.time(), 3))])
+    if not i:
+        raise ValueError("nothing is rated yet: nothing to undo.")
+    self.log.append([dict(undo=i - 1, time=round(time.time(), 3))])
 
 # %% ../nbs/24_human.ipynb #8582c1ff
 @patch(as_prop=True)
 def verdicts(self: HumanRatings) -> list:
     "For each item the probability that a beats b: 1, 0.5 or 0; None if skipped or not rated yet."
-    value = lambda v, side: dict(tie=.5, skip=None).get(v, float((v == "left") == (side == "a")))
+    value = lambda v, side: dict(tie=0.5, skip=None).get(v, float((v == "left") == (side == "a")))
     given = self.given()
-    return [value(v, s) for v, s in zip(given, self.sides)] + [None]*(len(self.items) - len(given))
+    return [value(v, s) for v, s in zip(given, self.sides)] + [None] * (len(self.items) - len(given))
 
 # %% ../nbs/24_human.ipynb #d5b440f2
 @patch(as_prop=True)
 def win_rate(self: HumanRatings) -> Rate:
-    "How often a beats b, ties counted as half, skipped items left out; the interval minds items that share a prompt."
+    """How often a beats b, ties counted as half, skipped items left out; the interval minds items that share
+    a prompt.
+    """
     by_prompt = {}
     for text, v in zip(self._shown, self.verdicts):
-        if v is not None: by_prompt.setdefault(text["prompt"], []).append(v)
+        if v is not None:
+            by_prompt.setdefault(text["prompt"], []).append(v)
     return pooled(list(by_prompt.values()))
 
 # %% ../nbs/24_human.ipynb #a0e12d25
@@ -140,66 +191,111 @@ def left_share(self: HumanRatings) -> Rate:
 
 # %% ../nbs/24_human.ipynb #8438826f
 @patch
-def agreement_with(self: HumanRatings,
-    other, # a judge's probabilities that a beats b, one an item (None or nan where it gave none), or another rater's session on the same items
+def agreement_with(
+    self: HumanRatings,
+    # a judge's probabilities that a beats b, one an item (None or nan where it gave none), or another rater's
+    # session on the same items
+    other,
 ) -> Agreement:
-    "Agreement on the items that both have judged; above 0.5 counts as a, below as b. Raises `ValueError` if `other` is about other items."
+    """Agreement on the items that both have judged; above 0.5 counts as a, below as b.
+
+    Raises `ValueError` if `other` is about other items.
+    """
     if isinstance(other, HumanRatings):
-        if other.head["items"] != self.head["items"]: raise ValueError(f"{other.rater} rated other items than {self.rater}: expected the same.")
+        if other.head["items"] != self.head["items"]:
+            raise ValueError(f"{other.rater} rated other items than {self.rater}: expected the same.")
         other = other.verdicts
-    if len(other) != len(self.items): raise ValueError(f"{len(other)} probabilities for {len(self.items)} items: expected one for each.")
-    winner = lambda p: None if p is None or p != p else .5 + .5*((p > .5) - (p < .5))
+    if len(other) != len(self.items):
+        raise ValueError(f"{len(other)} probabilities for {len(self.items)} items: expected one for each.")
+    winner = lambda p: None if p is None or p != p else 0.5 + 0.5 * ((p > 0.5) - (p < 0.5))
     return agree(self.verdicts, [winner(p) for p in other])
 
 # %% ../nbs/24_human.ipynb #d10566da
 @dataclass
 class RatingReport:
     "What a session says."
+
     rater: str
-    rows: list[dict]   # the items, each with `verdict` (the probability that a beats b, or None) and `clicked` (as shown; None if not rated yet)
-    win_rate: Rate     # of a over b
-    left_share: Rate   # left wins among the decided
-    agreement: dict    # name of a judge or rater: `Agreement` with it
-    judges: dict       # and its probabilities
+    # the items, each with `verdict` (the probability that a beats b, or None) and `clicked` (as shown; None
+    # if not rated yet)
+    rows: list[dict]
+    win_rate: Rate  # of a over b
+    left_share: Rate  # left wins among the decided
+    agreement: dict  # name of a judge or rater: `Agreement` with it
+    judges: dict  # and its probabilities
 
     @printable
     def __repr__(self):
         n, (low, high) = Counter(r["clicked"] for r in self.rows), self.left_share.interval
-        lean = "the rater leans to the left" if low > .5 else "the rater leans to the right" if high < .5 else "no leaning seen"
-        return "\n".join([f"{len(self.rows) - n[None]} of {len(self.rows)} rated by {self.rater} (ties {n['tie']}, skipped {n['skip']})",
-                          f"a beats b   {self.win_rate}", f"left wins   {self.left_share}: {lean}"]
-                         + [f"{name}: {a}" for name, a in self.agreement.items()])
+        lean = (
+            "the rater leans to the left"
+            if low > 0.5
+            else "the rater leans to the right"
+            if high < 0.5
+            else "no leaning seen"
+        )
+        return "\n".join(
+            [
+                (
+                    f"{len(self.rows) - n[None]} of {len(self.rows)} rated by {self.rater} (ties {n['tie']},"
+                    f" skipped {n['skip']})"
+                ),
+                f"a beats b   {self.win_rate}",
+                f"left wins   {self.left_share}: {lean}",
+            ]
+            + [f"{name}: {a}" for name, a in self.agreement.items()]
+        )
 
 # %% ../nbs/24_human.ipynb #083a9660
 @patch
-def report(self: HumanRatings,
-    judges: dict | None = None, # name: probabilities, or another rater's session
+def report(
+    self: HumanRatings,
+    judges: dict | None = None,  # name: probabilities, or another rater's session
 ) -> RatingReport:
-    "Win rate, share of left wins, and agreement with each of `judges`. It names a and b: look at it after the session."
+    """Win rate, share of left wins, and agreement with each of `judges`.
+
+    It names a and b: look at it after the session.
+    """
     agreement = {name: self.agreement_with(j) for name, j in (judges or {}).items()}
-    judges = {name: j.verdicts if isinstance(j, HumanRatings) else list(j) for name, j in (judges or {}).items()}
-    given = self.given() + [None]*len(self.items)
+    judges = {
+        name: j.verdicts if isinstance(j, HumanRatings) else list(j) for name, j in (judges or {}).items()
+    }
+    given = self.given() + [None] * len(self.items)
     rows = [item | {"verdict": v, "clicked": c} for item, v, c in zip(self.items, self.verdicts, given)]
     return RatingReport(self.rater, rows, self.win_rate, self.left_share, agreement, judges)
 
 # %% ../nbs/24_human.ipynb #bd74109e
 @patch
 def _repr_html_(self: RatingReport, n: int = 20):
-    word = lambda v: "" if v is None else "a" if v > .5 else "b" if v < .5 else "tie"
-    cell = lambda text: f"<td style='text-align:left'><pre style='white-space:pre-wrap;margin:0;background:none'>{escape(text)}</pre></td>"
+    word = lambda v: "" if v is None else "a" if v > 0.5 else "b" if v < 0.5 else "tie"
+    cell = lambda text: (
+        "<td style='text-align:left'><pre"
+        f" style='white-space:pre-wrap;margin:0;background:none'>{escape(text)}</pre></td>"
+    )
     human = lambda r: r["clicked"] if r["clicked"] == "skip" else word(r["verdict"])
-    head = "".join(f"<th style='text-align:left'>{escape(h)}</th>" for h in ("prompt", "a", "b", self.rater, *self.judges))
-    rows = "".join(f"<tr>{cell(t['prompt'])}{cell(t['a'])}{cell(t['b'])}{cell(human(r))}{''.join(cell(word(j[i])) for j in self.judges.values())}</tr>"
-                   for i, (r, t) in enumerate(zip(self.rows[:n], _texts(self.rows[:n]))))
-    more = f"<p>… and {len(self.rows)-n} more in <code>rows</code></p>" if len(self.rows) > n else ""
+    head = "".join(
+        f"<th style='text-align:left'>{escape(h)}</th>"
+        for h in ("prompt", "a", "b", self.rater, *self.judges)
+    )
+    rows = "".join(
+        f"<tr>{cell(t['prompt'])}{cell(t['a'])}{cell(t['b'])}{cell(human(r))}"
+        f"{''.join(cell(word(j[i])) for j in self.judges.values())}</tr>"
+        for i, (r, t) in enumerate(zip(self.rows[:n], _texts(self.rows[:n])))
+    )
+    more = f"<p>… and {len(self.rows) - n} more in <code>rows</code></p>" if len(self.rows) > n else ""
     return f"<pre>{escape(repr(self))}</pre><table><tr>{head}</tr>{rows}</table>{more}"
 
 # %% ../nbs/24_human.ipynb #b976d1fb
 @patch
 @printable
 def __repr__(self: HumanRatings):
-    return repr(self.report()) if self.done else f"{self.progress[0]} of {self.progress[1]} rated by {self.rater}; results are shown when all are"
+    return (
+        repr(self.report())
+        if self.done
+        else f"{self.progress[0]} of {self.progress[1]} rated by {self.rater}; results are shown when all are"
+    )
 
 # %% ../nbs/24_human.ipynb #d940f820
 @patch
-def _repr_html_(self: HumanRatings): return self.report()._repr_html_() if self.done else f"<pre>{escape(repr(self))}</pre>"
+def _repr_html_(self: HumanRatings):
+    return self.report()._repr_html_() if self.done else f"<pre>{escape(repr(self))}</pre>"

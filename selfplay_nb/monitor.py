@@ -23,89 +23,161 @@ from .widgets import display_live, preformatted
 
 # %% ../nbs/43_monitor.ipynb #5ee68e1b
 def run_state(
-    run_dir: str | Path, # of a run
-) -> dict:               # `live`, as `Live` wrote it; `history`, a dict a round; `alive`, whether its process is there
+    run_dir: str | Path,  # of a run
+    # `live`, as `Live` wrote it; `history`, a dict a round; `alive`, whether its process is there
+) -> dict:
     "What a run's folder says about it; raises `ValueError` for a folder that holds no run."
     run_dir = Path(run_dir)
-    if not (run_dir/"config.json").exists(): raise ValueError(f"{run_dir} holds no run: expected a run_dir that a trainer has begun.")
-    file = run_dir/"metrics.jsonl"
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir} holds no run: expected a run_dir that a trainer has begun.")
+    file = run_dir / "metrics.jsonl"
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     history = [m for m in map(_parsed, lines) if isinstance(m, dict) and _is(m.get("round"), int)]
-    live = _tidy(_parsed((run_dir/"live.json").read_text(errors="replace"))) if (run_dir/"live.json").exists() else {}
+    live = (
+        _tidy(_parsed((run_dir / "live.json").read_text(errors="replace")))
+        if (run_dir / "live.json").exists()
+        else {}
+    )
     return {"live": live, "history": history, "alive": _alive(live)}
 
+# %% ../nbs/43_monitor.ipynb #540b3e60
 def _parsed(text: str):
     "JSON, or None: a file that is being written, or that somebody else wrote, is no reason to fall over."
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
-def _is(x, kind) -> bool: return isinstance(x, kind) and (kind is bool or not isinstance(x, bool))
 
-_FIELDS = dict(pid=0, begun=None, round=0, total=0, stage="", paused=False, tokens_per_second=0., memory_mb=0., seconds_left=None, settings={}, last_pair=None,
-               stopping="", refused="")
+def _is(x, kind) -> bool:
+    return isinstance(x, kind) and (kind is bool or not isinstance(x, bool))
 
+# %% ../nbs/43_monitor.ipynb #6c084f4c
+_FIELDS = dict(
+    pid=0,
+    begun=None,
+    round=0,
+    total=0,
+    stage="",
+    paused=False,
+    tokens_per_second=0.0,
+    memory_mb=0.0,
+    seconds_left=None,
+    settings={},
+    last_pair=None,
+    stopping="",
+    refused="",
+)
+
+# %% ../nbs/43_monitor.ipynb #8c810d7f
 def _tidy(live) -> dict:
     "What `Live` wrote, with a default for each field that is missing or of another kind."
-    if not isinstance(live, dict): return {}
-    def kind(v): return (int, float) if v is None or _is(v, (int, float)) else type(v)
+    if not isinstance(live, dict):
+        return {}
+
+    def kind(v):
+        return (int, float) if v is None or _is(v, (int, float)) else type(v)
+
     kinds = {k: kind(v) for k, v in _FIELDS.items()} | {"last_pair": dict}
     live = {k: live[k] if _is(live.get(k), kinds[k]) else v for k, v in _FIELDS.items()}
     live["settings"] = {k: v for k, v in live["settings"].items() if _is(v, (int, float))}
     return live
 
+# %% ../nbs/43_monitor.ipynb #4c80d031
 def _alive(live) -> bool:
-    if not live or live["stage"] in ("finished", "failed", "interrupted") or live["stage"] == live["stopping"] != "": return False
+    if (
+        not live
+        or live["stage"] in ("finished", "failed", "interrupted")
+        or live["stage"] == live["stopping"] != ""
+    ):
+        return False
     begun = process_begun(live["pid"])
-    return begun is not None and (live["begun"] is None or abs(begun - live["begun"]) < 1)  # else its number is another's now
+    # else its number is another's now
+    return begun is not None and (live["begun"] is None or abs(begun - live["begun"]) < 1)
 
 # %% ../nbs/43_monitor.ipynb #8a0d4df9
-def _clock(seconds) -> str: return "–" if seconds is None else f"{int(seconds)//60}:{int(seconds)%60:02}"
+def _clock(seconds) -> str:
+    return "–" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
+# %% ../nbs/43_monitor.ipynb #92677bf4
 def headline(state: dict) -> str:
     "A run's state on a line."
     live, alive = state["live"], state["alive"]
-    if not live: return "The run has not begun."
+    if not live:
+        return "The run has not begun."
     ended = live["stage"] in ("finished", "failed", "interrupted")
-    what = "paused" if live["paused"] else live["stage"] if alive or ended else live["stopping"] or "not running"
+    what = (
+        "paused" if live["paused"] else live["stage"] if alive or ended else live["stopping"] or "not running"
+    )
     left = f", about {_clock(live['seconds_left'])} left" if alive else ""
-    return f"Round {live['round']} of {live['total']}: {printed(what)}; {live['tokens_per_second']:.0f} tokens/s, {live['memory_mb']:.0f} MB{left}"
+    return (
+        f"Round {live['round']} of {live['total']}: {printed(what)}; {live['tokens_per_second']:.0f}"
+        f" tokens/s, {live['memory_mb']:.0f} MB{left}"
+    )
 
 # %% ../nbs/43_monitor.ipynb #dafb5684
 class Monitor(widgets.VBox):
     "A live view of a run's folder, with Pause, Stop and the settings that may change."
-    def __init__(self,
-        run_dir: str | Path, # of a run, in this process or another, going on or over
-        every: float = 1.,   # seconds between looks
+
+    def __init__(
+        self,
+        run_dir: str | Path,  # of a run, in this process or another, going on or over
+        every: float = 1.0,  # seconds between looks
     ):
         "Raises `ValueError` for a folder that holds no run."
         super().__init__()
-        self.dir, self.every, self.handle, self.drawn = Path(run_dir), every, None, None
-        button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=widgets.Layout(width="auto"))
-        self.pause, self.stop = button("Pause", "Hold the run where it is"), button("Stop", "End the run after this round; it can be resumed")
-        self.setting, self.value = widgets.ToggleButtons(description="Setting"), widgets.Text(description="Value", layout=widgets.Layout(width="16em"))
-        self.setting.style.button_width, self.apply = "auto", button("Change", "From the next round on")
+        self.dir = Path(run_dir)
+        self.every = every
+        self.handle = None
+        self.drawn = None
+        button = lambda words, tip: widgets.Button(
+            description=words, tooltip=tip, layout=widgets.Layout(width="auto")
+        )
+        self.pause = button("Pause", "Hold the run where it is")
+        self.stop = button("Stop", "End the run after this round; it can be resumed")
+        self.setting = widgets.ToggleButtons(description="Setting")
+        self.value = widgets.Text(description="Value", layout=widgets.Layout(width="16em"))
+        self.setting.style.button_width = "auto"
+        self.apply = button("Change", "From the next round on")
         self.status, self.said, self.curve, self.alarms, self.pair = (widgets.HTML() for _ in range(5))
-        self.children = [self.status, widgets.HBox([self.pause, self.stop]), self.setting, widgets.HBox([self.value, self.apply]), self.said,
-                         self.alarms, self.curve, self.pair]
+        self.children = [
+            self.status,
+            widgets.HBox([self.pause, self.stop]),
+            self.setting,
+            widgets.HBox([self.value, self.apply]),
+            self.said,
+            self.alarms,
+            self.curve,
+            self.pair,
+        ]
         self.pause.on_click(lambda _: self.wish(pause=not read_control(self.dir).get("pause")))
-        self.stop.on_click(lambda _: self.wish(stop=True, pause=False)); self.apply.on_click(lambda _: self.change())
+        self.stop.on_click(lambda _: self.wish(stop=True, pause=False))
+        self.apply.on_click(lambda _: self.change())
         self.setting.observe(lambda _: self.show_value(), "value")
         self.look()
 
 # %% ../nbs/43_monitor.ipynb #7df28366
 @patch
-def look(self: Monitor) -> bool: # does the run go on?
+def look(self: Monitor) -> bool:  # does the run go on?
     "Read the files and draw them."
-    state = run_state(self.dir); live, history, alive = state["live"], state["history"], state["alive"]
-    self.state, self.status.value = state, f"<p role='status'><b>{escape(headline(state))}</b></p>"
+    state = run_state(self.dir)
+    live, history, alive = state["live"], state["history"], state["alive"]
+    self.state = state
+    self.status.value = f"<p role='status'><b>{escape(headline(state))}</b></p>"
     self.pause.description = "Go on" if read_control(self.dir).get("pause") else "Pause"
     self.pause.disabled = self.stop.disabled = self.apply.disabled = not alive
     names = tuple(live.get("settings", ()))
-    if names and tuple(self.setting.options) != names: self.setting.options = names; self.setting.value = names[0]
-    if live.get("refused"): self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
-    if self.drawn != len(history): self.drawn = len(history); self.draw(history)
+    if names and tuple(self.setting.options) != names:
+        self.setting.options = names
+        self.setting.value = names[0]
+    if live.get("refused"):
+        self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
+    if self.drawn != len(history):
+        self.drawn = len(history)
+        self.draw(history)
     self.pair.value = _pair_html(live.get("last_pair"))
-    if self.handle: self.handle.update(self._still(), raw=True)
+    if self.handle:
+        self.handle.update(self._still(), raw=True)
     return alive
 
 # %% ../nbs/43_monitor.ipynb #799ae497
@@ -113,71 +185,125 @@ def look(self: Monitor) -> bool: # does the run go on?
 def draw(self: Monitor, history: list[dict]):
     "The curve, and the alarms of all rounds."
     if any("accuracy" in m for m in history):
-        png = io.BytesIO(); run_figure(history).savefig(png, format="png", dpi=80)
-        self.curve.value = f"<img alt='held-out accuracy and win rate by round' src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
-    self.alarms.value = "".join(f"<p role='alert'><b>Round {m['round']}</b>: {escape(a)}</p>" for m in history for a in _wrong(m))
+        png = io.BytesIO()
+        run_figure(history).savefig(png, format="png", dpi=80)
+        self.curve.value = (
+            "<img alt='held-out accuracy and win rate by round'"
+            f" src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
+        )
+    self.alarms.value = "".join(
+        f"<p role='alert'><b>Round {m['round']}</b>: {escape(a)}</p>" for m in history for a in _wrong(m)
+    )
 
+# %% ../nbs/43_monitor.ipynb #0ced4cd0
 def _wrong(m: dict) -> list[str]:
     "What a person should know about a round."
     u = m.get("unjudged")
     known = isinstance(u, dict) and _is(u.get("share"), (int, float))
-    share = [f"{100*u['share']:.0f} % of the answers could not be judged ({u.get('first')})"] if known else []
+    share = (
+        [f"{100 * u['share']:.0f} % of the answers could not be judged ({u.get('first')})"] if known else []
+    )
     return [*map(str, m.get("alarms") or []), *share]
 
+# %% ../nbs/43_monitor.ipynb #ef1bad74
 def _pair_html(p) -> str:
-    if not p or any(k not in p for k in ("prompt", "chosen", "rejected")): return ""
+    if not p or any(k not in p for k in ("prompt", "chosen", "rejected")):
+        return ""
     prompt = p["prompt"][-1].get("content") if is_messages(p["prompt"]) else p["prompt"]
-    parts = (prompt, "A pair of the last round: the prompt"), (p["chosen"], "chosen"), (p["rejected"], "rejected")
+    parts = (
+        (prompt, "A pair of the last round: the prompt"),
+        (p["chosen"], "chosen"),
+        (p["rejected"], "rejected"),
+    )
     return "".join(preformatted(str(text), title) for text, title in parts)
 
 # %% ../nbs/43_monitor.ipynb #6b33fb17
 @patch
 def wish(self: Monitor, **wishes):
     "Write a wish, and say so."
-    try: check_wish(wishes.get("set") or {}); control(self.dir, **wishes)
-    except (ValueError, OSError) as e: self.said.value = f"<p role='alert'>Not changed: {escape(str(e))}</p>"; return
+    try:
+        check_wish(wishes.get("set") or {})
+        control(self.dir, **wishes)
+    except (ValueError, OSError) as e:
+        self.said.value = f"<p role='alert'>Not changed: {escape(str(e))}</p>"
+        return
     self.look()
-    if not self.state["alive"]: self.said.value = "<p role='alert'>The run is not running: nobody was asked.</p>"; return
-    self.said.value = f"<p role='status'>Asked the run: {escape(', '.join(f'{k}={v}' for k, v in wishes.items()))}.</p>"
+    if not self.state["alive"]:
+        self.said.value = "<p role='alert'>The run is not running: nobody was asked.</p>"
+        return
+    self.said.value = (
+        f"<p role='status'>Asked the run: {escape(', '.join(f'{k}={v}' for k, v in wishes.items()))}.</p>"
+    )
 
+# %% ../nbs/43_monitor.ipynb #362dd20f
 @patch
 def change(self: Monitor):
     "Ask for another value of a setting."
-    try: value = float(self.value.value)
-    except ValueError: self.said.value = f"<p role='alert'>Not changed: {escape(repr(self.value.value))} is no number.</p>"
-    else: self.wish(set={self.setting.value: value})
+    try:
+        value = float(self.value.value)
+    except ValueError:
+        self.said.value = f"<p role='alert'>Not changed: {escape(repr(self.value.value))} is no number.</p>"
+    else:
+        self.wish(set={self.setting.value: value})
 
+# %% ../nbs/43_monitor.ipynb #6b79498f
 @patch
 def show_value(self: Monitor):
-    if self.setting.value in self.state["live"].get("settings", {}): self.value.value = f"{self.state['live']['settings'][self.setting.value]:g}"
+    if self.setting.value in self.state["live"].get("settings", {}):
+        self.value.value = f"{self.state['live']['settings'][self.setting.value]:g}"
 
 # %% ../nbs/43_monitor.ipynb #5c92f3a1
 @patch
 def watch(self: Monitor) -> threading.Thread:
     "Look again and again, in a thread, until the run is over."
+
     def run():
-        while self.look(): time.sleep(self.every)
-    thread = threading.Thread(target=run, daemon=True); thread.start()
+        while self.look():
+            time.sleep(self.every)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     return thread
 
+# %% ../nbs/43_monitor.ipynb #b62d89e7
 @patch
-def _still(self: Monitor) -> dict: return {"text/plain": repr(self), "text/html": self.status.value + self.alarms.value + self.curve.value + self.pair.value}
+def _still(self: Monitor) -> dict:
+    return {
+        "text/plain": repr(self),
+        "text/html": self.status.value + self.alarms.value + self.curve.value + self.pair.value,
+    }
+
+
 @patch
 @printable
-def __repr__(self: Monitor): return headline(self.state)
+def __repr__(self: Monitor):
+    return headline(self.state)
+
+# %% ../nbs/43_monitor.ipynb #dafd94af
 @patch
-def _ipython_display_(self: Monitor, **kwargs): self.handle = display_live(self); self.watch()
+def _ipython_display_(self: Monitor, **kwargs):
+    self.handle = display_live(self)
+    self.watch()
 
 # %% ../nbs/43_monitor.ipynb #a4feb0ca
 class Background(threading.Thread):
     "A trainer's `train` in a thread: `join()` waits for it, `error` is what ended it if anything did."
-    def __init__(self,
-        trainer, # a `SelfPlayTrainer` with `Live` among its callbacks
-        *args, **kwargs, # for its `train`
+
+    def __init__(
+        self,
+        trainer,  # a `SelfPlayTrainer` with `Live` among its callbacks
+        *args,
+        **kwargs,  # for its `train`
     ):
-        super().__init__(daemon=True); self.trainer, self.given, self.error = trainer, (args, kwargs), None
-        begun, file = time.time(), trainer.dir/"live.json"; self.start()
-        while self.is_alive() and not (file.exists() and file.stat().st_mtime >= begun - 1): time.sleep(.05)
+        super().__init__(daemon=True)
+        self.trainer, self.given, self.error = trainer, (args, kwargs), None
+        begun, file = time.time(), trainer.dir / "live.json"
+        self.start()
+        while self.is_alive() and not (file.exists() and file.stat().st_mtime >= begun - 1):
+            time.sleep(0.05)
+
     def run(self):
-        try: self.trainer.train(*self.given[0], **self.given[1])
-        except BaseException as e: self.error = e
+        try:
+            self.trainer.train(*self.given[0], **self.given[1])
+        except BaseException as e:
+            self.error = e

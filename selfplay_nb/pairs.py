@@ -28,185 +28,288 @@ def _read_file(path: Path) -> list:
     "The rows of a file, by its suffix."
     if path.suffix == ".parquet":
         import pyarrow.parquet
+
         return pyarrow.parquet.read_table(path).to_pylist()
     if path.suffix != ".jsonl":
-        raise ValueError(f"{path} is no .jsonl or .parquet file: expected one of these, a list of rows, a datasets.Dataset or a hub name.")
+        raise ValueError(
+            f"{path} is no .jsonl or .parquet file: expected one of these, a list of rows, a datasets.Dataset"
+            " or a hub name."
+        )
     rows = []
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
-            try: rows.append(json.loads(line))
-            except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {i} is no JSON: {line[:60]!r} ({e}).") from None
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{path}, line {i} is no JSON: {line[:60]!r} ({e}).") from None
     return rows
 
 # %% ../nbs/04_pairs.ipynb #b097fcd6
 def _read_hub(name: str, split: str) -> list:
     import datasets
-    try: return datasets.load_dataset(name, split=split).to_list()
+
+    try:
+        return datasets.load_dataset(name, split=split).to_list()
     except Exception as e:
-        raise ValueError(f"{name!r} is no file here, and no split {split!r} of a data set of that name could be had from the hub "
-                         f"({type(e).__name__}: {str(e)[:200]}). Give a .jsonl or .parquet file, a list of rows or a datasets.Dataset, "
-                         "or connect to the network.") from e
+        raise ValueError(
+            f"{name!r} is no file here, and no split {split!r} of a data set of that name could be had from"
+            f" the hub ({type(e).__name__}: {str(e)[:200]}). Give a .jsonl or .parquet file, a list of rows"
+            " or a datasets.Dataset, or connect to the network."
+        ) from e
 
 # %% ../nbs/04_pairs.ipynb #59370899
 def _read(data, split: str) -> list:
     "The raw rows of `data`."
     if isinstance(data, (str, Path)):
         path = Path(data)
-        if path.exists(): return _read_file(path)
-        if isinstance(data, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data) and path.suffix not in (".jsonl", ".parquet", ".json", ".csv"):
+        if path.exists():
+            return _read_file(path)
+        if (
+            isinstance(data, str)
+            and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data)
+            and path.suffix not in (".jsonl", ".parquet", ".json", ".csv")
+        ):
             return _read_hub(data, split)
-        raise ValueError(f"there is no file {str(data)!r} in {Path.cwd()}: expected a .jsonl or .parquet file, a hub name, or a list of rows.")
+        raise ValueError(
+            f"there is no file {str(data)!r} in {Path.cwd()}: expected a .jsonl or .parquet file, a hub name,"
+            " or a list of rows."
+        )
     if isinstance(data, dict):
-        if split not in data: raise ValueError(f"got a dict with {sorted(map(str, data))}: expected a list of rows, or splits with {split!r} among them.")
+        if split not in data:
+            raise ValueError(
+                f"got a dict with {sorted(map(str, data))}: expected a list of rows, or splits with {split!r}"
+                " among them."
+            )
         data = data[split]
-    if hasattr(data, "to_list"): return data.to_list()
+    if hasattr(data, "to_list"):
+        return data.to_list()
     if type(data).__name__ == "DataFrame":
         import datasets
+
         return datasets.Dataset.from_pandas(data, preserve_index=False).to_list()
-    if is_messages(data): return [data]
-    if hasattr(data, "__iter__"): return list(data)
-    raise ValueError(f"got {type(data).__name__} as data: expected a list of rows, a datasets.Dataset, a .jsonl or .parquet file, or a hub name.")
+    if is_messages(data):
+        return [data]
+    if hasattr(data, "__iter__"):
+        return list(data)
+    raise ValueError(
+        f"got {type(data).__name__} as data: expected a list of rows, a datasets.Dataset, a .jsonl or"
+        " .parquet file, or a hub name."
+    )
 
 # %% ../nbs/04_pairs.ipynb #30d0f9cc
 KINDS = dict(sft=("prompt", "completion"), preference=("prompt", "chosen", "rejected"), prompts=("prompt",))
-ACCEPTED = dict(sft="'prompt' and 'completion', or 'messages' that end with the assistant's (or pairs, whose chosen answer is taken)",
-                 preference="'prompt', 'chosen' and 'rejected', or conversations 'chosen' and 'rejected' with a common beginning",
-                 prompts="'prompt', or the prompt itself")
+ACCEPTED = dict(
+    sft=(
+        "'prompt' and 'completion', or 'messages' that end with the assistant's (or pairs, whose chosen"
+        " answer is taken)"
+    ),
+    preference=(
+        "'prompt', 'chosen' and 'rejected', or conversations 'chosen' and 'rejected' with a common beginning"
+    ),
+    prompts="'prompt', or the prompt itself",
+)
 
-def _is_turns(x) -> bool: return is_messages(x) and len(x) > 1
+# %% ../nbs/04_pairs.ipynb #29d3085d
+def _is_turns(x) -> bool:
+    return is_messages(x) and len(x) > 1
+
 
 def _cut(row: dict, prompt: list, **answers) -> dict:
-    "The row with a conversation's beginning as its prompt; raises `ValueError` if its own prompt is no part of that."
+    """The row with a conversation's beginning as its prompt; raises `ValueError` if its own prompt is no part
+    of that.
+    """
     if "prompt" in row and not set(_turns(row["prompt"])) <= set(_turns(prompt)):
-        raise ValueError(f"column 'prompt' is {row['prompt']!r:.80}, but the conversation beside it begins with {prompt!r:.80}: expected the same")
+        raise ValueError(
+            f"column 'prompt' is {row['prompt']!r:.80}, but the conversation beside it begins with"
+            f" {prompt!r:.80}: expected the same"
+        )
     return row | {"prompt": prompt} | answers
 
+# %% ../nbs/04_pairs.ipynb #e78b287a
 def _split(row: dict, kind: str) -> dict:
     "The row with a prompt of its own, and answers beside it."
     if kind == "sft" and "completion" not in row:
         if "chosen" in row:
             row = _split(row, "preference")
-            return {k: v for k, v in row.items() if k not in ("chosen", "rejected", "messages")} | {"completion": row["chosen"]}
+            return {k: v for k, v in row.items() if k not in ("chosen", "rejected", "messages")} | {
+                "completion": row["chosen"]
+            }
         if is_messages(row.get("messages")):
             messages = row.pop("messages")
             return _cut(row, messages[:-1], completion=messages[-1:])
     a, b = row.get("chosen"), row.get("rejected")
-    if kind == "preference" and is_messages(a) and is_messages(b) and ("prompt" not in row or _is_turns(a) and _is_turns(b)):
+    if (
+        kind == "preference"
+        and is_messages(a)
+        and is_messages(b)
+        and ("prompt" not in row or _is_turns(a) and _is_turns(b))
+    ):
         n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)) - 1)
         return _cut(row, a[:n], chosen=a[n:], rejected=b[n:])
     return row
 
 # %% ../nbs/04_pairs.ipynb #cd0d919a
-_BESIDE_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking"  # of a message: more than its content says
-_BESIDE_ROWS = "tools", "images"                                               # of a row, likewise
+# of a message: more than its content says
+_BESIDE_TEXT = "tool_calls", "function_call", "reasoning_content", "thinking"
+_BESIDE_ROWS = "tools", "images"  # of a row, likewise
 
+# %% ../nbs/04_pairs.ipynb #dbd79753
 def _message(m: dict) -> dict:
-    "A message with its content as text, without the keys that are None; raises `ValueError` for content that is no text."
+    """A message with its content as text, without the keys that are None; raises `ValueError` for content
+    that is no text.
+    """
     m = {k: v for k, v in m.items() if v is not None}
     content = m.get("content", "" if any(m.get(k) for k in _BESIDE_TEXT) else None)
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str): raise ValueError(f"has a message with the content {content!r:.60}: expected text")
+    if not isinstance(content, str):
+        raise ValueError(f"has a message with the content {content!r:.60}: expected text")
     return m | {"content": content}
 
+# %% ../nbs/04_pairs.ipynb #52ee7d6e
 def _checked(column: str, value):
     "A prompt or completion in this library's form; raises `ValueError` with what is accepted."
     if is_messages(value):
         value = [_message(m) for m in value]
-        if column == "prompt" and value[-1]["role"] != "assistant": return value
+        if column == "prompt" and value[-1]["role"] != "assistant":
+            return value
         if column != "prompt" and len(value) == 1 and value[0]["role"] == "assistant":
             more = [k for k in _BESIDE_TEXT if value[0].get(k)]
-            if more: raise ValueError(f"has an answer with {more[0]!r}: expected text alone; leave such rows out")
+            if more:
+                raise ValueError(f"has an answer with {more[0]!r}: expected text alone; leave such rows out")
             return value[0]["content"]
-    elif isinstance(value, str) and (column != "prompt" or value.strip()): return value
-    text, chat = (("text that is not empty", "that does not end with the assistant's") if column == "prompt" else
-                  ("text", "with the assistant's answer alone"))
-    raise ValueError(f"is {value!r:.80}: expected a {text}, or a list of {{'role', 'content'}} messages {chat}")
+    elif isinstance(value, str) and (column != "prompt" or value.strip()):
+        return value
+    text, chat = (
+        ("text that is not empty", "that does not end with the assistant's")
+        if column == "prompt"
+        else ("text", "with the assistant's answer alone")
+    )
+    raise ValueError(
+        f"is {value!r:.80}: expected a {text}, or a list of {{'role', 'content'}} messages {chat}"
+    )
 
+# %% ../nbs/04_pairs.ipynb #4ad01115
 def _number(row: dict, column: str, low: float, high: float):
-    v = row.get(column, 0.)
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= high: raise ValueError(f"is {v!r}: expected a number from {low:g} to {high:g}")
+    v = row.get(column, 0.0)
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not low <= v <= high:
+        raise ValueError(f"is {v!r}: expected a number from {low:g} to {high:g}")
 
 # %% ../nbs/04_pairs.ipynb #3a61090f
 def _tidy(i: int, row: dict, columns) -> dict:
     "Row `i` with `columns` in this library's form; errors say where."
     try:
-        for column in columns: row = row | {column: _checked(column, row[column])}
-        for column, low, high in ("probability", 0, 1), ("margin", -math.inf, math.inf): _number(row, column, low, high)
+        for column in columns:
+            row = row | {column: _checked(column, row[column])}
+        for column, low, high in ("probability", 0, 1), ("margin", -math.inf, math.inf):
+            _number(row, column, low, high)
         for column in _BESIDE_ROWS:
-            if row.get(column): raise ValueError(f"is {row[column]!r:.60}: expected none, since no prompt here is shown with it")
-    except ValueError as e: raise ValueError(f"row {i}, column {column!r} {e}.") from None
+            if row.get(column):
+                raise ValueError(
+                    f"is {row[column]!r:.60}: expected none, since no prompt here is shown with it"
+                )
+    except ValueError as e:
+        raise ValueError(f"row {i}, column {column!r} {e}.") from None
     return row
 
 # %% ../nbs/04_pairs.ipynb #e1ca98ed
 def load_rows(
-    data,        # a list of rows, a `datasets.Dataset`, a .jsonl or .parquet file, or a hub name
-    kind: str,   # "sft", "preference" or "prompts"
-    split: str = "train", # of a data set on the hub, or of a dict of splits
-) -> list[dict]: # rows with the columns of `KINDS[kind]`; completions are strings, other columns as they were
-    "Read data in TRL's formats. Raises `ValueError` that names the row and the column, what it holds, and what is accepted."
-    if kind not in KINDS: raise ValueError(f"kind is {kind!r}: expected one of {list(KINDS)}.")
+    data,  # a list of rows, a `datasets.Dataset`, a .jsonl or .parquet file, or a hub name
+    kind: str,  # "sft", "preference" or "prompts"
+    split: str = "train",  # of a data set on the hub, or of a dict of splits
+) -> list[
+    dict
+]:  # rows with the columns of `KINDS[kind]`; completions are strings, other columns as they were
+    """Read data in TRL's formats.
+
+    Raises `ValueError` that names the row and the column, what it holds, and what is accepted.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}: expected one of {list(KINDS)}.")
     out = []
     for i, raw in enumerate(_read(data, split)):
-        if kind == "prompts" and (isinstance(raw, str) or is_messages(raw)): raw = {"prompt": raw}
-        if not isinstance(raw, dict): raise ValueError(f"row {i} is {raw!r:.80}: expected a dict with {ACCEPTED[kind]}.")
-        try: row = _split({k: v for k, v in raw.items() if v is not None}, kind)
-        except ValueError as e: raise ValueError(f"row {i}, {e}.") from None
+        if kind == "prompts" and (isinstance(raw, str) or is_messages(raw)):
+            raw = {"prompt": raw}
+        if not isinstance(raw, dict):
+            raise ValueError(f"row {i} is {raw!r:.80}: expected a dict with {ACCEPTED[kind]}.")
+        try:
+            row = _split({k: v for k, v in raw.items() if v is not None}, kind)
+        except ValueError as e:
+            raise ValueError(f"row {i}, {e}.") from None
         lacks = [c for c in KINDS[kind] if c not in row]
-        if lacks and lacks[0] in raw: raise ValueError(f"row {i}, column {lacks[0]!r} is None: expected {ACCEPTED[kind]}. Leave such rows out.")
-        if lacks: raise ValueError(f"row {i} has no column {lacks[0]!r}: it has {sorted(raw)}, expected {ACCEPTED[kind]}.")
+        if lacks and lacks[0] in raw:
+            raise ValueError(
+                f"row {i}, column {lacks[0]!r} is None: expected {ACCEPTED[kind]}. Leave such rows out."
+            )
+        if lacks:
+            raise ValueError(
+                f"row {i} has no column {lacks[0]!r}: it has {sorted(raw)}, expected {ACCEPTED[kind]}."
+            )
         out.append(_tidy(i, row, KINDS[kind]))
     return out
 
 # %% ../nbs/04_pairs.ipynb #6a56aa05
 _SIGNS = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
 
+
 def _bare(text: str) -> str:
     "A text as questions are compared."
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold()
-    if not text.isascii(): text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     return re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()))
+
 
 def _content(message: dict) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in content)
 
+# %% ../nbs/04_pairs.ipynb #dfb43fa2
 def _turns(prompt) -> list[str]:
     "What the user says in a prompt, turn by turn."
     turns = [prompt] if isinstance(prompt, str) else [_content(m) for m in prompt if m["role"] == "user"]
     return [t for t in map(_bare, turns) if t]
 
-def question(
-    prompt, # a string, a conversation, or a row with one as its `prompt`
-) -> str:
+# %% ../nbs/04_pairs.ipynb #49226f91
+def question(prompt) -> str:  # a string, a conversation, or a row with one as its `prompt`
     "The whole of a prompt as one text, the same for all its spellings."
-    if isinstance(prompt, dict): prompt = prompt["prompt"]
-    if isinstance(prompt, str): return _bare(prompt)
-    if len(prompt) == 1: return _bare(_content(prompt[0]))
+    if isinstance(prompt, dict):
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        return _bare(prompt)
+    if len(prompt) == 1:
+        return _bare(_content(prompt[0]))
     return _bare("\n".join(f"{m['role']}: {_content(m)}" for m in prompt))
 
 # %% ../nbs/04_pairs.ipynb #6791af51
 def same_questions(
-    prompts, # prompts in any form, or rows with a `prompt`; or a function `prompt -> bool`, which is returned as it is
-):           # `prompt -> bool`
+    # prompts in any form, or rows with a `prompt`; or a function `prompt -> bool`, which is returned as it is
+    prompts,
+):  # `prompt -> bool`
     "A function that says of a prompt (or a row with one) whether it is one of `prompts`, or asks the same."
-    if callable(prompts): return prompts
+    if callable(prompts):
+        return prompts
     prompts = [p["prompt"] if isinstance(p, dict) else p for p in prompts]
     whole = {question(p): p for p in prompts}
     last = Counter(turn for p in whole.values() for turn in _turns(p)[-1:])
-    telling = {turn for turn, n in last.items() if n <= max(1, len(whole)/10)}
+    telling = {turn for turn, n in last.items() if n <= max(1, len(whole) / 10)}
+
     def asks(prompt) -> bool:
-        if isinstance(prompt, dict): prompt = prompt["prompt"]
+        if isinstance(prompt, dict):
+            prompt = prompt["prompt"]
         return question(prompt) in whole or any(turn in telling for turn in _turns(prompt))
+
     return asks
 
 # %% ../nbs/04_pairs.ipynb #27f1c447
-def question_key(prompt) -> str: # as for `question`
+def question_key(prompt) -> str:  # as for `question`
     "Sixteen hexadecimal digits that are the same for all spellings of a prompt."
     return hashlib.sha256(question(prompt).encode("utf-8", "replace")).hexdigest()[:16]
 
 # %% ../nbs/04_pairs.ipynb #be020d4b
-def form(prompt) -> str: # as for `question`
+def form(prompt) -> str:  # as for `question`
     "The last that the user says in a prompt, with a 0 for each number."
     turns = _turns(prompt["prompt"] if isinstance(prompt, dict) else prompt)
     return re.sub(r"\d+", "0", turns[-1]) if turns else ""
@@ -214,50 +317,73 @@ def form(prompt) -> str: # as for `question`
 # %% ../nbs/04_pairs.ipynb #e1d8d219
 FIELDS = "prompt", "chosen", "rejected"
 
+
 def loops(text: str) -> bool:
     "Does `text` end with the same 1 to 60 characters, eight times or more and for 24 characters or more?"
     end = text.rstrip()
-    return any(end.endswith(end[-p:]*max(8, -(-24//p))) for p in range(1, 61) if max(8*p, 24) <= len(end))
+    return any(
+        end.endswith(end[-p:] * max(8, -(-24 // p))) for p in range(1, 61) if max(8 * p, 24) <= len(end)
+    )
 
+# %% ../nbs/04_pairs.ipynb #46708e68
 def _fault(row: dict, n_tokens, max_tokens) -> str | None:
     texts = [text_of(row[k]) for k in ("chosen", "rejected")]
-    if not all(t.strip() for t in texts): return "empty"
-    if texts[0].strip() == texts[1].strip(): return "identical"
-    if not math.isfinite(row.get("margin", 0.)): return "non-finite"
-    if row.get("chosen_truncated"): return "truncated"
-    if loops(texts[0]): return "looping"
-    if n_tokens and max(n_tokens(row["prompt"], t) for t in texts) > max_tokens: return "over-long"
+    if not all(t.strip() for t in texts):
+        return "empty"
+    if texts[0].strip() == texts[1].strip():
+        return "identical"
+    if not math.isfinite(row.get("margin", 0.0)):
+        return "non-finite"
+    if row.get("chosen_truncated"):
+        return "truncated"
+    if loops(texts[0]):
+        return "looping"
+    if n_tokens and max(n_tokens(row["prompt"], t) for t in texts) > max_tokens:
+        return "over-long"
 
 # %% ../nbs/04_pairs.ipynb #a88a8421
 def validate_pairs(
-    rows: list[dict],     # pairs in TRL's form
-    n_tokens=None,        # `(prompt, completion) -> int`, to find the over-long ones
+    rows: list[dict],  # pairs in TRL's form
+    n_tokens=None,  # `(prompt, completion) -> int`, to find the over-long ones
     max_tokens: int = 0,  # the longest allowed, when `n_tokens` is given
-) -> tuple[list[dict], Counter]: # the good rows, and how many were dropped for which reason
-    "Drop empty, identical, non-finite, truncated, looping and over-long pairs, and count them. Raises `ValueError` for a row without the fields."
+) -> tuple[list[dict], Counter]:  # the good rows, and how many were dropped for which reason
+    """Drop empty, identical, non-finite, truncated, looping and over-long pairs, and count them.
+
+    Raises `ValueError` for a row without the fields.
+    """
     if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
         raise ValueError(f"got {shown(rows)} as pairs: expected a list of dicts with {list(FIELDS)}.")
     good, dropped = [], Counter()
     for i, row in enumerate(rows):
-        if not isinstance(row, dict): raise ValueError(f"pair {i} is {shown(row)}: expected a dict with {list(FIELDS)}.")
+        if not isinstance(row, dict):
+            raise ValueError(f"pair {i} is {shown(row)}: expected a dict with {list(FIELDS)}.")
         missing = [k for k in FIELDS if k not in row]
-        if missing: raise ValueError(f"pair {i} lacks {missing}: expected {list(FIELDS)}, got {sorted(row)}.")
+        if missing:
+            raise ValueError(f"pair {i} lacks {missing}: expected {list(FIELDS)}, got {sorted(row)}.")
         fault = _fault(row, n_tokens, max_tokens)
-        if fault: dropped[fault] += 1
-        else: good.append(row)
+        if fault:
+            dropped[fault] += 1
+        else:
+            good.append(row)
     return good, dropped
 
 # %% ../nbs/04_pairs.ipynb #b8e8042d
 class Ledger:
-    """An append-only JSONL file. Whoever only reads it changes nothing; who appends first cuts off a torn last line (a crash while writing).
+    """An append-only JSONL file. Whoever only reads it changes nothing; who appends first cuts off a torn
+    last line (a crash while writing).
 
-    Any other damage is an error on opening. Processes that append at the same time wait for each other."""
-    def __init__(self,
-        path: str | Path, # the file; made with its folder by the first `append` or `rewind`
-        fields=FIELDS,    # what each row has: by default it is a pair
+    Any other damage is an error on opening. Processes that append at the same time wait for each other.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,  # the file; made with its folder by the first `append` or `rewind`
+        fields=FIELDS,  # what each row has: by default it is a pair
     ):
         self.path, self.fields = Path(path), tuple(fields)
-        self._seen, self._sources = None, Counter()   # the file as it was when its rows were counted
+        # the file as it was when its rows were counted
+        self._seen = None
+        self._sources = Counter()
         self._count()
 
     @property
@@ -267,43 +393,66 @@ class Ledger:
 
     def rewind(self, position: int):
         "Cut off what was appended after `position`."
-        if not 0 <= position <= self.position: raise ValueError(f"position {position} is outside {self.path} (0 to {self.position} bytes).")
-        with self._alone() as f: f.truncate(position)
+        if not 0 <= position <= self.position:
+            raise ValueError(f"position {position} is outside {self.path} (0 to {self.position} bytes).")
+        with self._alone() as f:
+            f.truncate(position)
 
 # %% ../nbs/04_pairs.ipynb #4567c7a9
 @patch
 def _row(self: Ledger, line: bytes) -> dict | None:
     "The row in a line, or None."
-    try: row = json.loads(line.decode())
-    except (ValueError, RecursionError): return None
-    if self._is_row(row): return row
-    if not line.endswith(b"\n"):   # not torn, and no row: cutting it off would destroy what somebody else wrote
-        raise ValueError(f"{self.path} ends with {line[:60]!r}, which is whole and no JSON object with {list(self.fields)}: give another file.")
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if self._is_row(row):
+        return row
+    # not torn, and no row: cutting it off would destroy what somebody else wrote
+    if not line.endswith(b"\n"):
+        raise ValueError(
+            f"{self.path} ends with {line[:60]!r}, which is whole and no JSON object with"
+            f" {list(self.fields)}: give another file."
+        )
 
+# %% ../nbs/04_pairs.ipynb #f047e159
 @patch
-def _is_row(self: Ledger, x) -> bool: return isinstance(x, dict) and all(k in x for k in self.fields)
+def _is_row(self: Ledger, x) -> bool:
+    return isinstance(x, dict) and all(k in x for k in self.fields)
+
 
 @patch
 def _block(self: Ledger, lines: list[bytes]) -> list[dict] | None:
     "The rows in whole lines, read at once (in a third of the time); None where one is damaged."
-    try: rows = json.loads((b"[" + b",".join(lines) + b"]").decode())
-    except (ValueError, RecursionError): return None
+    try:
+        rows = json.loads((b"[" + b",".join(lines) + b"]").decode())
+    except (ValueError, RecursionError):
+        return None
     return rows if len(rows) == len(lines) and all(map(self._is_row, rows)) else None
 
+# %% ../nbs/04_pairs.ipynb #42634ca6
 @patch
 def _one_by_one(self: Ledger, lines: list[bytes], first: int):
     "Yield the rows in lines of which one may be damaged or torn; `first` is the number of the first."
     for i, line in enumerate(lines, first):
         row = self._row(line)
-        if row is not None: yield row
+        if row is not None:
+            yield row
         elif line.endswith(b"\n"):
-            raise ValueError(f"{self.path}, line {i} is damaged: {line[:60]!r} is no JSON object with {list(self.fields)}.")
-        elif not line.startswith(b"{"): raise ValueError(f"{self.path} ends with {line[:60]!r}: expected JSON objects, a line each.")
+            raise ValueError(
+                f"{self.path}, line {i} is damaged: {line[:60]!r} is no JSON object with {list(self.fields)}."
+            )
+        elif not line.startswith(b"{"):
+            raise ValueError(f"{self.path} ends with {line[:60]!r}: expected JSON objects, a line each.")
 
+# %% ../nbs/04_pairs.ipynb #b50bf5ac
 @patch
 def _read(self: Ledger):
-    "Yield all rows in order, up to the first line without an end: a writer may be at it, and what a later look finds there is no line."
-    if not self.path.exists(): return
+    """Yield all rows in order, up to the first line without an end: a writer may be at it, and what a later
+    look finds there is no line.
+    """
+    if not self.path.exists():
+        return
     n, ended = 0, True
     with open(self.path, "rb") as f:
         while ended and (lines := f.readlines(1 << 20)):
@@ -312,13 +461,16 @@ def _read(self: Ledger):
             yield from self._one_by_one(lines, n + 1) if rows is None else rows
             n += len(lines)
 
+# %% ../nbs/04_pairs.ipynb #1e1df874
 @patch
 def _state(self: Ledger):
     "What changes when anybody writes to the file; None where there is none."
-    if not self.path.exists(): return None
+    if not self.path.exists():
+        return None
     s = self.path.stat()
     return s.st_ino, s.st_size, s.st_mtime_ns
 
+# %% ../nbs/04_pairs.ipynb #53ea42eb
 @patch
 def _count(self: Ledger) -> Counter:
     "Rows by where they came from; the file is read again only if it has changed."
@@ -328,10 +480,9 @@ def _count(self: Ledger) -> Counter:
         self._seen = state
     return self._sources
 
+
 @patch
-def rows(self: Ledger,
-    round: int | None = None, # only those of this round
-) -> list[dict]:
+def rows(self: Ledger, round: int | None = None) -> list[dict]:  # only those of this round
     "All rows in order; raises `ValueError` naming the line that is damaged."
     return [row for row in self._read() if round is None or row.get("round") == round]
 
@@ -339,51 +490,77 @@ def rows(self: Ledger,
 @patch
 @contextmanager
 def _alone(self: Ledger):
-    "The file, open for appending, while no other process has it so (on Windows nobody waits: there one process has to do)."
+    """The file, open for appending, while no other process has it so (on Windows nobody waits: there one
+    process has to do).
+    """
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with open(self.path, "ab+") as f:
-        try: import fcntl
-        except ImportError: pass
-        else: fcntl.flock(f, fcntl.LOCK_EX)  # until it is closed
+        try:
+            import fcntl
+        except ImportError:
+            pass
+        else:
+            fcntl.flock(f, fcntl.LOCK_EX)  # until it is closed
         yield f
 
+# %% ../nbs/04_pairs.ipynb #a06b9728
 def _line(row: dict) -> bytes:
     "A row as JSON; half a character (a lone surrogate, which no encoding has) is written as an escape."
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    try: return text.encode() + b"\n"
-    except UnicodeEncodeError: return json.dumps(row, allow_nan=False).encode() + b"\n"
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
 
+# %% ../nbs/04_pairs.ipynb #b47fab93
 @patch
 def _end(self: Ledger, f):
     "End an unfinished last line if it is a row; cut it off if it is torn."
     f.seek(max(0, f.tell() - 1))
-    if f.read() in (b"", b"\n"): return
+    if f.read() in (b"", b"\n"):
+        return
     size = f.seek(0, os.SEEK_END)
     start, data = size, b""
-    while start and b"\n" not in data:   # back to the line's beginning, without reading the whole file
-        start = max(0, size - max(1 << 16, 4*len(data)))
+    while start and b"\n" not in data:  # back to the line's beginning, without reading the whole file
+        start = max(0, size - max(1 << 16, 4 * len(data)))
         f.seek(start)
         data = f.read()
     start += data.rfind(b"\n") + 1
     f.seek(start)
-    if self._row(f.read()) is not None: f.write(b"\n")
-    else: f.truncate(start)
+    if self._row(f.read()) is not None:
+        f.write(b"\n")
+    else:
+        f.truncate(start)
 
+# %% ../nbs/04_pairs.ipynb #79b115d0
 @patch
-def append(self: Ledger,
-    rows: list[dict], # each with the ledger's fields
-):
-    "Add rows and wait until they are on the disk: all, or none. Rows that JSON cannot hold raise before anything is written."
+def append(self: Ledger, rows: list[dict]):  # each with the ledger's fields
+    """Add rows and wait until they are on the disk: all, or none.
+
+    Rows that JSON cannot hold raise before anything is written.
+    """
     data = b"".join(map(_line, rows))
     with self._alone() as f:
         known = self._seen == self._state()
-        self._end(f); f.flush(); end = self.position
-        try: f.write(data); f.flush(); os.fsync(f.fileno())
-        except OSError: os.truncate(self.path, end); raise  # a full disk leaves no half of it
-        if known: self._sources.update(str(r.get("source", "?")) for r in rows); self._seen = self._state()
+        self._end(f)
+        f.flush()
+        end = self.position
+        try:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        except OSError:
+            os.truncate(self.path, end)
+            raise  # a full disk leaves no half of it
+        if known:
+            self._sources.update(str(r.get("source", "?")) for r in rows)
+            self._seen = self._state()
 
+# %% ../nbs/04_pairs.ipynb #15d3d827
 @patch
-def __len__(self: Ledger): return self._count().total()
+def __len__(self: Ledger):
+    return self._count().total()
+
 
 @patch
 @printable
@@ -393,20 +570,27 @@ def __repr__(self: Ledger):
 
 # %% ../nbs/04_pairs.ipynb #6a7fdb50
 def write_whole(
-    path: str | Path, # a file; its folder is made if missing
-    text: str,        # all of it
-    mine=None,        # a function that reads such a file, and raises where it is something else; by default whatever is there is replaced
+    path: str | Path,  # a file; its folder is made if missing
+    text: str,  # all of it
+    # a function that reads such a file, and raises where it is something else; by default whatever is there
+    # is replaced
+    mine=None,
 ):
     """Write a file so that a crash leaves either the old one or the new one.
 
     Raises `ValueError` for a link, and for a file that `mine` cannot read: it is left as it is."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    if path.is_symlink(): raise ValueError(f"{path} is a link, and is left as it is: give another name.")
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and is left as it is: give another name.")
     if path.exists() and mine:
-        try: mine(path)
+        try:
+            mine(path)
         except Exception as e:
-            raise ValueError(f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is: give another name.") from None
+            raise ValueError(
+                f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is:"
+                " give another name."
+            ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(beside, "w", encoding="utf-8", errors="replace") as f:
@@ -414,4 +598,5 @@ def write_whole(
             f.flush()
             os.fsync(f.fileno())
         beside.replace(path)
-    finally: beside.unlink(missing_ok=True)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -27,14 +27,34 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from selfplay_nb.checkpoint import (
-    RECORD, brief, content, differences, discard, locked, read_record, run_record, signals_interrupt, verify,
-    weights_sum, write_record, writing,
+    RECORD,
+    brief,
+    content,
+    differences,
+    discard,
+    locked,
+    read_record,
+    run_record,
+    signals_interrupt,
+    verify,
+    weights_sum,
+    write_record,
+    writing,
 )
 from .checks import printable, printed, whole
 from .competitive import CompetitiveSelfPlay
 from .evaluation import Exam, examine
 from .model import DEFAULT_MODEL
-from .pairs import ACCEPTED, Ledger, form, load_rows, question, same_questions, validate_pairs, write_whole
+from selfplay_nb.pairs import (
+    ACCEPTED,
+    Ledger,
+    form,
+    load_rows,
+    question,
+    same_questions,
+    validate_pairs,
+    write_whole,
+)
 from .players import columns_of, name_of, prompt_text, seed_of, text_of
 from .policy import Base, Policy
 from .rates import Rate, win_rate
@@ -45,20 +65,43 @@ from .reward_model import REWARD, RewardModel, RewardSettings
 from .rounds import answer_rows, group_advantages, group_rewards, weighed
 from .tasks import ArithmeticTask
 from selfplay_nb.update import (
-    COMMON, DPO, REINFORCE, SFT, PairSettings, Settings, UpdateResult, dpo, load_optimizer, reinforce, save_optimizer, settings_of, sft,
-    tokenize_pairs, win_probability,
+    COMMON,
+    DPO,
+    REINFORCE,
+    SFT,
+    PairSettings,
+    Settings,
+    UpdateResult,
+    dpo,
+    load_optimizer,
+    reinforce,
+    save_optimizer,
+    settings_of,
+    sft,
+    tokenize_pairs,
+    win_probability,
 )
 
 # %% ../nbs/45_pipeline.ipynb #e3f0f945
-def _plain(text: str) -> str: return " ".join(unicodedata.normalize("NFC", text).split())
-def _pair_key(row: dict) -> tuple: return question(row["prompt"]), _plain(text_of(row["chosen"])), _plain(text_of(row["rejected"]))
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _pair_key(row: dict) -> tuple:
+    return question(row["prompt"]), _plain(text_of(row["chosen"])), _plain(text_of(row["rejected"]))
 
 # %% ../nbs/45_pipeline.ipynb #d4a4d8bb
 class Rows(list):
     "Training rows, with how many were left out for which reason."
-    def __init__(self, rows, dropped=(), title: str = "rows"): super().__init__(rows); self.dropped, self.title = Counter(dropped), title
+
+    def __init__(self, rows, dropped=(), title: str = "rows"):
+        super().__init__(rows)
+        self.dropped, self.title = Counter(dropped), title
+
     @property
-    def counts(self) -> Counter: return Counter(r.get("source", "?") for r in self)
+    def counts(self) -> Counter:
+        return Counter(r.get("source", "?") for r in self)
+
     @printable
     def __repr__(self):
         listed = lambda c: ", ".join(f"{n} {k}" for k, n in sorted(c.items())) or "none"
@@ -66,188 +109,297 @@ class Rows(list):
 
 # %% ../nbs/45_pipeline.ipynb #adecfc02
 def _sift(rows, asks, seen: set, dropped: Counter, against: bool) -> list[dict]:
-    "Rows that are not held out and not in `seen`, which grows; with `against` also none that turns a seen pair round."
+    """Rows that are not held out and not in `seen`, which grows; with `against` also none that turns a seen
+    pair round.
+    """
     good = []
     for r in rows:
         prompt, chosen, rejected = key = _pair_key(r)
-        fault = ("held-out" if asks(r["prompt"]) else "duplicate" if key in seen else
-                 "contradiction" if against and (prompt, rejected, chosen) in seen else None)
-        if fault: dropped[fault] += 1
-        else: seen.add(key); good.append(r)
+        fault = (
+            "held-out"
+            if asks(r["prompt"])
+            else (
+                "duplicate"
+                if key in seen
+                else "contradiction"
+                if against and (prompt, rejected, chosen) in seen
+                else None
+            )
+        )
+        if fault:
+            dropped[fault] += 1
+        else:
+            seen.add(key)
+            good.append(r)
     return good
 
 # %% ../nbs/45_pipeline.ipynb #3337b803
 def combine(
-    real,                # preference data from outside: anything that `load_rows` reads
-    synthetic,           # preference data from self-play, likewise
-    ratio: float | None = None, # synthetic rows for each real one, at most; by default all
-    exclude=(),          # prompts that must not be trained on, or `prompt -> bool`
-    seed: int = 0,       # of the choice and the order
-) -> Rows:               # shuffled, each with a `source`
-    """Mix preference data: held-out prompts, duplicates, and synthetic pairs that turn an earlier pair round, are dropped and counted.
+    real,  # preference data from outside: anything that `load_rows` reads
+    synthetic,  # preference data from self-play, likewise
+    ratio: float | None = None,  # synthetic rows for each real one, at most; by default all
+    exclude=(),  # prompts that must not be trained on, or `prompt -> bool`
+    seed: int = 0,  # of the choice and the order
+) -> Rows:  # shuffled, each with a `source`
+    """Mix preference data: held-out prompts, duplicates, and synthetic pairs that turn an earlier pair round,
+    are dropped and counted.
 
-    A row without a `source` gets "real" or "synthetic". Of equal rows the real one stays. Raises as `load_rows` does, and for a negative ratio."""
+    A row without a `source` gets "real" or "synthetic". Of equal rows the real one stays. Raises as
+    `load_rows` does, and for a negative ratio.
+    """
     if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < math.inf):
         raise ValueError(f"ratio is {ratio!r}: expected a number of at least 0, or None.")
-    asks, seen, dropped, rng = same_questions(exclude), set(), Counter(), random.Random(seed)
+    asks = same_questions(exclude)
+    seen = set()
+    dropped = Counter()
+    rng = random.Random(seed)
     real = _sift([{"source": "real"} | r for r in load_rows(real, "preference")], asks, seen, dropped, False)
-    made = _sift([{"source": "synthetic"} | r for r in load_rows(synthetic, "preference")], asks, seen, dropped, True)
-    keep = len(made) if ratio is None else min(len(made), round(ratio*len(real)))
-    if keep < len(made): dropped["beyond the ratio"] += len(made) - keep
-    rows = real + rng.sample(made, keep); rng.shuffle(rows)
+    made = _sift(
+        [{"source": "synthetic"} | r for r in load_rows(synthetic, "preference")], asks, seen, dropped, True
+    )
+    keep = len(made) if ratio is None else min(len(made), round(ratio * len(real)))
+    if keep < len(made):
+        dropped["beyond the ratio"] += len(made) - keep
+    rows = real + rng.sample(made, keep)
+    rng.shuffle(rows)
     return Rows(rows, dropped, "mixed")
 
 # %% ../nbs/45_pipeline.ipynb #f00a80af
 def sppo(
-    policy: Policy,     # the adapter to train
+    policy: Policy,  # the adapter to train
     pairs: list[dict],  # as for `dpo`; see `win_probability` for where p comes from
     reference: Policy,  # a snapshot on the same base, or the base itself
-    optimizer: dict | None = None, # as for `dpo`
-    beta: float = .1,   # 1/η
-    **settings,         # as for `dpo`; `scale` is that of `win_probability`
+    optimizer: dict | None = None,  # as for `dpo`
+    beta: float = 0.1,  # 1/η
+    **settings,  # as for `dpo`; `scale` is that of `win_probability`
 ) -> UpdateResult:
     "Train with SPPO's squared loss and soft probabilities. Raises as `dpo` does."
-    return dpo(policy, pairs, reference, optimizer, beta=beta, **dict(loss_type="sppo", loss_weights=None) | settings)
+    return dpo(
+        policy, pairs, reference, optimizer, beta=beta, **dict(loss_type="sppo", loss_weights=None) | settings
+    )
 
 # %% ../nbs/45_pipeline.ipynb #710765ba
-def _shown(rate: dict | None) -> str: return f"{100*rate['value']:.1f} % [{100*rate['low']:.1f}, {100*rate['high']:.1f}]" if rate and rate["n"] else ""
+def _shown(rate: dict | None) -> str:
+    return (
+        f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+        if rate and rate["n"]
+        else ""
+    )
 
+# %% ../nbs/45_pipeline.ipynb #5f3c4a48
 @dataclass
 class Stage:
     "A finished stage of a run."
+
     number: int
     name: str
-    about: dict    # the run's and the stage's settings, and the sum of its data
-    rows: int      # that it trained on, or made
+    about: dict  # the run's and the stage's settings, and the sum of its data
+    rows: int  # that it trained on, or made
     dropped: dict  # rows that were left out, by reason
     metrics: dict  # what there is to say of it
-    before: dict | None # held-out accuracy of the policy that it began with: `value`, `n`, `low`, `high`
+    before: dict | None  # held-out accuracy of the policy that it began with: `value`, `n`, `low`, `high`
     after: dict | None  # and of the one that it left; None where the policy did not change
     seconds: float
-    ledger: int    # where the ledger of pairs ended, in bytes
-    samples: int   # likewise the ledger of single answers
+    ledger: int  # where the ledger of pairs ended, in bytes
+    samples: int  # likewise the ledger of single answers
 
     @property
-    def title(self) -> str: return f"{self.number:02d}_{self.name}"
+    def title(self) -> str:
+        return f"{self.number:02d}_{self.name}"
 
 # %% ../nbs/45_pipeline.ipynb #1ca30794
 @patch(as_prop=True)
 def note(self: Stage) -> str:
     "What else there is to say, in a few words."
     m, parts = self.metrics, []
-    if "accuracy" in m: parts.append(f"right about {_shown(m['accuracy'])} of {m['accuracy']['n']} held-out pairs")
-    if "win_rate" in m: parts.append(f"{m['games']} games, won {_shown(m['win_rate'])}")
+    if "accuracy" in m:
+        parts.append(f"right about {_shown(m['accuracy'])} of {m['accuracy']['n']} held-out pairs")
+    if "win_rate" in m:
+        parts.append(f"{m['games']} games, won {_shown(m['win_rate'])}")
     parts += [f"{n} {source}" for source, n in m.get("sources", {}).items()]
-    if m.get("losses"): parts.append(f"{m['steps']} steps, loss {m['losses'][0]:.3g} to {m['losses'][-1]:.3g}")
-    if "chosen" in m: parts.append(f"took {m['chosen']}, on the validation problems {_shown(m['validation'][m['chosen']])}")
-    if "reward" in m: parts.append(f"mean reward {m['reward'][0]:.2f} to {m['reward'][-1]:.2f}")
+    if m.get("losses"):
+        parts.append(f"{m['steps']} steps, loss {m['losses'][0]:.3g} to {m['losses'][-1]:.3g}")
+    if "chosen" in m:
+        parts.append(f"took {m['chosen']}, on the validation problems {_shown(m['validation'][m['chosen']])}")
+    if "reward" in m:
+        parts.append(f"mean reward {m['reward'][0]:.2f} to {m['reward'][-1]:.2f}")
     return "; ".join(parts + [f"dropped {n} {why}" for why, n in self.dropped.items()])
 
 # %% ../nbs/45_pipeline.ipynb #0af3b577
 @patch
-def _cells(self: Stage): return self.title, str(self.rows), _shown(self.before), _shown(self.after), f"{self.seconds:.0f}", self.note
+def _cells(self: Stage):
+    return (
+        self.title,
+        str(self.rows),
+        _shown(self.before),
+        _shown(self.after),
+        f"{self.seconds:.0f}",
+        self.note,
+    )
 
+# %% ../nbs/45_pipeline.ipynb #428c6d88
 @patch
 @printable
 def __repr__(self: Stage):
-    exams = [f"{what} {_shown(rate)}" for what, rate in (("held-out right before", self.before), ("after", self.after)) if rate]
-    return "; ".join([f"{self.title}: {self.rows} rows, {self.seconds:.0f} s", *exams, *filter(None, [self.note])])
+    exams = [
+        f"{what} {_shown(rate)}"
+        for what, rate in (("held-out right before", self.before), ("after", self.after))
+        if rate
+    ]
+    return "; ".join(
+        [f"{self.title}: {self.rows} rows, {self.seconds:.0f} s", *exams, *filter(None, [self.note])]
+    )
 
 # %% ../nbs/45_pipeline.ipynb #aa2a7743
 class Stages(list):
     "The finished stages of a run."
+
     head = "stage", "rows", "held-out before", "held-out after", "s", ""
+
     @printable
     def __repr__(self):
-        if not self: return "no stage is finished"
+        if not self:
+            return "no stage is finished"
         return text_table([self.head, *(s._cells() for s in self)])
-    def _repr_html_(self): return html_table([self.head, *(s._cells() for s in self)])
+
+    def _repr_html_(self):
+        return html_table([self.head, *(s._cells() for s in self)])
 
 # %% ../nbs/45_pipeline.ipynb #26cb202a
 @patch
-def plot(self: Stages,
-    ax=None, # matplotlib axes, made if missing
-    **style, # of the line
-):
+def plot(self: Stages, ax=None, **style):  # matplotlib axes, made if missing  # of the line
     "Held-out accuracy after each stage that changed the policy, with 95 % intervals; returns the axes."
     import matplotlib.pyplot as plt
+
     shown = [s for s in self if s.after]
-    if ax is None: ax = plt.subplots(figsize=(1.5 + 1.2*len(shown), 3), layout="constrained")[1]
-    y, low, high = ([100*s.after[k] for s in shown] for k in ("value", "low", "high"))
+    if ax is None:
+        ax = plt.subplots(figsize=(1.5 + 1.2 * len(shown), 3), layout="constrained")[1]
+    y, low, high = ([100 * s.after[k] for s in shown] for k in ("value", "low", "high"))
     off = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
     ax.errorbar(range(len(y)), y, off, **dict(fmt="o-", color="k", capsize=3) | style)
     ax.set_xticks(range(len(y)), [s.title for s in shown], rotation=20, ha="right", fontsize=8)
-    ax.set(ylabel="held-out right, %", ylim=(0, 100)); ax.grid(alpha=.3)
+    ax.set(ylabel="held-out right, %", ylim=(0, 100))
+    ax.grid(alpha=0.3)
     return ax
 
 # %% ../nbs/45_pipeline.ipynb #23735ab6
 class RLHFOrchestrator:
-    "The stages of RLHF with self-play on one resident base. Everything it makes is in `run_dir`; the same calls on the same folder go on where they ended."
-    def __init__(self,
-        run_dir: str | Path = "runs/pipeline", # where everything goes
-        model: str | Path | Base = DEFAULT_MODEL, # a folder, a hub name, a wheel model's name; or a loaded `Base`, on which adapters are made and replaced
-        task=None,                # with `problems(split, n, seed)`, `reward` and `verifier`; by default two-digit addition
-        seed: int = 0,            # of everything
-        r: int = 16,              # LoRA rank of the policy
+    """The stages of RLHF with self-play on one resident base.
+
+    Everything it makes is in `run_dir`; the same calls on the same folder go on where they ended.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path = "runs/pipeline",  # where everything goes
+        # a folder, a hub name, a wheel model's name; or a loaded `Base`, on which adapters are made and
+        # replaced
+        model: str | Path | Base = DEFAULT_MODEL,
+        # with `problems(split, n, seed)`, `reward` and `verifier`; by default two-digit addition
+        task=None,
+        seed: int = 0,  # of everything
+        r: int = 16,  # LoRA rank of the policy
         max_new_tokens: int = 8,  # answers are cut off here
-        temperature: float = 1.,  # of the players
-        exam_size: int = 200,     # held-out problems, always the same ones
-        validation_size: int = 200, # other held-out problems, from which `run_selection` chooses; 0 for none
-        skip=(),                  # names in `STAGES` whose calls do nothing
-        progress: bool = True,    # show bars and a line for each stage?
+        temperature: float = 1.0,  # of the players
+        exam_size: int = 200,  # held-out problems, always the same ones
+        validation_size: int = 200,  # other held-out problems, from which `run_selection` chooses; 0 for none
+        skip=(),  # names in `STAGES` whose calls do nothing
+        progress: bool = True,  # show bars and a line for each stage?
     ):
-        self.task, self.no_task = ArithmeticTask(2) if task is None else task, task is None
-        self._check(run_dir, model, dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size), dict(seed=seed, validation_size=validation_size),
-                    temperature, skip)
-        self.dir, self.model, self.seed, self.r, self.max_new_tokens = Path(run_dir), model, seed, r, max_new_tokens
-        self.temperature, self.skip, self.progress = temperature, set(skip), progress
+        self.task = ArithmeticTask(2) if task is None else task
+        self.no_task = task is None
+        self._check(
+            run_dir,
+            model,
+            dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size),
+            dict(seed=seed, validation_size=validation_size),
+            temperature,
+            skip,
+        )
+        self.dir = Path(run_dir)
+        self.model = model
+        self.seed = seed
+        self.r = r
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.skip = set(skip)
+        self.progress = progress
         self.problems = self.task.problems("held-out", exam_size, 0)
-        for scorer in self.task.reward, self.task.verifier: check_columns(scorer, **columns_of(self.problems)[1])
+        for scorer in self.task.reward, self.task.verifier:
+            check_columns(scorer, **columns_of(self.problems)[1])
         examined = same_questions([p["prompt"] for p in self.problems])
-        others = [p for p in self.task.problems("held-out", exam_size + validation_size, 0) if not examined(p["prompt"])]
+        others = [
+            p
+            for p in self.task.problems("held-out", exam_size + validation_size, 0)
+            if not examined(p["prompt"])
+        ]
         self.validation = others[:validation_size]
         self.asks = same_questions([p["prompt"] for p in self.problems + self.validation])
-        made_of = dict(task=self.task, reward=self.task.reward, verifier=self.task.verifier, held_out=self.problems)
+        made_of = dict(
+            task=self.task, reward=self.task.reward, verifier=self.task.verifier, held_out=self.problems
+        )
         self.made_of = {k: brief(content(v)) for k, v in made_of.items()}
-        self.done, self._policy, self._reward_model = -1, None, None  # the number of the last stage that was called; adapters, if they are loaded
+        # the number of the last stage that was called; adapters, if they are loaded
+        self.done, self._policy, self._reward_model = -1, None, None
 
     @cached_property
-    def _ledgers(self): return Ledger(self.dir/"pairs.jsonl"), Ledger(self.dir/"samples.jsonl", ("prompt", "completion", "reward"))
+    def _ledgers(self):
+        return Ledger(self.dir / "pairs.jsonl"), Ledger(
+            self.dir / "samples.jsonl", ("prompt", "completion", "reward")
+        )
 
 # %% ../nbs/45_pipeline.ipynb #82faaf3b
 STAGES = "sft", "reward_model", "self_play", "policy_optimization", "selection"
 _NAMES = "policy", "snapshot", "reward"  # adapters
 
+# %% ../nbs/45_pipeline.ipynb #917bc35c
 @patch
 def _check(self: RLHFOrchestrator, run_dir, model, whole, naught, temperature, skip):
     wrong = []
-    if not isinstance(run_dir, (str, Path)) or not str(run_dir): wrong.append(f"run_dir={run_dir!r} (a folder)")
-    if not isinstance(model, (str, Path, Base)): wrong.append(f"model={model!r:.60} (a name, a folder or a Base)")
+    if not isinstance(run_dir, (str, Path)) or not str(run_dir):
+        wrong.append(f"run_dir={run_dir!r} (a folder)")
+    if not isinstance(model, (str, Path, Base)):
+        wrong.append(f"model={model!r:.60} (a name, a folder or a Base)")
     for name, v, low in *((k, v, 1) for k, v in whole.items()), *((k, v, 0) for k, v in naught.items()):
-        if not isinstance(v, int) or isinstance(v, bool) or v < low: wrong.append(f"{name}={v!r} (a whole number of at least {low})")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        if not isinstance(v, int) or isinstance(v, bool) or v < low:
+            wrong.append(f"{name}={v!r} (a whole number of at least {low})")
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 < temperature < math.inf
+    ):
         wrong.append(f"temperature={temperature!r} (a positive number)")
     lacks = [a for a in ("problems", "reward", "verifier") if getattr(self.task, a, None) is None]
-    if lacks: wrong.append(f"task={self.task!r:.60} (something with {', '.join(lacks)})")
-    if isinstance(skip, str) or not set(skip) <= set(STAGES): wrong.append(f"skip={skip!r} (a list with some of {', '.join(STAGES)})")
-    if wrong: raise ValueError("bad arguments: " + ", ".join(wrong))
+    if lacks:
+        wrong.append(f"task={self.task!r:.60} (something with {', '.join(lacks)})")
+    if isinstance(skip, str) or not set(skip) <= set(STAGES):
+        wrong.append(f"skip={skip!r} (a list with some of {', '.join(STAGES)})")
+    if wrong:
+        raise ValueError("bad arguments: " + ", ".join(wrong))
 
 # %% ../nbs/45_pipeline.ipynb #eccdbcfd
 @patch(as_prop=True)
 def base(self: RLHFOrchestrator) -> Base:
     "The resident model, loaded at first use."
-    if not isinstance(self.model, Base): self.model = Base.load(self.model)
+    if not isinstance(self.model, Base):
+        self.model = Base.load(self.model)
     return self.model
 
+
 @patch(as_prop=True)
-def ledger(self: RLHFOrchestrator) -> Ledger: return self._ledgers[0]
+def ledger(self: RLHFOrchestrator) -> Ledger:
+    return self._ledgers[0]
 
 # %% ../nbs/45_pipeline.ipynb #cf173743
-def _sum(x) -> str: return hashlib.sha256(json.dumps(content(x), sort_keys=True).encode()).hexdigest()[:16]
+def _sum(x) -> str:
+    return hashlib.sha256(json.dumps(content(x), sort_keys=True).encode()).hexdigest()[:16]
+
 
 @patch(as_prop=True)
 def about(self: RLHFOrchestrator) -> dict:
-    "What every stage's result depends on, by content; the model is known by its name until it is loaded, and then by its weights."
+    """What every stage's result depends on, by content; the model is known by its name until it is loaded,
+    and then by its weights.
+    """
     model = self.model.name if isinstance(self.model, Base) else str(self.model)
     settings = {k: getattr(self, k) for k in ("seed", "r", "max_new_tokens", "temperature")}
     return dict(model=model, exam_size=len(self.problems), **settings, **self.made_of)
@@ -256,25 +408,36 @@ def about(self: RLHFOrchestrator) -> dict:
 @patch(as_prop=True)
 def stages(self: RLHFOrchestrator) -> Stages:
     "All finished stages in `run_dir`, whether or not this process has called them."
-    found = [Stage(**read_record(f/"stage.json")) for f in sorted((self.dir/"stages").glob("[0-9]*_*")) if (f/"stage.json").exists()]
+    found = [
+        Stage(**read_record(f / "stage.json"))
+        for f in sorted((self.dir / "stages").glob("[0-9]*_*"))
+        if (f / "stage.json").exists()
+    ]
     return Stages(sorted(found, key=lambda s: s.number))
 
+# %% ../nbs/45_pipeline.ipynb #d1fc37d6
 @patch
 def folder(self: RLHFOrchestrator, stage: Stage) -> Path:
-    "Where a stage is: `stage.json`, `manifest.json` with the sums, and where it has them `adapter`, `optimizer.safetensors`, `exam.json`, `reward_model`."
-    return self.dir/"stages"/stage.title
+    """Where a stage is: `stage.json`, `manifest.json` with the sums, and where it has them `adapter`,
+    `optimizer.safetensors`, `exam.json`, `reward_model`.
+    """
+    return self.dir / "stages" / stage.title
+
 
 @patch
 def _last(self: RLHFOrchestrator, what: str) -> Stage | None:
     "The last stage up to now that has `what` in its folder."
-    return next((s for s in reversed(self.stages) if s.number <= self.done and (self.folder(s)/what).exists()), None)
+    return next(
+        (s for s in reversed(self.stages) if s.number <= self.done and (self.folder(s) / what).exists()), None
+    )
 
 # %% ../nbs/45_pipeline.ipynb #3c58ec30
 @patch
 def close(self: RLHFOrchestrator):
     "Take the run's adapters off the base. The orchestrator can go on being used, and loads them again."
     if isinstance(self.model, Base) and getattr(self.model, "held_by", None) is self:
-        for name in set(_NAMES) & set(self.model.adapters): Policy.resident(self.model, name).delete()
+        for name in set(_NAMES) & set(self.model.adapters):
+            Policy.resident(self.model, name).delete()
         self.model.held_by = None
     self._policy = self._reward_model = None
 
@@ -283,28 +446,43 @@ def close(self: RLHFOrchestrator):
 def _load(self: RLHFOrchestrator):
     "Have the adapters of the last stage on the base."
     base, other = self.base, getattr(self.base, "held_by", None)
-    if other is self and self._policy: return
+    if other is self and self._policy:
+        return
     self._same_base()
-    if other is not None: other.close()
+    if other is not None:
+        other.close()
     taken = sorted(set(_NAMES) & set(base.adapters))
     if taken:
-        raise ValueError(f"the base has adapters {taken} that no pipeline made, and a pipeline needs these names: delete them, or save and load them under "
-                         "other names.")
-    base.held_by, at, judge = self, self._last("adapter"), self._last("reward_model")
-    self._policy = Policy.load(base, self.folder(at)/"adapter", "policy") if at else Policy(base, "policy", r=self.r, seed=self.seed)
-    if judge: self._reward_model = RewardModel.load(base, self.folder(judge)/"reward_model", "reward")
+        raise ValueError(
+            f"the base has adapters {taken} that no pipeline made, and a pipeline needs these names: delete"
+            " them, or save and load them under other names."
+        )
+    base.held_by = self
+    at = self._last("adapter")
+    judge = self._last("reward_model")
+    self._policy = (
+        Policy.load(base, self.folder(at) / "adapter", "policy")
+        if at
+        else Policy(base, "policy", r=self.r, seed=self.seed)
+    )
+    if judge:
+        self._reward_model = RewardModel.load(base, self.folder(judge) / "reward_model", "reward")
 
 # %% ../nbs/45_pipeline.ipynb #ac50d070
 @patch(as_prop=True)
 def policy(self: RLHFOrchestrator) -> Policy:
     "The policy as the last stage left it. Ask anew after each stage."
-    self._load(); return self._policy
+    self._load()
+    return self._policy
+
 
 @patch(as_prop=True)
 def reward_model(self: RLHFOrchestrator) -> RewardModel | None:
     "The reward model, or None before it was trained."
-    if self._last("reward_model") is None: return None
-    self._load(); return self._reward_model
+    if self._last("reward_model") is None:
+        return None
+    self._load()
+    return self._reward_model
 
 # %% ../nbs/45_pipeline.ipynb #794c43e9
 @patch
@@ -312,28 +490,43 @@ def reward_model(self: RLHFOrchestrator) -> RewardModel | None:
 def _snapshot(self: RLHFOrchestrator, of: Stage | None = None):
     "A frozen copy of the policy, or of the one that an earlier stage left, for as long as it is needed."
     policy = self.policy
-    copy = policy.snapshot("snapshot") if of is None else Policy.load(self.base, self.folder(of)/"adapter", "snapshot", frozen=True)
-    try: yield copy
-    finally: copy.delete()
+    copy = (
+        policy.snapshot("snapshot")
+        if of is None
+        else Policy.load(self.base, self.folder(of) / "adapter", "snapshot", frozen=True)
+    )
+    try:
+        yield copy
+    finally:
+        copy.delete()
 
 # %% ../nbs/45_pipeline.ipynb #230496b6
 KIND = "pipeline"
 
+
 @patch
 def _claim(self: RLHFOrchestrator):
     "Mark the folder as this library's. Raises `ValueError` if it holds anything else."
-    if run_record(self.dir, KIND) is None: write_record(self.dir/RECORD, {"kind": KIND})
+    if run_record(self.dir, KIND) is None:
+        write_record(self.dir / RECORD, {"kind": KIND})
 
+# %% ../nbs/45_pipeline.ipynb #3f4c1fb4
 @patch
 def _same_base(self: RLHFOrchestrator):
-    "Raise `ValueError` if the stages in the folder were made on other weights; the first stage takes them down."
+    """Raise `ValueError` if the stages in the folder were made on other weights; the first stage takes them
+    down.
+    """
     record = run_record(self.dir, KIND)
-    if record is None: return
+    if record is None:
+        return
     there, now = record.get("base"), weights_sum(self.base.model)
     if there not in (None, now):
-        raise ValueError(f"{self.dir} holds stages that were made on another base (weights {there} there, {now} now, as {self.base.name!r:.60}): load that "
-                         "one, or choose another run_dir.")
-    if there is None: write_record(self.dir/RECORD, record | {"base": now})
+        raise ValueError(
+            f"{self.dir} holds stages that were made on another base (weights {there} there, {now} now, as"
+            f" {self.base.name!r:.60}): load that one, or choose another run_dir."
+        )
+    if there is None:
+        write_record(self.dir / RECORD, record | {"base": now})
 
 # %% ../nbs/45_pipeline.ipynb #ae303fbf
 @patch
@@ -342,43 +535,68 @@ def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh:
     n, about = self.done + 1, self._about(name, settings, data)
     with locked(self.dir), signals_interrupt():
         self._claim()
-        if fresh: self.forget(n)
+        if fresh:
+            self.forget(n)
         old = next((s for s in self.stages if s.number == n), None)
-        if old is None: old = self._write(n, name, about, work)
+        if old is None:
+            old = self._write(n, name, about, work)
         elif (old.name, old.about) != (name, about):
             differ = f"{name} now" if old.name != name else "; ".join(differences(old.about, about))
-            raise ValueError(f"{self.folder(old)} is another stage ({differ}). Make the same calls as before, choose another run_dir, "
-                             "or forget it and all later ones with fresh=True.")
-        else: verify(self.folder(old)); self.close(); self._say(f"{old.title}: finished before, loaded")
+            raise ValueError(
+                f"{self.folder(old)} is another stage ({differ}). Make the same calls as before, choose"
+                " another run_dir, or forget it and all later ones with fresh=True."
+            )
+        else:
+            verify(self.folder(old))
+            self.close()
+            self._say(f"{old.title}: finished before, loaded")
         self.done = n
     return old
 
 # %% ../nbs/45_pipeline.ipynb #cfde4072
-_DEFAULTS = dict(sft=SFT, dpo=DPO, ipo=DPO, sppo=DPO, spin=DPO, grpo=REINFORCE, reward_model=REWARD)  # of the updates behind a stage
+# of the updates behind a stage
+_DEFAULTS = dict(sft=SFT, dpo=DPO, ipo=DPO, sppo=DPO, spin=DPO, grpo=REINFORCE, reward_model=REWARD)
+
 
 @patch
 def _about(self: RLHFOrchestrator, name: str, settings: dict, data) -> dict:
     "All that a stage's result depends on, as JSON holds it."
     defaults = COMMON | _DEFAULTS[name] if name in _DEFAULTS else {}
-    return json.loads(json.dumps(dict(run=self.about, settings=content(defaults | settings), data=_sum(data))))
+    return json.loads(
+        json.dumps(dict(run=self.about, settings=content(defaults | settings), data=_sum(data)))
+    )
 
+# %% ../nbs/45_pipeline.ipynb #af73461b
 @patch
 def _say(self: RLHFOrchestrator, text: str):
-    if self.progress: tqdm.write(printed(text))
+    if self.progress:
+        tqdm.write(printed(text))
 
 # %% ../nbs/45_pipeline.ipynb #7f78f4b8
 @patch
 def _write(self: RLHFOrchestrator, n: int, name: str, about: dict, work) -> Stage:
-    start, before = time.perf_counter(), [s.after for s in self.stages if s.after and s.number < n]
-    if not self._partial(n, about): self._rewind(n)
+    start = time.perf_counter()
+    before = [s.after for s in self.stages if s.after and s.number < n]
+    if not self._partial(n, about):
+        self._rewind(n)
     try:
-        with writing(self.dir/"stages"/f"{n:02d}_{name}", beside=[l.path for l in self._ledgers]) as tmp:
+        with writing(self.dir / "stages" / f"{n:02d}_{name}", beside=[l.path for l in self._ledgers]) as tmp:
             done = dict(rows=0, dropped={}, metrics={}, after=None) | work(tmp)
-            stage = Stage(n, name, about, before=before[-1] if before else None, seconds=time.perf_counter() - start,
-                          ledger=self._ledgers[0].position, samples=self._ledgers[1].position, **done)
-            write_record(tmp/"stage.json", dataclasses.asdict(stage))
-    except BaseException: self.close(); raise
-    (self.dir/"partial.json").unlink(missing_ok=True)
+            stage = Stage(
+                n,
+                name,
+                about,
+                before=before[-1] if before else None,
+                seconds=time.perf_counter() - start,
+                ledger=self._ledgers[0].position,
+                samples=self._ledgers[1].position,
+                **done,
+            )
+            write_record(tmp / "stage.json", dataclasses.asdict(stage))
+    except BaseException:
+        self.close()
+        raise
+    (self.dir / "partial.json").unlink(missing_ok=True)
     self._say(repr(stage))
     return stage
 
@@ -387,28 +605,37 @@ def _write(self: RLHFOrchestrator, n: int, name: str, about: dict, work) -> Stag
 def _rewind(self: RLHFOrchestrator, n: int):
     "Cut the ledgers back to the end of the stage before `n`."
     last = max((s for s in self.stages if s.number < n), key=lambda s: s.number, default=None)
-    for ledger, at in zip(self._ledgers, (last.ledger, last.samples) if last else (0, 0)): ledger.rewind(at)
-    (self.dir/"partial.json").unlink(missing_ok=True)
+    for ledger, at in zip(self._ledgers, (last.ledger, last.samples) if last else (0, 0)):
+        ledger.rewind(at)
+    (self.dir / "partial.json").unlink(missing_ok=True)
 
 # %% ../nbs/45_pipeline.ipynb #126a0574
 @patch
-def forget(self: RLHFOrchestrator,
-    number: int = 0, # the first stage to go
-):
+def forget(self: RLHFOrchestrator, number: int = 0):  # the first stage to go
     "Delete stage `number` and all later ones, and the rows that they made."
     for s in reversed(self.stages):
-        if s.number >= number: discard(self.folder(s), whole=False)
-    if number == 0 and run_record(self.dir, KIND): write_record(self.dir/RECORD, {"kind": KIND})  # another base may follow
-    self._rewind(number); self.close(); self.done = min(self.done, number - 1)
+        if s.number >= number:
+            discard(self.folder(s), whole=False)
+    # another base may follow
+    if number == 0 and run_record(self.dir, KIND):
+        write_record(self.dir / RECORD, {"kind": KIND})
+    self._rewind(number)
+    self.close()
+    self.done = min(self.done, number - 1)
 
 # %% ../nbs/45_pipeline.ipynb #a1fd8a25
 @patch
 def _partial(self: RLHFOrchestrator, n: int, about: dict) -> dict | None:
-    "What a killed self-play stage with this number and these settings had finished; the ledger is cut back to it."
-    file = self.dir/"partial.json"
-    try: state = read_record(file)
-    except ValueError: return None  # none, or damaged: the stage begins anew
-    if (state["number"], state["about"]) != (n, about): return None
+    """What a killed self-play stage with this number and these settings had finished; the ledger is cut back
+    to it.
+    """
+    file = self.dir / "partial.json"
+    try:
+        state = read_record(file)
+    except ValueError:
+        return None  # none, or damaged: the stage begins anew
+    if (state["number"], state["about"]) != (n, about):
+        return None
     self._ledgers[0].rewind(state["ledger"])
     return state
 
@@ -416,41 +643,68 @@ def _partial(self: RLHFOrchestrator, n: int, about: dict) -> dict | None:
 @patch
 @contextmanager
 def _bar(self: RLHFOrchestrator, what: str, unit: str, total: int | None = None):
-    with tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True, disable=not self.progress) as bar: yield bar
+    with tqdm(
+        total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True, disable=not self.progress
+    ) as bar:
+        yield bar
 
+# %% ../nbs/45_pipeline.ipynb #a640be37
 def _on(bar):
     "A `progress(step, steps)` for `bar`."
-    def step(i, n): bar.total = n; bar.update(i - bar.n)
+
+    def step(i, n):
+        bar.total = n
+        bar.update(i - bar.n)
+
     return step
 
+# %% ../nbs/45_pipeline.ipynb #bdd3fe57
 @patch
-def exam(self: RLHFOrchestrator,
-    policy=None,   # by default the current one
-    problems=None, # by default the held-out ones of this run
+def exam(
+    self: RLHFOrchestrator,
+    policy=None,  # by default the current one
+    problems=None,  # by default the held-out ones of this run
 ) -> Exam:
     "Greedy answers to problems, checked by the task's verifier."
     problems = self.problems if problems is None else problems
     with self._bar("exam", " answers", len(problems)) as bar:
-        return examine(policy or self.policy, problems, self.task.verifier, self.max_new_tokens, lambda n, tokens: bar.update(n))
+        return examine(
+            policy or self.policy,
+            problems,
+            self.task.verifier,
+            self.max_new_tokens,
+            lambda n, tokens: bar.update(n),
+        )
 
 # %% ../nbs/45_pipeline.ipynb #b18df3ca
 @patch
 def _rows(self: RLHFOrchestrator, data, kind: str) -> tuple[list[dict], Counter]:
     "The rows of `data` without those that ask what the exam asks. Raises `ValueError` if none is left."
-    rows = load_rows(data, kind); good = [r for r in rows if not self.asks(r["prompt"])]
+    rows = load_rows(data, kind)
+    good = [r for r in rows if not self.asks(r["prompt"])]
     dropped = Counter({"held-out": len(rows) - len(good)} if len(rows) > len(good) else {})
     if rows and self.no_task and not set(map(form, rows)) & set(map(form, self.problems)):
-        raise ValueError(f"these rows ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is no evaluation of them: give "
-                         "RLHFOrchestrator(task=...) something with `problems`, `reward` and `verifier`.")
-    if not good: raise ValueError(f"no rows to use: {len(rows)} given, dropped {dict(dropped) or 'none'}; expected rows with {ACCEPTED[kind]}.")
+        raise ValueError(
+            f"these rows ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is no"
+            " evaluation of them: give RLHFOrchestrator(task=...) something with `problems`, `reward` and"
+            " `verifier`."
+        )
+    if not good:
+        raise ValueError(
+            f"no rows to use: {len(rows)} given, dropped {dict(dropped) or 'none'}; expected rows with"
+            f" {ACCEPTED[kind]}."
+        )
     return good, dropped
 
 # %% ../nbs/45_pipeline.ipynb #8ed1ca46
-def _check_settings(kind, settings: dict, own=()): settings_of(kind, {k: v for k, v in settings.items() if k not in own}, own)
+def _check_settings(kind, settings: dict, own=()):
+    settings_of(kind, {k: v for k, v in settings.items() if k not in own}, own)
 
 # %% ../nbs/45_pipeline.ipynb #6bf8120c
 @patch
-def combine(self: RLHFOrchestrator, real, synthetic, ratio: float | None = None, seed: int | None = None) -> Rows:
+def combine(
+    self: RLHFOrchestrator, real, synthetic, ratio: float | None = None, seed: int | None = None
+) -> Rows:
     "`combine` with this run's exam kept out, and its seed."
     return combine(real, synthetic, ratio, self.asks, self.seed if seed is None else seed)
 
@@ -459,24 +713,40 @@ def combine(self: RLHFOrchestrator, real, synthetic, ratio: float | None = None,
 def _keep(self: RLHFOrchestrator, tmp: Path, result: UpdateResult | None = None) -> dict:
     "Examine the policy and save it with its optimizer; the stage's fields."
     exam = self.exam()
-    self.policy.save(tmp/"adapter"); write_whole(tmp/"exam.json", json.dumps(exam.rows, indent=1))
-    if result: save_optimizer(result.optimizer, tmp/"optimizer.safetensors")
+    self.policy.save(tmp / "adapter")
+    write_whole(tmp / "exam.json", json.dumps(exam.rows, indent=1))
+    if result:
+        save_optimizer(result.optimizer, tmp / "optimizer.safetensors")
     return dict(after=exam.accuracy.to_dict())
 
 # %% ../nbs/45_pipeline.ipynb #83812c3e
 @patch
 def _start(self: RLHFOrchestrator, fresh: bool):
-    if self.done < 0: self._stage("start", {}, None, self._keep, fresh)
+    if self.done < 0:
+        self._stage("start", {}, None, self._keep, fresh)
 
 # %% ../nbs/45_pipeline.ipynb #e4d8ca73
 @patch
-def _train(self: RLHFOrchestrator, name: str, settings: dict, rows: list[dict], dropped: Counter, update, fresh: bool) -> Stage:
+def _train(
+    self: RLHFOrchestrator, name: str, settings: dict, rows: list[dict], dropped: Counter, update, fresh: bool
+) -> Stage:
     "The stage in which `update(progress, optimizer)` trains the policy on `rows`."
-    self._start(fresh); n = self.done + 1
+    self._start(fresh)
+    n = self.done + 1
+
     def work(tmp):
-        with self._bar(f"{n:02d}_{name}", " steps") as bar: result = update(_on(bar), self._moments(name))
-        metrics = dict(losses=result.losses, steps=len(result.losses), train_seconds=result.seconds, **getattr(result, "metrics", {}))
-        return dict(rows=result.n_rows, dropped=dict(dropped + result.dropped), metrics=metrics) | self._keep(tmp, result)
+        with self._bar(f"{n:02d}_{name}", " steps") as bar:
+            result = update(_on(bar), self._moments(name))
+        metrics = dict(
+            losses=result.losses,
+            steps=len(result.losses),
+            train_seconds=result.seconds,
+            **getattr(result, "metrics", {}),
+        )
+        return dict(rows=result.n_rows, dropped=dict(dropped + result.dropped), metrics=metrics) | self._keep(
+            tmp, result
+        )
+
     return self._stage(name, settings, rows, work, fresh)
 
 # %% ../nbs/45_pipeline.ipynb #29aed784
@@ -484,45 +754,77 @@ def _train(self: RLHFOrchestrator, name: str, settings: dict, rows: list[dict], 
 def _moments(self: RLHFOrchestrator, name: str) -> dict | None:
     "The optimizer's state of the last stage that changed the policy, if it was one of the same kind."
     last = self._last("adapter")
-    return load_optimizer(self.folder(last)/"optimizer.safetensors") if last and last.name == name else None
+    return load_optimizer(self.folder(last) / "optimizer.safetensors") if last and last.name == name else None
 
 # %% ../nbs/45_pipeline.ipynb #5ef2ae9d
 @patch
-def run_sft(self: RLHFOrchestrator,
-    sft_data,            # rows `prompt` and `completion`, or `messages`: see `load_rows`
-    fresh: bool = False, # forget the stage in this place, and all later ones?
-    **settings,          # fields of `update.Settings`, over the defaults in `update.SFT`
-) -> Stage | None:       # None if it is skipped
-    "Imitate demonstrations. Raises `ValueError` for bad data or settings before anything is loaded, or for another stage in this place."
-    if "sft" in self.skip: return None
-    _check_settings(Settings, settings); rows, dropped = self._rows(sft_data, "sft")
+def run_sft(
+    self: RLHFOrchestrator,
+    sft_data,  # rows `prompt` and `completion`, or `messages`: see `load_rows`
+    fresh: bool = False,  # forget the stage in this place, and all later ones?
+    **settings,  # fields of `update.Settings`, over the defaults in `update.SFT`
+) -> Stage | None:  # None if it is skipped
+    """Imitate demonstrations.
+
+    Raises `ValueError` for bad data or settings before anything is loaded, or for another stage in this
+    place.
+    """
+    if "sft" in self.skip:
+        return None
+    _check_settings(Settings, settings)
+    rows, dropped = self._rows(sft_data, "sft")
     settings = {"seed": self.seed} | settings
-    return self._train("sft", settings, rows, dropped, lambda progress, moments: sft(self.policy, rows, moments, progress=progress, **settings), fresh)
+    return self._train(
+        "sft",
+        settings,
+        rows,
+        dropped,
+        lambda progress, moments: sft(self.policy, rows, moments, progress=progress, **settings),
+        fresh,
+    )
 
 # %% ../nbs/45_pipeline.ipynb #d41bd6ae
 def _by_prompt(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
     "Split rows into training and test, by prompt."
     prompts = sorted({question(r["prompt"]) for r in rows})
-    if len(prompts) < 2: raise ValueError(f"{len(prompts)} prompt: expected at least two, one of them to examine the reward model with.")
-    test = set(random.Random(seed).sample(prompts, min(len(prompts) - 1, max(1, round(share*len(prompts))))))
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompt: expected at least two, one of them to examine the reward model with."
+        )
+    test = set(
+        random.Random(seed).sample(prompts, min(len(prompts) - 1, max(1, round(share * len(prompts)))))
+    )
     return tuple([r for r in rows if (question(r["prompt"]) in test) == side] for side in (False, True))
 
 # %% ../nbs/45_pipeline.ipynb #a84820b2
 @patch
-def run_reward_model_training(self: RLHFOrchestrator,
-    pref_data,               # rows `prompt`, `chosen`, `rejected`: see `load_rows`
-    test_share: float = .25, # of the prompts, to examine it with
-    r: int = 8,              # LoRA rank
-    fresh: bool = False,     # as in `run_sft`
-    **settings,              # fields of `reward_model.RewardSettings`, over the defaults in `reward_model.REWARD`
-) -> Stage | None:           # None if it is skipped
-    "Train a judge on preferences, on an adapter of its own; the policy stays as it is. Raises as `run_sft` does."
-    if "reward_model" in self.skip: return None
-    if not 0 < test_share < 1: raise ValueError(f"test_share is {test_share!r}: expected a number between 0 and 1.")
-    _check_settings(RewardSettings, settings); rows, dropped = self._rows(pref_data, "preference")
-    good, bad = validate_pairs(rows); train, test = _by_prompt(good, test_share, self.seed); settings = {"seed": self.seed} | settings
+def run_reward_model_training(
+    self: RLHFOrchestrator,
+    pref_data,  # rows `prompt`, `chosen`, `rejected`: see `load_rows`
+    test_share: float = 0.25,  # of the prompts, to examine it with
+    r: int = 8,  # LoRA rank
+    fresh: bool = False,  # as in `run_sft`
+    # fields of `reward_model.RewardSettings`, over the defaults in `reward_model.REWARD`
+    **settings,
+) -> Stage | None:  # None if it is skipped
+    """Train a judge on preferences, on an adapter of its own; the policy stays as it is.
+
+    Raises as `run_sft` does.
+    """
+    if "reward_model" in self.skip:
+        return None
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share!r}: expected a number between 0 and 1.")
+    _check_settings(RewardSettings, settings)
+    rows, dropped = self._rows(pref_data, "preference")
+    good, bad = validate_pairs(rows)
+    train, test = _by_prompt(good, test_share, self.seed)
+    settings = {"seed": self.seed} | settings
     self._start(fresh)
-    def work(tmp): return self._judge_from(train, test, r, settings, dropped + bad, tmp)
+
+    def work(tmp):
+        return self._judge_from(train, test, r, settings, dropped + bad, tmp)
+
     return self._stage("reward_model", settings | dict(test_share=test_share, r=r), rows, work, fresh)
 
 # %% ../nbs/45_pipeline.ipynb #36d93e80
@@ -530,106 +832,194 @@ def run_reward_model_training(self: RLHFOrchestrator,
 def _judge_from(self: RLHFOrchestrator, train, test, r: int, settings, dropped: Counter, tmp: Path) -> dict:
     "Train, examine and save a new reward model in the place of the old one; the stage's fields."
     self._load()
-    if self._reward_model: self._reward_model.delete()
+    if self._reward_model:
+        self._reward_model.delete()
     judge = self._reward_model = RewardModel(self.base, "reward", r, self.seed)
-    with self._bar(f"{self.done + 1:02d}_reward_model", " steps") as bar: result = judge.train(train, progress=_on(bar), **settings)
+    with self._bar(f"{self.done + 1:02d}_reward_model", " steps") as bar:
+        result = judge.train(train, progress=_on(bar), **settings)
     test, _, long = tokenize_pairs(self.base, test)
-    if not test: raise ValueError("all pairs to examine the reward model with are longer than the context: give shorter ones.")
-    scores = judge.scores(test); judge.save(tmp/"reward_model")
-    metrics = dict(accuracy=scores.accuracy.to_dict(), margin=float(scores.margins.mean()), losses=result.losses, steps=len(result.losses))
+    if not test:
+        raise ValueError(
+            "all pairs to examine the reward model with are longer than the context: give shorter ones."
+        )
+    scores = judge.scores(test)
+    judge.save(tmp / "reward_model")
+    metrics = dict(
+        accuracy=scores.accuracy.to_dict(),
+        margin=float(scores.margins.mean()),
+        losses=result.losses,
+        steps=len(result.losses),
+    )
     return dict(rows=result.n_rows, dropped=dict(dropped + long + result.dropped), metrics=metrics)
 
 # %% ../nbs/45_pipeline.ipynb #482b33b8
 @patch
 def _judge(self: RLHFOrchestrator, judge: str):
-    "The reward behind a name; raises `ValueError` for an unknown one, or for a reward model that is not there."
-    if judge not in ("task", "reward_model"): raise ValueError(f"judge is {judge!r}: expected 'task' or 'reward_model'.")
+    """The reward behind a name; raises `ValueError` for an unknown one, or for a reward model that is not
+    there.
+    """
+    if judge not in ("task", "reward_model"):
+        raise ValueError(f"judge is {judge!r}: expected 'task' or 'reward_model'.")
     if judge == "reward_model" and self._last("reward_model") is None:
-        raise ValueError("judge is 'reward_model', but no reward model is trained: call run_reward_model_training first, or take judge='task'.")
+        raise ValueError(
+            "judge is 'reward_model', but no reward model is trained: call run_reward_model_training first,"
+            " or take judge='task'."
+        )
     return lambda: self.task.reward if judge == "task" else self.reward_model
 
 # %% ../nbs/45_pipeline.ipynb #75a81de0
 @patch
 def _draw(self: RLHFOrchestrator, n: int, data=None) -> tuple[list[dict], Counter]:
     "At most `n` problems to train on, of the task or of `data`, none of them held out; and what was dropped."
-    seed, dropped = seed_of("problems", self.seed, max(self.done, 0) + 1), Counter()
-    if data is None: rows = self.task.problems("train", n, seed)
-    else: rows, dropped = self._rows(data, "prompts"); rows = random.Random(seed).sample(rows, min(n, len(rows)))
-    columns, leaked = sorted(rows[0]), [r for r in rows if self.asks(r["prompt"])]
-    if leaked: raise ValueError(f"the task's train split has problems of its held-out split, such as {prompt_text(leaked[0]['prompt'])[-60:]!r}.")
+    seed = seed_of("problems", self.seed, max(self.done, 0) + 1)
+    dropped = Counter()
+    if data is None:
+        rows = self.task.problems("train", n, seed)
+    else:
+        rows, dropped = self._rows(data, "prompts")
+        rows = random.Random(seed).sample(rows, min(n, len(rows)))
+    columns = sorted(rows[0])
+    leaked = [r for r in rows if self.asks(r["prompt"])]
+    if leaked:
+        raise ValueError(
+            "the task's train split has problems of its held-out split, such as"
+            f" {prompt_text(leaked[0]['prompt'])[-60:]!r}."
+        )
     for i, r in enumerate(rows):
-        if sorted(r) != columns: raise ValueError(f"row {i} has {sorted(r)}: expected {columns}, as the first one.")
+        if sorted(r) != columns:
+            raise ValueError(f"row {i} has {sorted(r)}: expected {columns}, as the first one.")
     return rows, dropped
 
 # %% ../nbs/45_pipeline.ipynb #1d0d5210
 def _check_whole(numbers: dict, **low):
     "Raise `ValueError` unless all are whole numbers of at least 1, or of what `low` says."
-    for k, v in numbers.items(): whole(k, v, low.get(k, 1))
+    for k, v in numbers.items():
+        whole(k, v, low.get(k, 1))
 
+# %% ../nbs/45_pipeline.ipynb #5d693ebd
 @patch
-def _play(self: RLHFOrchestrator, play: CompetitiveSelfPlay, refiner: IterativeRefiner | None, iterations: int, problems, seed, number, progress):
+def _play(
+    self: RLHFOrchestrator,
+    play: CompetitiveSelfPlay,
+    refiner: IterativeRefiner | None,
+    iterations: int,
+    problems,
+    seed,
+    number,
+    progress,
+):
     "One batch of games and refinements: pairs, scores of the games, and what was dropped."
     games = play.train_step(problems, seed=seed, round=number, progress=progress)
     rows, dropped = list(games), Counter(games.dropped)
     if refiner:
-        more, bad = refiner.refine_batch(problems, iterations, seed=seed, progress=progress).pairs(round=number)
-        rows += more; dropped += bad
+        more, bad = refiner.refine_batch(problems, iterations, seed=seed, progress=progress).pairs(
+            round=number
+        )
+        rows += more
+        dropped += bad
     return rows, games.scores, dropped
 
 # %% ../nbs/45_pipeline.ipynb #a361654a
 @patch
-def run_self_play(self: RLHFOrchestrator,
-    n_games: int = 256,             # matches, at least: whole prompts are played
-    refinement_iterations: int = 0, # critiques and new answers for each prompt, at most
-    judge: str = "task",            # "task": its reward; "reward_model": the one of the stage before
-    opponent: str = "current",      # "current": a snapshot of the policy as it is; "previous": as it was before the last stage that changed it
-    prompts=None,                   # rows with `prompt` and the reward's columns (if they are few, so are the games); by default the task's train split
-    n_samples: int = 4,             # answers a side and prompt
-    pairs_per_prompt: int = 4,      # from the games, at most
-    batch: int = 16,                # prompts that are played and written at once
-    refiner: dict | None = None,    # settings of `IterativeRefiner`, over critiques of 48 tokens
-    fresh: bool = False,            # as in `run_sft`
-) -> Rows:                          # pairs in TRL's form with provenance, as the ledger has them; none if it is skipped
-    "Let the policy play its snapshot and refine its own answers, and return what the judge preferred. Trains nothing. Raises as `run_sft` does."
-    if "self_play" in self.skip: return Rows([], title="self_play, skipped")
-    s = dict(n_games=n_games, n_samples=n_samples, pairs_per_prompt=pairs_per_prompt, batch=batch, refinement_iterations=refinement_iterations)
+def run_self_play(
+    self: RLHFOrchestrator,
+    n_games: int = 256,  # matches, at least: whole prompts are played
+    refinement_iterations: int = 0,  # critiques and new answers for each prompt, at most
+    judge: str = "task",  # "task": its reward; "reward_model": the one of the stage before
+    # "current": a snapshot of the policy as it is; "previous": as it was before the last stage that changed
+    # it
+    opponent: str = "current",
+    # rows with `prompt` and the reward's columns (if they are few, so are the games); by default the task's
+    # train split
+    prompts=None,
+    n_samples: int = 4,  # answers a side and prompt
+    pairs_per_prompt: int = 4,  # from the games, at most
+    batch: int = 16,  # prompts that are played and written at once
+    refiner: dict | None = None,  # settings of `IterativeRefiner`, over critiques of 48 tokens
+    fresh: bool = False,  # as in `run_sft`
+    # pairs in TRL's form with provenance, as the ledger has them; none if it is skipped
+) -> Rows:
+    """Let the policy play its snapshot and refine its own answers, and return what the judge preferred.
+
+    Trains nothing. Raises as `run_sft` does.
+    """
+    if "self_play" in self.skip:
+        return Rows([], title="self_play, skipped")
+    s = dict(
+        n_games=n_games,
+        n_samples=n_samples,
+        pairs_per_prompt=pairs_per_prompt,
+        batch=batch,
+        refinement_iterations=refinement_iterations,
+    )
     _check_whole(s, refinement_iterations=0)
-    if opponent not in ("current", "previous"): raise ValueError(f"opponent is {opponent!r}: expected 'current' or 'previous'.")
-    (problems, dropped), reward = self._draw(math.ceil(n_games/n_samples**2), prompts), self._judge(judge)
-    self._start(fresh); s |= dict(judge=judge, opponent=opponent, refiner=refiner)
-    stage = self._stage("self_play", s, problems, lambda tmp: self._games(problems, dropped, reward, s), fresh)
+    if opponent not in ("current", "previous"):
+        raise ValueError(f"opponent is {opponent!r}: expected 'current' or 'previous'.")
+    (problems, dropped), reward = self._draw(math.ceil(n_games / n_samples**2), prompts), self._judge(judge)
+    self._start(fresh)
+    s |= dict(judge=judge, opponent=opponent, refiner=refiner)
+    stage = self._stage(
+        "self_play", s, problems, lambda tmp: self._games(problems, dropped, reward, s), fresh
+    )
     return Rows(self.ledger.rows(round=stage.number), stage.dropped, stage.title)
 
 # %% ../nbs/45_pipeline.ipynb #f1727bbf
 @patch
 def _games(self: RLHFOrchestrator, problems: list[dict], dropped: Counter, reward, s: dict) -> dict:
     "Play all batches that are not played yet; the stage's fields."
-    n, batches = self.done + 1, [problems[i:i+s["batch"]] for i in range(0, len(problems), s["batch"])]
+    n = self.done + 1
+    batches = [problems[i : i + s["batch"]] for i in range(0, len(problems), s["batch"])]
     about = self._about("self_play", s, problems)
-    state = self._partial(n, about) or dict(number=n, about=about, batches=0, scores=[], dropped=dropped, ledger=self.ledger.position)
-    answers = 2*s["n_samples"] + (1 + 2*s["refinement_iterations"] if s["refinement_iterations"] else 0)  # a prompt, at most
+    state = self._partial(n, about) or dict(
+        number=n, about=about, batches=0, scores=[], dropped=dropped, ledger=self.ledger.position
+    )
+    # a prompt, at most
+    answers = 2 * s["n_samples"] + (1 + 2 * s["refinement_iterations"] if s["refinement_iterations"] else 0)
     of = self._previous() if s["opponent"] == "previous" else None
-    with self._snapshot(of) as other, self._bar(f"{n:02d}_self_play", " answers", answers*len(problems)) as bar:
+    with (
+        self._snapshot(of) as other,
+        self._bar(f"{n:02d}_self_play", " answers", answers * len(problems)) as bar,
+    ):
         play, refiner = self._players(other, reward(), s)
         for k, batch in enumerate(batches):
-            if k >= state["batches"]: self._play_batch(state, play, refiner, s["refinement_iterations"], batch, lambda k, tokens: bar.update(k))
-            bar.update(answers*sum(map(len, batches[:k+1])) - bar.n)
+            if k >= state["batches"]:
+                self._play_batch(
+                    state, play, refiner, s["refinement_iterations"], batch, lambda k, tokens: bar.update(k)
+                )
+            bar.update(answers * sum(map(len, batches[: k + 1])) - bar.n)
     rows = self.ledger.rows(round=n)
     self._say_what_is_lost(state, len(rows), s)
-    metrics = dict(games=sum(map(len, state["scores"])), win_rate=win_rate(state["scores"]).to_dict(), sources=dict(Counter(r["source"] for r in rows)))
+    metrics = dict(
+        games=sum(map(len, state["scores"])),
+        win_rate=win_rate(state["scores"]).to_dict(),
+        sources=dict(Counter(r["source"] for r in rows)),
+    )
     return dict(rows=len(rows), dropped=dict(state["dropped"]), metrics=metrics)
 
 # %% ../nbs/45_pipeline.ipynb #01bf4942
 @patch
 def _say_what_is_lost(self: RLHFOrchestrator, state: dict, n_rows: int, s: dict):
-    "Warn, in a line, of a stage that made no pair, or that lost most of its matches to answers that were cut off."
-    cut, decided = state["dropped"].get("truncated", 0), sum(v != .5 for row in state["scores"] for v in row)
+    """Warn, in a line, of a stage that made no pair, or that lost most of its matches to answers that were
+    cut off.
+    """
+    cut = state["dropped"].get("truncated", 0)
+    decided = sum(v != 0.5 for row in state["scores"] for v in row)
     longer = f"raise max_new_tokens (now {self.max_new_tokens})"
-    if 2*cut > decided:
-        warnings.warn(f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided): {longer}.", stacklevel=2)
-    if n_rows: return
-    if not decided: why = f"judge={s['judge']!r} found all answers to a prompt equal: take one that tells them apart, other prompts, or a higher temperature"
-    else: why = f"dropped {dict(state['dropped'])}: {longer}, or n_games"
+    if 2 * cut > decided:
+        warnings.warn(
+            f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided):"
+            f" {longer}.",
+            stacklevel=2,
+        )
+    if n_rows:
+        return
+    if not decided:
+        why = (
+            f"judge={s['judge']!r} found all answers to a prompt equal: take one that tells them apart, other"
+            " prompts, or a higher temperature"
+        )
+    else:
+        why = f"dropped {dict(state['dropped'])}: {longer}, or n_games"
     warnings.warn(f"self-play made no pair to learn from; {why}.", stacklevel=2)
 
 # %% ../nbs/45_pipeline.ipynb #47296887
@@ -638,18 +1028,30 @@ def _players(self: RLHFOrchestrator, other: Policy, reward, s: dict):
     "Who plays and who refines, for the settings `s`."
     sampling = dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature)
     play = CompetitiveSelfPlay(self.policy, other, reward, s["n_samples"], s["pairs_per_prompt"], **sampling)
-    if not s["refinement_iterations"]: return play, None
-    return play, IterativeRefiner(self.policy, reward=reward, **dict(critique_sampling=dict(max_new_tokens=48)) | sampling | (s["refiner"] or {}))
+    if not s["refinement_iterations"]:
+        return play, None
+    return play, IterativeRefiner(
+        self.policy,
+        reward=reward,
+        **dict(critique_sampling=dict(max_new_tokens=48)) | sampling | (s["refiner"] or {}),
+    )
 
 # %% ../nbs/45_pipeline.ipynb #3aa0926c
 @patch
 def _play_batch(self: RLHFOrchestrator, state: dict, play, refiner, iterations: int, problems, progress):
     "Play one batch, write its pairs to the ledger, and then that it is done."
     n = state["number"]
-    rows, scores, dropped = self._play(play, refiner, iterations, problems, seed_of("games", self.seed, n), n, progress)
+    rows, scores, dropped = self._play(
+        play, refiner, iterations, problems, seed_of("games", self.seed, n), n, progress
+    )
     self.ledger.append(rows)
-    state |= dict(batches=state["batches"] + 1, scores=state["scores"] + scores, dropped=dict(Counter(state["dropped"]) + dropped), ledger=self.ledger.position)
-    write_record(self.dir/"partial.json", state)
+    state |= dict(
+        batches=state["batches"] + 1,
+        scores=state["scores"] + scores,
+        dropped=dict(Counter(state["dropped"]) + dropped),
+        ledger=self.ledger.position,
+    )
+    write_record(self.dir / "partial.json", state)
 
 # %% ../nbs/45_pipeline.ipynb #99729985
 @patch
@@ -660,51 +1062,85 @@ def _previous(self: RLHFOrchestrator) -> Stage:
 # %% ../nbs/45_pipeline.ipynb #d82e62e3
 METHODS = {
     "dpo": ("preference", PairSettings, {}, {}),
-    "ipo": ("preference", PairSettings, dict(loss_type=["ipo"], loss_weights=None, beta=.5), {}),
-    "sppo": ("preference", PairSettings, dict(beta=.1, scale=1.), {}),
-    "spin": ("sft", PairSettings, dict(loss_type=["sigmoid"], loss_weights=None, beta=.1), {}),
+    "ipo": ("preference", PairSettings, dict(loss_type=["ipo"], loss_weights=None, beta=0.5), {}),
+    "sppo": ("preference", PairSettings, dict(beta=0.1, scale=1.0), {}),
+    "spin": ("sft", PairSettings, dict(loss_type=["sigmoid"], loss_weights=None, beta=0.1), {}),
     "sft": ("sft", Settings, {}, {}),
-    "grpo": ("prompts", Settings, {}, dict(n_prompts=64, group=8, prompts_per_step=8, kl=0., judge="task")),
+    "grpo": ("prompts", Settings, {}, dict(n_prompts=64, group=8, prompts_per_step=8, kl=0.0, judge="task")),
 }
 
 # %% ../nbs/45_pipeline.ipynb #2073c8ad
 @patch
-def run_policy_optimization(self: RLHFOrchestrator,
-    method: str = "dpo", # one of `METHODS`
-    data=None,           # what the method takes: see `load_rows`; `grpo` can do without
-    fresh: bool = False, # as in `run_sft`
-    **settings,          # fields of the method's settings and its own ones, see `METHODS`
-) -> Stage | None:       # None if it is skipped
+def run_policy_optimization(
+    self: RLHFOrchestrator,
+    method: str = "dpo",  # one of `METHODS`
+    data=None,  # what the method takes: see `load_rows`; `grpo` can do without
+    fresh: bool = False,  # as in `run_sft`
+    **settings,  # fields of the method's settings and its own ones, see `METHODS`
+) -> Stage | None:  # None if it is skipped
     "Train the policy on pairs, demonstrations or rewards. Raises as `run_sft` does."
-    if "policy_optimization" in self.skip: return None
-    if method not in METHODS: raise ValueError(f"method is {method!r}: expected one of {list(METHODS)}.")
-    kind, config, defaults, own = METHODS[method]; _check_settings(config, settings, own)
-    if data is None and method != "grpo": raise ValueError(f"no data: {method} takes rows with {ACCEPTED[kind]}.")
+    if "policy_optimization" in self.skip:
+        return None
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: expected one of {list(METHODS)}.")
+    kind, config, defaults, own = METHODS[method]
+    _check_settings(config, settings, own)
+    if data is None and method != "grpo":
+        raise ValueError(f"no data: {method} takes rows with {ACCEPTED[kind]}.")
     settings = {"seed": seed_of("update", self.seed, self.done + 1)} | defaults | own | settings
-    if method == "grpo": rows, dropped = self._grpo_rows(data, settings)
-    else: rows, dropped = self._rows(data, kind)
+    if method == "grpo":
+        rows, dropped = self._grpo_rows(data, settings)
+    else:
+        rows, dropped = self._rows(data, kind)
     update = getattr(self, f"_by_{method}", self._by_pairs)
-    return self._train(method, settings, rows, dropped, lambda progress, moments: update(method, rows, moments, progress, dict(settings)), fresh)
+    return self._train(
+        method,
+        settings,
+        rows,
+        dropped,
+        lambda progress, moments: update(method, rows, moments, progress, dict(settings)),
+        fresh,
+    )
 
 # %% ../nbs/45_pipeline.ipynb #2978ecbd
 @patch
 def _by_pairs(self: RLHFOrchestrator, method, rows, moments, progress, settings):
     with self._snapshot() as reference:
-        return (sppo if method == "sppo" else dpo)(self.policy, rows, reference, moments, progress=progress, **settings)
+        return (sppo if method == "sppo" else dpo)(
+            self.policy, rows, reference, moments, progress=progress, **settings
+        )
+
 
 @patch
-def _by_sft(self: RLHFOrchestrator, method, rows, moments, progress, settings): return sft(self.policy, rows, moments, progress=progress, **settings)
+def _by_sft(self: RLHFOrchestrator, method, rows, moments, progress, settings):
+    return sft(self.policy, rows, moments, progress=progress, **settings)
 
 # %% ../nbs/45_pipeline.ipynb #a7e56e93
 @patch
 def _by_spin(self: RLHFOrchestrator, method, rows, moments, progress, settings):
     n, made = self.done + 1, []
     with self._bar("sampling", " answers", len(rows)) as bar:
-        said = self.policy.sample([r["prompt"] for r in rows], max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                                  seed=seed_of("spin", self.seed, n), progress=lambda k, tokens: bar.update(k))
+        said = self.policy.sample(
+            [r["prompt"] for r in rows],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=seed_of("spin", self.seed, n),
+            progress=lambda k, tokens: bar.update(k),
+        )
     for r, [s] in zip(rows, said):
-        made.append(dict(prompt=r["prompt"], chosen=text_of(r["completion"]), rejected=s.text, rejected_truncated=s.truncated, rejected_ids=s.token_ids,
-                         source="spin", round=n, opponent="policy", judge="none"))
+        made.append(
+            dict(
+                prompt=r["prompt"],
+                chosen=text_of(r["completion"]),
+                rejected=s.text,
+                rejected_truncated=s.truncated,
+                rejected_ids=s.token_ids,
+                source="spin",
+                round=n,
+                opponent="policy",
+                judge="none",
+            )
+        )
     self.ledger.append(made)
     return self._by_pairs("dpo", made, moments, progress, settings)
 
@@ -713,10 +1149,13 @@ def _by_spin(self: RLHFOrchestrator, method, rows, moments, progress, settings):
 def _grpo_rows(self: RLHFOrchestrator, data, settings) -> tuple[list[dict], Counter]:
     "The problems of a stage, after a check of the settings."
     _check_whole({k: settings[k] for k in ("n_prompts", "group", "prompts_per_step")}, group=2)
-    if not settings["kl"] >= 0: raise ValueError(f"kl is {settings['kl']!r}: expected a number of at least 0.")
+    if not settings["kl"] >= 0:
+        raise ValueError(f"kl is {settings['kl']!r}: expected a number of at least 0.")
     if settings.get("num_train_epochs", 1) != 1 or settings.get("max_steps", -1) > 1:
-        raise ValueError("grpo takes one step on each batch of its own samples: "
-                         "give a larger n_prompts, not num_train_epochs or max_steps.")
+        raise ValueError(
+            "grpo takes one step on each batch of its own samples: "
+            "give a larger n_prompts, not num_train_epochs or max_steps."
+        )
     self._judge(settings["judge"])
     return self._draw(settings["n_prompts"], data)
 
@@ -733,14 +1172,19 @@ def _group_rows(self: RLHFOrchestrator, batch, reward, group: int, seed: int) ->
 def _one_step(rows: list[dict], settings: dict) -> dict:
     "`settings` with which all `rows` are one step, in parts of the size that was asked for."
     size = min(settings.get("per_device_train_batch_size", len(rows)), len(rows))
-    parts = math.ceil(len(rows)/size)
+    parts = math.ceil(len(rows) / size)
     return settings | dict(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
 
+# %% ../nbs/45_pipeline.ipynb #ac5c3017
 @patch
 def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
-    k, group, kl, judge, _ = (settings.pop(x) for x in ("prompts_per_step", "group", "kl", "judge", "n_prompts"))
-    reward, batches, n = self._judge(judge)(), [rows[i:i+k] for i in range(0, len(rows), k)], self.done + 1
-    done = UpdateResult([], 0, 0., moments or {})
+    k, group, kl, judge, _ = (
+        settings.pop(x) for x in ("prompts_per_step", "group", "kl", "judge", "n_prompts")
+    )
+    reward = self._judge(judge)()
+    batches = [rows[i : i + k] for i in range(0, len(rows), k)]
+    n = self.done + 1
+    done = UpdateResult([], 0, 0.0, moments or {})
     done.metrics = dict(reward=[])
     with self._snapshot() as snapshot:
         for i, batch in enumerate(batches):
@@ -750,7 +1194,8 @@ def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
             live = weighed(scored, kl)
             left_out = {"abstained": len(made) - len(scored), "no advantage": len(scored) - len(live)}
             done.dropped += Counter(left_out)
-            if scored: done.metrics["reward"].append(fmean(r["reward"] for r in scored))
+            if scored:
+                done.metrics["reward"].append(fmean(r["reward"] for r in scored))
             if live:
                 one_step = _one_step(live, settings)
                 _add(done, reinforce(self.policy, live, done.optimizer or None, snapshot, kl, **one_step))
@@ -763,7 +1208,10 @@ def _by_grpo(self: RLHFOrchestrator, method, rows, moments, progress, settings):
 # %% ../nbs/45_pipeline.ipynb #940ef2cc
 def _add(total: UpdateResult, one: UpdateResult):
     "Count `one` step into `total`."
-    total.history += one.history; total.n_rows += one.n_rows; total.seconds += one.seconds; total.optimizer = one.optimizer
+    total.history += one.history
+    total.n_rows += one.n_rows
+    total.seconds += one.seconds
+    total.optimizer = one.optimizer
     total.dropped += one.dropped
 
 # %% ../nbs/45_pipeline.ipynb #fc4f7dc7
@@ -771,16 +1219,24 @@ def _add(total: UpdateResult, one: UpdateResult):
 @printable
 def __repr__(self: RLHFOrchestrator):
     name, stages = Path(self.about["model"]).name, self.stages
-    return f"RLHFOrchestrator({self.dir.name} on {name}, seed {self.seed}: {len(stages)} stages finished, {self.done + 1} of them called here)\n{stages!r}"
+    return (
+        f"RLHFOrchestrator({self.dir.name} on {name}, seed {self.seed}: {len(stages)} stages finished,"
+        f" {self.done + 1} of them called here)\n{stages!r}"
+    )
 
 # %% ../nbs/45_pipeline.ipynb #2393d5be
 @patch
-def run_selection(self: RLHFOrchestrator,
-    fresh: bool = False, # as in `run_sft`
-) -> Stage | None:       # None if it is skipped
-    "Let the policies of all stages so far answer the validation problems, and take the best, the earlier of equals. Raises as `run_sft` does."
-    if "selection" in self.skip: return None
-    if not self.validation: raise ValueError("validation_size is 0: expected some problems to choose by.")
+def run_selection(
+    self: RLHFOrchestrator,
+    fresh: bool = False,  # as in `run_sft`
+) -> Stage | None:  # None if it is skipped
+    """Let the policies of all stages so far answer the validation problems, and take the best, the earlier of
+    equals. Raises as `run_sft` does.
+    """
+    if "selection" in self.skip:
+        return None
+    if not self.validation:
+        raise ValueError("validation_size is 0: expected some problems to choose by.")
     self._start(fresh)
     found = [s for s in self.stages if s.after and s.number <= self.done]
     return self._stage("selection", {}, self.validation, lambda tmp: self._select(found, tmp), fresh)
@@ -789,24 +1245,31 @@ def run_selection(self: RLHFOrchestrator,
 @patch
 def _select(self: RLHFOrchestrator, found: list[Stage], tmp: Path) -> dict:
     "Examine all, copy the best one's adapter and exam; the stage's fields."
-    self._load(); rates = {}
+    self._load()
+    rates = {}
     with self._bar("selection", " policies", len(found)) as bar:
         for s in found:
-            with self._snapshot(s) as policy: rates[s.title] = self.exam(policy, self.validation).accuracy
+            with self._snapshot(s) as policy:
+                rates[s.title] = self.exam(policy, self.validation).accuracy
             bar.update()
     best = max(found, key=lambda s: rates[s.title].value)
-    for what, copy in ("adapter", shutil.copytree), ("exam.json", shutil.copy): copy(self.folder(best)/what, tmp/what)
+    for what, copy in ("adapter", shutil.copytree), ("exam.json", shutil.copy):
+        copy(self.folder(best) / what, tmp / what)
     self.close()  # what is loaded next is the best
-    return dict(metrics=dict(chosen=best.title, validation={k: r.to_dict() for k, r in rates.items()}), after=best.after)
+    return dict(
+        metrics=dict(chosen=best.title, validation={k: r.to_dict() for k, r in rates.items()}),
+        after=best.after,
+    )
 
 # %% ../nbs/45_pipeline.ipynb #67804403
 def read_study(
-    path: str | Path, # a JSONL file: a stage a line, with `arm` and `seed`
-) -> dict[tuple, Stages]: # (arm, seed) to its stages
+    path: str | Path,  # a JSONL file: a stage a line, with `arm` and `seed`
+) -> dict[tuple, Stages]:  # (arm, seed) to its stages
     "The stages of an experiment with several runs."
     runs = {}
     for d in map(json.loads, Path(path).read_text().splitlines()):
         fields = {k: v for k, v in d.items() if k not in ("arm", "seed", "right")}
-        stage = Stage(about={}, **fields); stage.right = d.get("right")
+        stage = Stage(about={}, **fields)
+        stage.right = d.get("right")
         runs.setdefault((d["arm"], d["seed"]), Stages()).append(stage)
     return runs

@@ -22,24 +22,37 @@ def is_messages(x) -> bool:
     return isinstance(x, list) and bool(x) and all(isinstance(m, dict) and "role" in m for m in x)
 
 # %% ../nbs/01_players.ipynb #6e9aebd2
-def content_of(
-    message: dict, # a chat message
-) -> str:
-    "The text of a message: its content, or that of its parts. Raises `ValueError` if it has none, or a part that is no text."
+def content_of(message: dict) -> str:  # a chat message
+    """The text of a message: its content, or that of its parts.
+
+    Raises `ValueError` if it has none, or a part that is no text.
+    """
     content = message.get("content")
-    if isinstance(content, str): return content
-    if content is None and message.get("tool_calls"): return ""
-    if not isinstance(content, list): raise ValueError(f"a message of the role {message.get('role')!r} has the content {content!r:.60}: expected text.")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list):
+        raise ValueError(
+            f"a message of the role {message.get('role')!r} has the content {content!r:.60}: expected text."
+        )
     for part in content:
         if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
-            raise ValueError(f"a message of the role {message.get('role')!r} has the part {part!r:.60}: expected {{'type': 'text', 'text': ...}}.")
+            raise ValueError(
+                f"a message of the role {message.get('role')!r} has the part {part!r:.60}: expected {{'type':"
+                " 'text', 'text': ...}."
+            )
     return "".join(part["text"] for part in content)
 
+# %% ../nbs/01_players.ipynb #1b78aa10
 def prompt_text(prompt) -> str:
     "A prompt as one text: a string as it is, a single message's content, or messages with their roles."
-    if isinstance(prompt, str): return prompt
-    if len(prompt) == 1: return content_of(prompt[0])
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return content_of(prompt[0])
     return "\n".join(f"{m['role']}: {content_of(m)}" for m in prompt)
+
 
 def text_of(completion) -> str:
     "The text of a completion: a string, or TRL's conversational form (a list of messages)."
@@ -47,32 +60,44 @@ def text_of(completion) -> str:
 
 # %% ../nbs/01_players.ipynb #5f864b04
 def as_prompts(
-    prompts, # a string, a conversation, or a list of either
-) -> tuple[list, bool]: # the prompts as a list, and whether a single one was given
-    "Normalize `prompts` to a list; raises `ValueError` for none and for one without text, and `TypeError` for anything else."
+    prompts,  # a string, a conversation, or a list of either
+) -> tuple[list, bool]:  # the prompts as a list, and whether a single one was given
+    """Normalize `prompts` to a list; raises `ValueError` for none and for one without text, and `TypeError`
+    for anything else.
+    """
     single = isinstance(prompts, str) or is_messages(prompts)
     expected = "expected a string, a list of {'role', 'content'} messages, or a non-empty list of these"
     if isinstance(prompts, (dict, set, bytes)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts are {_shown(prompts)}: {expected}.")
     prompts = [prompts] if single else list(prompts)
-    if not prompts: raise ValueError(f"no prompts: {expected}.")
+    if not prompts:
+        raise ValueError(f"no prompts: {expected}.")
     for i, p in enumerate(prompts):
-        if not (isinstance(p, str) or is_messages(p)): raise TypeError(f"prompt {i} is {_shown(p)}: {expected}.")
+        if not (isinstance(p, str) or is_messages(p)):
+            raise TypeError(f"prompt {i} is {_shown(p)}: {expected}.")
         _check_text(i, p)
     return prompts, single
 
+# %% ../nbs/01_players.ipynb #1d543a89
 def _check_text(i: int, prompt):
     "Raise `ValueError` for a prompt without text, or with a role or content that is none."
     if not isinstance(prompt, str):
         roles = [m["role"] for m in prompt if not isinstance(m["role"], str)]
-        if roles: raise ValueError(f"prompt {i} has a message of the role {roles[0]!r:.60}: expected the role's name.")
+        if roles:
+            raise ValueError(
+                f"prompt {i} has a message of the role {roles[0]!r:.60}: expected the role's name."
+            )
     text = prompt if isinstance(prompt, str) else "".join(map(content_of, prompt))
-    if not text.strip(): raise ValueError(f"prompt {i} is empty, {prompt!r:.60}: expected text.")
+    if not text.strip():
+        raise ValueError(f"prompt {i} is empty, {prompt!r:.60}: expected text.")
 
+# %% ../nbs/01_players.ipynb #abaf7847
 def _shown(x):
     "What was given in the place of a prompt, and where the prompt may be."
-    if isinstance(x, dict) and "prompt" in x: return f"a row with the keys {sorted(x, key=str)} (its prompt is under 'prompt')"
-    if isinstance(x, dict) and "role" in x: return f"a message by itself, {x!r:.60} (a conversation is a list of them)"
+    if isinstance(x, dict) and "prompt" in x:
+        return f"a row with the keys {sorted(x, key=str)} (its prompt is under 'prompt')"
+    if isinstance(x, dict) and "role" in x:
+        return f"a message by itself, {x!r:.60} (a conversation is a list of them)"
     return f"{x!r:.60} ({type(x).__name__})"
 
 # %% ../nbs/01_players.ipynb #d8e20428
@@ -80,140 +105,205 @@ def name_of(x) -> str:
     "The name of a player, a reward or a judge; of one without, that of its class."
     return str(getattr(x, "__name__", None) or getattr(x, "name", None) or type(x).__name__)
 
+
 def seed_of(*key) -> int:
     "A seed of 31 bits that depends on all of `key`."
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) >> 1
 
 # %% ../nbs/01_players.ipynb #f9a2975c
 def columns_of(
-    problems: list[dict], # n, each with `prompt` and the same other keys
-) -> tuple[list, dict]:   # the prompts, and a list of n values for each other key
+    problems: list[dict],  # n, each with `prompt` and the same other keys
+) -> tuple[list, dict]:  # the prompts, and a list of n values for each other key
     "Rows as prompts and columns, as a reward in TRL's convention takes them."
-    return [p["prompt"] for p in problems], {k: [p[k] for p in problems] for k in problems[0] if k != "prompt"}
+    return [p["prompt"] for p in problems], {
+        k: [p[k] for p in problems] for k in problems[0] if k != "prompt"
+    }
 
 # %% ../nbs/01_players.ipynb #e129771a
 class Scripted:
     "A player made of a function."
-    def __init__(self,
-        fn,                     # `(prompt, rng) -> answer`, with a `random.Random`
-        name: str = "scripted", # shown in matches and ratings
-    ): self.fn, self.name = fn, name
 
-    takes_seeds = True # one for each prompt, if `seed` is a list
+    def __init__(
+        self,
+        fn,  # `(prompt, rng) -> answer`, with a `random.Random`
+        name: str = "scripted",  # shown in matches and ratings
+    ):
+        self.fn, self.name = fn, name
+
+    takes_seeds = True  # one for each prompt, if `seed` is a list
+
     def generate(self, prompts, n_samples: int = 1, seed: int | list[int] | None = None, **sampling):
         "Answer as a policy does; `seed` None is 0, other sampling settings mean nothing to it."
         prompts, single = as_prompts(prompts)
         whole("n_samples", n_samples)
-        seeds = seed if isinstance(seed, list) else [seed or 0]*len(prompts)
-        if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
+        seeds = seed if isinstance(seed, list) else [seed or 0] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise ValueError(
+                f"{len(seeds)} seeds for {len(prompts)} prompts: expected one number, or one for each."
+            )
         seen, rows = Counter(), []
         for s, text in zip(seeds, map(prompt_text, prompts)):
-            rows.append([random.Random(f"{s} {seen[s, text] + k} {text}".encode("utf-8", "surrogatepass")) for k in range(n_samples)])
+            rows.append(
+                [
+                    random.Random(f"{s} {seen[s, text] + k} {text}".encode("utf-8", "surrogatepass"))
+                    for k in range(n_samples)
+                ]
+            )
             seen[s, text] += n_samples  # a repeated prompt goes on counting
         rows = [[self.fn(p, rng) for rng in row] for p, row in zip(prompts, rows)]
-        if n_samples == 1: rows = [row[0] for row in rows]
+        if n_samples == 1:
+            rows = [row[0] for row in rows]
         return rows[0] if single else rows
 
     @printable
-    def __repr__(self): return f"Scripted({self.name!r})"
+    def __repr__(self):
+        return f"Scripted({self.name!r})"
 
 # %% ../nbs/01_players.ipynb #42f08533
 def as_player(
-    player,               # a `Policy`, an object with `generate`, or a function `prompt -> text` or `(prompt, rng) -> text`
-    what: str = "player", # its place, for the error
-):                        # something with `generate` or `sample`
+    # a `Policy`, an object with `generate`, or a function `prompt -> text` or `(prompt, rng) -> text`
+    player,
+    what: str = "player",  # its place, for the error
+):  # something with `generate` or `sample`
     "Whoever answers prompts, in one form. Raises `ValueError` for what cannot answer."
     if isinstance(player, type):
         raise ValueError(f"{what} is the class {player.__name__}: expected one of its instances.")
     if hasattr(player, "generate") or hasattr(player, "sample"):
         return player
     if not callable(player):
-        raise ValueError(f"{what} is {player!r:.60}, which cannot answer: expected a player, as a Policy, "
-                         "something with `generate`, or a function of the prompt.")
+        raise ValueError(
+            f"{what} is {player!r:.60}, which cannot answer: expected a player, as a Policy, "
+            "something with `generate`, or a function of the prompt."
+        )
     if not takes_arguments(player):
         raise ValueError(f"{what} {name_of(player)!r} takes no argument: expected a function of the prompt.")
     wants_luck = len(places(player)) > 1
     answer = player if wants_luck else lambda prompt, rng: player(prompt)
     return Scripted(answer, name_of(player))
 
-def places(
-    fn, # a function, or anything else that can be called
-) -> list:
+# %% ../nbs/01_players.ipynb #28c663b3
+def places(fn) -> list:  # a function, or anything else that can be called
     "The arguments that it takes by place, without those that have a default."
-    try: parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError): return [None]  # written in C: nothing is known
-    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return [None]  # written in C: nothing is known
+    return [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
 
+# %% ../nbs/01_players.ipynb #0a2261a5
 def takes_arguments(fn) -> bool:
     "Can it be called with something?"
-    try: return bool(inspect.signature(fn).parameters)
-    except (TypeError, ValueError): return True  # written in C: nothing is known
+    try:
+        return bool(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return True  # written in C: nothing is known
 
+# %% ../nbs/01_players.ipynb #048eace9
 def columns_for(
-    fn,            # a user's function of single answers
-    n: int,        # how many arguments it gets by place
-    columns: dict, # lists, by name
-    what: str,     # what it is, for the error
+    fn,  # a user's function of single answers
+    n: int,  # how many arguments it gets by place
+    columns: dict,  # lists, by name
+    what: str,  # what it is, for the error
 ) -> dict:
-    "The columns that `fn` takes by name beside those `n`; all of them if it has a `**`. Raises `ValueError` for one that is not there."
-    columns = {k: v for k, v in columns.items() if hasattr(v, "__getitem__") and not isinstance(v, (str, dict))}
-    try: parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError): return {}  # written in C: nothing is known
-    if any(p.kind is p.VAR_KEYWORD for p in parameters): return columns
+    """The columns that `fn` takes by name beside those `n`; all of them if it has a `**`.
+
+    Raises `ValueError` for one that is not there.
+    """
+    columns = {
+        k: v for k, v in columns.items() if hasattr(v, "__getitem__") and not isinstance(v, (str, dict))
+    }
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return {}  # written in C: nothing is known
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return columns
     placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(placed) < n and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise ValueError(f"{what} takes {len(placed)} argument{'s'*(len(placed) != 1)}: expected at least {n}.")
+        raise ValueError(
+            f"{what} takes {len(placed)} argument{'s' * (len(placed) != 1)}: expected at least {n}."
+        )
     more = placed[n:] + [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     lacks = [p.name for p in more if p.default is p.empty and p.name not in columns]
-    if lacks: raise ValueError(f"{what} takes {', '.join(lacks)}, which no column is named: there are {sorted(columns) or 'none'}.")
+    if lacks:
+        raise ValueError(
+            f"{what} takes {', '.join(lacks)}, which no column is named: there are"
+            f" {sorted(columns) or 'none'}."
+        )
     return {p.name: columns[p.name] for p in more if p.name in columns}
 
 # %% ../nbs/01_players.ipynb #b9f84e5f
 @dataclass
 class Answer:
     "An answer of a player that is no `Policy`; those of a policy are `policy.Sample`s."
+
     text: str
     truncated: bool = False
 
 # %% ../nbs/01_players.ipynb #ea3a3f14
 def answers_of(
-    policy,                 # whatever `as_player` takes
-    prompts: list,          # n prompts
-    n_samples: int = 1,     # answers for each
-    progress=None,          # called by a `Policy` as `progress(finished answers, new tokens)`
-    **sampling,             # settings and seed (one for each prompt, if it is a list), handed on
-) -> tuple[list, float, int]: # `Answer`s or `Sample`s (n, n_samples); seconds; tokens
+    policy,  # whatever `as_player` takes
+    prompts: list,  # n prompts
+    n_samples: int = 1,  # answers for each
+    progress=None,  # called by a `Policy` as `progress(finished answers, new tokens)`
+    **sampling,  # settings and seed (one for each prompt, if it is a list), handed on
+) -> tuple[list, float, int]:  # `Answer`s or `Sample`s (n, n_samples); seconds; tokens
     "Ask a player, whatever it is; raises `ValueError` if it cannot answer, or answers in another shape."
     policy = as_player(policy)
     if hasattr(policy, "sample"):
-        s = policy.sample(prompts, n_samples=n_samples, **sampling, **({"progress": progress} if progress else {}))
+        s = policy.sample(
+            prompts, n_samples=n_samples, **sampling, **({"progress": progress} if progress else {})
+        )
         return s, s.seconds, s.n_tokens
     seed = sampling.get("seed")
-    if isinstance(seed, (list, tuple)) and not getattr(policy, "takes_seeds", False):  # then each prompt is asked by itself, with its own
-        if len(seed) != len(prompts): raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each.")
-        alone = [answers_of(policy, [p], n_samples, progress, **sampling | {"seed": s}) for p, s in zip(prompts, seed)]
+    # then each prompt is asked by itself, with its own
+    if isinstance(seed, (list, tuple)) and not getattr(policy, "takes_seeds", False):
+        if len(seed) != len(prompts):
+            raise ValueError(
+                f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each."
+            )
+        alone = [
+            answers_of(policy, [p], n_samples, progress, **sampling | {"seed": s})
+            for p, s in zip(prompts, seed)
+        ]
         return [rows[0] for rows, *_ in alone], sum(s for _, s, _ in alone), sum(n for *_, n in alone)
     texts = policy.generate(prompts, n_samples=n_samples, **sampling)
-    shape = f"expected {'a text' if n_samples == 1 else f'a list of {n_samples} texts'} for each of {len(prompts)} prompts"
-    if not isinstance(texts, (list, tuple)): raise ValueError(f"the player {name_of(policy)!r} gave {texts!r:.60}: {shape}.")
-    if n_samples == 1: texts = [[t] for t in texts]
+    shape = (
+        f"expected {'a text' if n_samples == 1 else f'a list of {n_samples} texts'} for each of"
+        f" {len(prompts)} prompts"
+    )
+    if not isinstance(texts, (list, tuple)):
+        raise ValueError(f"the player {name_of(policy)!r} gave {texts!r:.60}: {shape}.")
+    if n_samples == 1:
+        texts = [[t] for t in texts]
     counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in texts]
-    if counts != [n_samples]*len(prompts): raise ValueError(f"the player {name_of(policy)!r} gave {counts[:5]} answers: {shape}.")
+    if counts != [n_samples] * len(prompts):
+        raise ValueError(f"the player {name_of(policy)!r} gave {counts[:5]} answers: {shape}.")
     for row in texts:
         for t in row:
-            if not isinstance(t, str): raise ValueError(f"the player {name_of(policy)!r} gave the answer {t!r:.60}: {shape}.")
-    return [[Answer(t) for t in row] for row in texts], 0., 0
+            if not isinstance(t, str):
+                raise ValueError(f"the player {name_of(policy)!r} gave the answer {t!r:.60}: {shape}.")
+    return [[Answer(t) for t in row] for row in texts], 0.0, 0
 
 # %% ../nbs/01_players.ipynb #28350d80
 def answers_together(
     asked: list[tuple],  # `(player, prompts, seed)`
     n_samples: int = 1,  # answers for each prompt
-    progress=None,       # as in `answers_of`
-    **sampling,          # settings, handed on
-):                       # yields what `answers_of` gives, for each that was asked
-    "Ask several players: policies on one base in one batch, others when it is their turn. Raises as `answers_of`."
+    progress=None,  # as in `answers_of`
+    **sampling,  # settings, handed on
+):  # yields what `answers_of` gives, for each that was asked
+    """Ask several players: policies on one base in one batch, others when it is their turn.
+
+    Raises as `answers_of`.
+    """
     bases = {id(getattr(player, "base", player)) for player, *_ in asked}
     if len(asked) > 1 and len(bases) == 1 and all(hasattr(player, "sample_together") for player, *_ in asked):
-        for s in asked[0][0].sample_together(asked, n_samples=n_samples, progress=progress, **sampling): yield s, s.seconds, s.n_tokens
+        for s in asked[0][0].sample_together(asked, n_samples=n_samples, progress=progress, **sampling):
+            yield s, s.seconds, s.n_tokens
     else:
-        for player, prompts, seed in asked: yield answers_of(player, prompts, n_samples, progress, seed=seed, **sampling)
+        for player, prompts, seed in asked:
+            yield answers_of(player, prompts, n_samples, progress, seed=seed, **sampling)

@@ -45,41 +45,56 @@ from .templates import control_tokens
 # %% ../nbs/02_policy.ipynb #4ee37781
 class Base:
     "A frozen model and its tokenizer, on which every policy is an adapter."
-    def __init__(self,
-        model,                      # a causal language model, as `load_model` returns it
-        tokenizer,                  # its tokenizer
-        name: str = "model",        # shown, and written to saved adapters
-        chat: bool | None = None,   # strings are user turns? By default: if the tokenizer has a chat template
-        max_batch_tokens: int = 8192, # prompts and answers that are in memory at once (key-value cache), in tokens
-        max_train_tokens: int | None = None, # that go through an update at once; by default 256 on a CPU and 1024 on a GPU
-        unpack_rows: int | None = None, # answers at once for which a CPU holds all weights out of their four bits; by default 32 if a quarter of the memory can
+
+    def __init__(
+        self,
+        model,  # a causal language model, as `load_model` returns it
+        tokenizer,  # its tokenizer
+        name: str = "model",  # shown, and written to saved adapters
+        chat: bool | None = None,  # strings are user turns? By default: if the tokenizer has a chat template
+        # prompts and answers that are in memory at once (key-value cache), in tokens
+        max_batch_tokens: int = 8192,
+        # that go through an update at once; by default 256 on a CPU and 1024 on a GPU
+        max_train_tokens: int | None = None,
+        # answers at once for which a CPU holds all weights out of their four bits; by default 32 if a quarter
+        # of the memory can
+        unpack_rows: int | None = None,
     ):
-        self.model, self.tokenizer, self.name, self.max_batch_tokens = model, tokenizer, name, max_batch_tokens
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.max_batch_tokens = max_batch_tokens
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self.max_train_tokens = max_train_tokens or (256 if model.device.type == "cpu" else 1024)
         self.unpack_rows = (32 if self._unpack_fits() else 0) if unpack_rows is None else unpack_rows
         self.control = control_tokens(tokenizer)  # none of them is ever made of a text
         self.peft = None  # becomes a PeftModel with the first adapter
 
-    def _unpack_fits(self): return self.model.num_parameters()*self.model.dtype.itemsize <= psutil.virtual_memory().total/4
+    def _unpack_fits(self):
+        return self.model.num_parameters() * self.model.dtype.itemsize <= psutil.virtual_memory().total / 4
 
     @classmethod
-    def load(cls,
-        source: str | Path = DEFAULT_MODEL, # a folder, a hub name, or a wheel model's name
-        dtype: torch.dtype | None = None,   # compute format; by default the one that suits the device
-        device: str | None = None,          # `cpu` or `cuda`; by default what the machine has
-        **kwargs,                           # `chat`, `max_batch_tokens`, `max_train_tokens`, `unpack_rows`
+    def load(
+        cls,
+        source: str | Path = DEFAULT_MODEL,  # a folder, a hub name, or a wheel model's name
+        dtype: torch.dtype | None = None,  # compute format; by default the one that suits the device
+        device: str | None = None,  # `cpu` or `cuda`; by default what the machine has
+        **kwargs,  # `chat`, `max_batch_tokens`, `max_train_tokens`, `unpack_rows`
     ) -> "Base":
         "Load `source` in NF4 (see `load_model` for the errors)."
         return cls(*load_model(source, dtype, device), name=str(source), **kwargs)
 
 # %% ../nbs/02_policy.ipynb #6e569fdf
 @patch(as_prop=True)
-def device(self: Base) -> torch.device: return self.model.device
+def device(self: Base) -> torch.device:
+    return self.model.device
+
 
 @patch(as_prop=True)
-def context_length(self: Base) -> int: return self.model.config.get_text_config().max_position_embeddings
+def context_length(self: Base) -> int:
+    return self.model.config.get_text_config().max_position_embeddings
 
+# %% ../nbs/02_policy.ipynb #622a1e33
 @patch(as_prop=True)
 def eos_ids(self: Base) -> set[int]:
     "Token ids that end an answer: those of the generation config, and the tokenizer's."
@@ -91,63 +106,100 @@ def whole_characters(text: str) -> str:
     "`text` with halves of characters (lone surrogates, which have no tokens) replaced by `\ufffd`."
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+
 def _in_strings(x, change):
     "`x` with `change` applied to each string in it."
-    if isinstance(x, str): return change(x)
-    if isinstance(x, dict): return {_in_strings(k, change): _in_strings(v, change) for k, v in x.items()}
+    if isinstance(x, str):
+        return change(x)
+    if isinstance(x, dict):
+        return {_in_strings(k, change): _in_strings(v, change) for k, v in x.items()}
     return [_in_strings(y, change) for y in x] if isinstance(x, (list, tuple)) else x
 
 # %% ../nbs/02_policy.ipynb #a59e9d9a
 @patch
-def spell(self: Base,
-    text: str, # anything
-) -> list[int]:
+def spell(self: Base, text: str) -> list[int]:  # anything
     "Token ids of `text` in which nothing is a control token, whatever it says."
-    def plain(part): return self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def plain(part):
+        return self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
     text = whole_characters(text)
     ids = plain(text)
-    kept = {t for t in self.control if t in text and self.tokenizer.convert_tokens_to_ids(t) in ids}  # not marked as special
-    if not kept: return ids
+    # not marked as special
+    kept = {t for t in self.control if t in text and self.tokenizer.convert_tokens_to_ids(t) in ids}
+    if not kept:
+        return ids
     parts = re.split(f"({'|'.join(re.escape(t) for t in self.control if t in kept)})", text)
     return [i for part in parts for i in (plain(part[0]) + plain(part[1:]) if part in kept else plain(part))]
 
+# %% ../nbs/02_policy.ipynb #03fddf11
 @patch
 def _render(self: Base, messages, tokenize: bool):
-    "The chat template's text or tokens; a system message goes into the first user turn where the template has no place for it."
-    def made(messages): return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False)
-    try: return made(messages)
+    """The chat template's text or tokens; a system message goes into the first user turn where the template
+    has no place for it.
+    """
+
+    def made(messages):
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
+        )
+
+    try:
+        return made(messages)
     except (TemplateError, TypeError) as e:
         first, *others = messages
         if first["role"] == "system" and others and others[0]["role"] == "user":
             both = first["content"] + "\n\n" + others[0]["content"]
-            try: return made([others[0] | {"content": both}, *others[1:]])
-            except (TemplateError, TypeError): pass
-        raise ValueError(f"the chat template of {self.name!r} refuses messages of the roles {[m['role'] for m in messages]}: {e}") from e
+            try:
+                return made([others[0] | {"content": both}, *others[1:]])
+            except (TemplateError, TypeError):
+                pass
+        raise ValueError(
+            f"the chat template of {self.name!r} refuses messages of the roles"
+            f" {[m['role'] for m in messages]}: {e}"
+        ) from e
 
+# %% ../nbs/02_policy.ipynb #971bef3d
 @patch
-def encode(self: Base,
-    prompt, # a string or a list of messages
-) -> list[int]:
+def encode(self: Base, prompt) -> list[int]:  # a string or a list of messages
     """Token ids of a prompt, up to where the answer starts. Texts in it are never control tokens.
 
-    Raises `ValueError` for messages without a template, without a text, or in an order that the template refuses."""
-    if isinstance(prompt, str) and not self.chat: return self.tokenizer(whole_characters(prompt), split_special_tokens=True)["input_ids"]
+    Raises `ValueError` for messages without a template, without a text, or in an order that the template
+    refuses.
+    """
+    if isinstance(prompt, str) and not self.chat:
+        return self.tokenizer(whole_characters(prompt), split_special_tokens=True)["input_ids"]
     if not self.tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {self.name!r} has no chat template, so it cannot read {prompt!r:.60}. "
-                         "Give prompts as plain strings with Base(..., chat=False), or set tokenizer.chat_template.")
-    if isinstance(prompt, str): prompt = [{"role": "user", "content": prompt}]
+        raise ValueError(
+            f"the tokenizer of {self.name!r} has no chat template, so it cannot read {prompt!r:.60}. "
+            "Give prompts as plain strings with Base(..., chat=False), or set tokenizer.chat_template."
+        )
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     messages = [_in_strings(m | {"content": content_of(m)}, whole_characters) for m in prompt]
     texts = []
     _in_strings(messages, texts.append)
     found = [t for t in self.control if any(t in text for text in texts)]
-    if not found: return self._render(messages, tokenize=True)
-    unused = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))  # of the characters for private use
+    if not found:
+        return self._render(messages, tokenize=True)
+    # of the characters for private use
+    unused = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
     places = dict(zip(unused, found))
+
     def hide(text):
-        for place, token in places.items(): text = text.replace(token, place)
+        for place, token in places.items():
+            text = text.replace(token, place)
         return text
+
     parts = re.split(f"([{''.join(places)}])", self._render(_in_strings(messages, hide), tokenize=False))
-    def ids(part): return self.spell(places[part]) if part in places else self.tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    def ids(part):
+        return (
+            self.spell(places[part])
+            if part in places
+            else self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        )
+
     return [i for part in parts for i in ids(part)]
 
 # %% ../nbs/02_policy.ipynb #31cd6c9a
@@ -158,95 +210,172 @@ def adapters(self: Base) -> list[str]:
 
 # %% ../nbs/02_policy.ipynb #af345738
 TRL_NAMES = "default", "ref"
-PEFT_PARTS = "base_layer", "base_model", "modules_to_save", "original_module", "token_adapter", "weight", "bias"
-PLAIN_STARTS = True, False, "gaussian", "orthogonal", "eva"  # the others take something out of the frozen weights
-PLAIN_SETTINGS = ( # of PEFT's LoraConfig: LoRA matrices beside the base. What else it has, or will have, is refused: KaSA for example cuts into the base
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "qalora_group_size",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "ensure_weight_tying",
-    "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config")
+PEFT_PARTS = (
+    "base_layer",
+    "base_model",
+    "modules_to_save",
+    "original_module",
+    "token_adapter",
+    "weight",
+    "bias",
+)
+# the others take something out of the frozen weights
+PLAIN_STARTS = True, False, "gaussian", "orthogonal", "eva"
+# of PEFT's LoraConfig: LoRA matrices beside the base. What else it has, or will have, is refused: KaSA for
+# example cuts into the base
+PLAIN_SETTINGS = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "megatron_core",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "bias",
+    "qalora_group_size",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "ensure_weight_tying",
+    "init_lora_weights",
+    "eva_config",
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+)
 
-def check_adapter(
-    config, # a PEFT config
-):
-    "Raise `ValueError` for an adapter that would change the frozen base, or that is more than LoRA matrices beside it."
-    if config.peft_type != "LORA": raise ValueError(f"an adapter of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected LORA.")
+# %% ../nbs/02_policy.ipynb #9152b0dc
+def check_adapter(config):  # a PEFT config
+    """Raise `ValueError` for an adapter that would change the frozen base, or that is more than LoRA matrices
+    beside it.
+    """
+    if config.peft_type != "LORA":
+        raise ValueError(
+            f"an adapter of the type {getattr(config.peft_type, 'value', config.peft_type)}: expected LORA."
+        )
     more = [k for k, v in vars(config).items() if v and k not in PLAIN_SETTINGS]
-    if config.bias != "none": more.append("bias")
-    if more: raise ValueError(f"the adapter has {', '.join(more)}: expected LoRA matrices alone, beside a base that stays as it is.")
+    if config.bias != "none":
+        more.append("bias")
+    if more:
+        raise ValueError(
+            f"the adapter has {', '.join(more)}: expected LoRA matrices alone, beside a base that stays as"
+            " it is."
+        )
     if config.init_lora_weights not in PLAIN_STARTS:
-        raise ValueError(f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights: expected one of {PLAIN_STARTS}. "
-                         "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain adapter of it.")
-    if not isinstance(config.r, int) or config.r < 1: raise ValueError(f"the rank r is {config.r!r}: expected a whole number of at least 1.")
+        raise ValueError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base's weights: expected"
+            f" one of {PLAIN_STARTS}. PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            " makes a plain adapter of it."
+        )
+    if not isinstance(config.r, int) or config.r < 1:
+        raise ValueError(f"the rank r is {config.r!r}: expected a whole number of at least 1.")
 
+# %% ../nbs/02_policy.ipynb #db05103a
 @patch
 def _other_senses(self: Base) -> str | None:
     "A pattern of the modules that a model has beside the one for text: nothing would train adapters there."
-    if self.model.config is self.model.config.get_text_config(): return None
+    if self.model.config is self.model.config.get_text_config():
+        return None
     text = self.model.get_decoder()
     name = next(n for n, m in self.model.named_modules() if m is text)
     return rf"(?!{re.escape(name)}\.).*"
 
+# %% ../nbs/02_policy.ipynb #62432f82
 @patch
-def add_adapter(self: Base,
-    name: str,    # letters, digits, `_` and `-`
-    config,       # a PEFT config
-    seed: int = 0, # of the random initial weights
-    scratch: bool = False, # may it have one of the names that TRL gives to its own adapters?
+def add_adapter(
+    self: Base,
+    name: str,  # letters, digits, `_` and `-`
+    config,  # a PEFT config
+    seed: int = 0,  # of the random initial weights
+    scratch: bool = False,  # may it have one of the names that TRL gives to its own adapters?
 ):
     "Add an adapter; raises `ValueError` for a bad or taken name."
     parts = {part for n, _ in self.model.named_parameters() for part in n.split(".")} - set(self.adapters)
     written = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)
     if not written or name in parts or name in PEFT_PARTS or name in "lora_" or name.startswith("lora_"):
-        raise ValueError(f"adapter name {name!r}: use letters, digits, '_' and '-' (at most 100), no name of a part of the model, "
-                         "and none that begins with 'lora_'.")
+        raise ValueError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-' (at most 100), no name of a part of the"
+            " model, and none that begins with 'lora_'."
+        )
     if name in ["base", *self.adapters] or name in TRL_NAMES and not scratch:
-        raise ValueError(f"the name {name!r} is taken; resident adapters: {self.adapters} ('base' is the model itself, {TRL_NAMES} belong "
-                         "to TRL). Choose another name, or delete() the old one.")
+        raise ValueError(
+            f"the name {name!r} is taken; resident adapters: {self.adapters} ('base' is the model itself,"
+            f" {TRL_NAMES} belong to TRL). Choose another name, or delete() the old one."
+        )
     check_adapter(config)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own use of a deprecated property
         torch.manual_seed(seed)
         try:
-            if self.peft: self.peft.add_adapter(name, config)
-            else: self.peft = get_peft_model(self.model, config, adapter_name=name)
+            if self.peft:
+                self.peft.add_adapter(name, config)
+            else:
+                self.peft = get_peft_model(self.model, config, adapter_name=name)
         except Exception as e:
             self._remove(name)
-            if isinstance(e, ValueError) or out_of_memory(e): raise
-            raise ValueError(f"PEFT cannot put this adapter on this model ({type(e).__name__}: {e}): expected settings that fit its layers.") from e
+            if isinstance(e, ValueError) or out_of_memory(e):
+                raise
+            raise ValueError(
+                f"PEFT cannot put this adapter on this model ({type(e).__name__}: {e}): expected settings"
+                " that fit its layers."
+            ) from e
     self.peft.requires_grad_(False).eval()
 
+# %% ../nbs/02_policy.ipynb #a97dbe26
 @patch
 def _remove(self: Base, adapter: str):
     "Take out what there is of an adapter, be it half made."
-    if adapter in self.adapters: self.peft.delete_adapter(adapter)
-    def held(m): return {k for part in m.adapter_layer_names for k in getattr(m, part, ())}
+    if adapter in self.adapters:
+        self.peft.delete_adapter(adapter)
+
+    def held(m):
+        return {k for part in m.adapter_layer_names for k in getattr(m, part, ())}
+
     for m in self.model.modules():
-        if isinstance(m, LoraLayer) and adapter in held(m): m.delete_adapter(adapter)
-    for parent in list(self.model.modules()):   # a layer that nobody adapts any more is as it was
+        if isinstance(m, LoraLayer) and adapter in held(m):
+            m.delete_adapter(adapter)
+    for parent in list(self.model.modules()):  # a layer that nobody adapts any more is as it was
         for name, m in list(parent.named_children()):
-            while isinstance(m, LoraLayer) and not held(m): m = m.base_layer
-            if m is not getattr(parent, name): setattr(parent, name, m)
+            while isinstance(m, LoraLayer) and not held(m):
+                m = m.base_layer
+            if m is not getattr(parent, name):
+                setattr(parent, name, m)
 
 # %% ../nbs/02_policy.ipynb #0fc2c187
 @patch
 def check_resident(self: Base, adapter: str):
     "Raise `ValueError` if there is no such adapter."
-    if adapter != "base" and adapter not in self.adapters: raise ValueError(f"unknown adapter {adapter!r}; resident: {['base', *self.adapters]}.")
+    if adapter != "base" and adapter not in self.adapters:
+        raise ValueError(f"unknown adapter {adapter!r}; resident: {['base', *self.adapters]}.")
 
+# %% ../nbs/02_policy.ipynb #0cb2e23d
 @patch
 @contextmanager
-def running(self: Base,
-    adapter: str, # a resident adapter, or "base" for none
-):
+def running(self: Base, adapter: str):  # a resident adapter, or "base" for none
     "The model with exactly `adapter` active, in evaluation mode and without gradients."
     self.check_resident(adapter)
-    getattr(threading.current_thread(), "refuse_model", lambda: None)()  # a call with a time limit, see `reward.Guarded`
+    # a call with a time limit, see `reward.Guarded`
+    getattr(threading.current_thread(), "refuse_model", lambda: None)()
     self.model.eval()
     with torch.no_grad():
-        if not self.adapters: yield self.model
+        if not self.adapters:
+            yield self.model
         elif adapter == "base":
-            with self.peft.disable_adapter(): yield self.model
+            with self.peft.disable_adapter():
+                yield self.model
             self.peft.requires_grad_(False)
         else:
             self.peft.set_adapter(adapter, inference_mode=True)
@@ -255,80 +384,121 @@ def running(self: Base,
 # %% ../nbs/02_policy.ipynb #35778007
 class Policy:
     "A LoRA adapter on a `Base`, or with the name `base` the bare model: anything that answers prompts."
-    takes_seeds = True # one for each prompt, if `seed` is a list
-    def __init__(self,
-        base: Base,                # what it stands on
-        name: str = "student",     # a new adapter's name, or "base" for the model without any
-        r: int = 16,               # rank
-        lora_alpha: int | None = None, # scale; by default `2*r`
-        target_modules="all-linear",   # which layers, as in PEFT
-        seed: int = 0,             # of the initial weights
+
+    takes_seeds = True  # one for each prompt, if `seed` is a list
+
+    def __init__(
+        self,
+        base: Base,  # what it stands on
+        name: str = "student",  # a new adapter's name, or "base" for the model without any
+        r: int = 16,  # rank
+        lora_alpha: int | None = None,  # scale; by default `2*r`
+        target_modules="all-linear",  # which layers, as in PEFT
+        seed: int = 0,  # of the initial weights
     ):
-        if not isinstance(base, Base): raise TypeError(f"base is {base!r:.60}: expected a Base, as Base.load() returns it.")
+        if not isinstance(base, Base):
+            raise TypeError(f"base is {base!r:.60}: expected a Base, as Base.load() returns it.")
         self.base, self.name, self.frozen = base, name, name == "base"
-        if name == "base": return
+        if name == "base":
+            return
         whole("rank r", r)
-        config = LoraConfig(r=r, lora_alpha=lora_alpha or 2*r, target_modules=target_modules, exclude_modules=base._other_senses(),
-                            lora_dropout=0., task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha or 2 * r,
+            target_modules=target_modules,
+            exclude_modules=base._other_senses(),
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
         base.add_adapter(name, config, seed)
 
     @classmethod
-    def resident(cls,
-        base: Base, # what it stands on
+    def resident(
+        cls,
+        base: Base,  # what it stands on
         name: str,  # an adapter that `base` already has
-        frozen: bool = True, # refuse to train it
+        frozen: bool = True,  # refuse to train it
     ) -> "Policy":
         "A policy for an adapter that is already there; raises `ValueError` if it is not."
-        if name not in base.adapters: raise ValueError(f"unknown adapter {name!r}; resident: {['base', *base.adapters]}.")
-        self = cls.__new__(cls); self.base, self.name, self.frozen = base, name, frozen
+        if name not in base.adapters:
+            raise ValueError(f"unknown adapter {name!r}; resident: {['base', *base.adapters]}.")
+        self = cls.__new__(cls)
+        self.base, self.name, self.frozen = base, name, frozen
         return self
 
 # %% ../nbs/02_policy.ipynb #29c3d9cd
-def _size(n): return f"{n/1e6:.1f} M" if n >= 1e5 else f"{n}"
+def _size(n):
+    return f"{n / 1e6:.1f} M" if n >= 1e5 else f"{n}"
+
 
 @patch
 def n_parameters(self: Policy) -> int:
     "Numbers in the adapter (0 for the bare base)."
     return sum(p.numel() for n, p in self.base.model.named_parameters() if f".{self.name}." in n)
 
+# %% ../nbs/02_policy.ipynb #46c288e5
 @patch
 @printable
 def __repr__(self: Policy):
-    kind = "the bare base" if self.name == "base" else f"{_size(self.n_parameters())} parameters{', frozen' if self.frozen else ''}"
+    kind = (
+        "the bare base"
+        if self.name == "base"
+        else f"{_size(self.n_parameters())} parameters{', frozen' if self.frozen else ''}"
+    )
     return f"Policy({self.name!r} on {Path(self.base.name).name}: {kind})"
 
+# %% ../nbs/02_policy.ipynb #64d46614
 @patch
 @printable
 def __repr__(self: Base):
-    mb = self.model.get_memory_footprint()/1e6
-    return f"Base({Path(self.name).name}: {mb:.0f} MB on {self.device}, computing in {self.model.dtype}; adapters: {self.adapters or 'none'})"
+    mb = self.model.get_memory_footprint() / 1e6
+    return (
+        f"Base({Path(self.name).name}: {mb:.0f} MB on {self.device}, computing in {self.model.dtype};"
+        f" adapters: {self.adapters or 'none'})"
+    )
 
 # %% ../nbs/02_policy.ipynb #87ba797f
 @dataclass
 class Sample:
     "One answer of a policy."
-    text: str               # without the end token
-    token_ids: list[int]    # with the end token, if there is one
-    logprobs: list[float]   # natural log-probability of each token under the model at temperature 1
-    finish_reason: str      # "stop" (an end token) or "length" (cut off at `max_new_tokens`)
+
+    text: str  # without the end token
+    token_ids: list[int]  # with the end token, if there is one
+    logprobs: list[float]  # natural log-probability of each token under the model at temperature 1
+    finish_reason: str  # "stop" (an end token) or "length" (cut off at `max_new_tokens`)
 
     @property
-    def truncated(self) -> bool: return self.finish_reason == "length"
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
 
 # %% ../nbs/02_policy.ipynb #c7ff523e
 class Samples(list):
     "A list of `n_samples` `Sample`s for each prompt, with the time and the seed they took."
-    def __init__(self, rows, seconds: float, seed: int): super().__init__(rows); self.seconds, self.seed = seconds, seed
+
+    def __init__(self, rows, seconds: float, seed: int):
+        super().__init__(rows)
+        self.seconds, self.seed = seconds, seed
+
     @property
-    def n_tokens(self) -> int: return sum(len(s.token_ids) for row in self for s in row)
+    def n_tokens(self) -> int:
+        return sum(len(s.token_ids) for row in self for s in row)
+
     @property
-    def tokens_per_second(self) -> float: return self.n_tokens / self.seconds
+    def tokens_per_second(self) -> float:
+        return self.n_tokens / self.seconds
+
     @property
-    def texts(self) -> list[list[str]]: return [[s.text for s in row] for row in self]
+    def texts(self) -> list[list[str]]:
+        return [[s.text for s in row] for row in self]
+
     @printable
     def __repr__(self):
-        n = sum(map(len, self)); done = sum(not s.truncated for row in self for s in row)
-        return f"Samples({len(self)} prompts, {n} answers, {done} finished, {self.n_tokens} tokens at {self.tokens_per_second:.0f}/s, seed {self.seed})"
+        n = sum(map(len, self))
+        done = sum(not s.truncated for row in self for s in row)
+        return (
+            f"Samples({len(self)} prompts, {n} answers, {done} finished, {self.n_tokens} tokens at"
+            f" {self.tokens_per_second:.0f}/s, seed {self.seed})"
+        )
 
 # %% ../nbs/02_policy.ipynb #7ca9ecc1
 def _uniforms(seed: int, ids: list[int], k: int, n: int) -> np.ndarray:
@@ -342,8 +512,11 @@ def _choose(logits, u, temperature: float, top_p: float):
     logits = logits.float()
     norm = logits.logsumexp(-1)
     if not norm.isfinite().all():
-        raise FloatingPointError("the model gives non-finite logits: its adapter has diverged. Go back to an earlier snapshot.")
-    if temperature == 0: token = logits.argmax(-1)
+        raise FloatingPointError(
+            "the model gives non-finite logits: its adapter has diverged. Go back to an earlier snapshot."
+        )
+    if temperature == 0:
+        token = logits.argmax(-1)
     else:
         probs = (logits / temperature).softmax(-1)
         if top_p < 1:
@@ -352,16 +525,22 @@ def _choose(logits, u, temperature: float, top_p: float):
             probs = probs.masked_fill(drop.gather(-1, order.argsort(-1)), 0)
         cdf = probs.cumsum(-1)
         whole = cdf[:, -1]
-        at = torch.minimum(u * whole, whole.nextafter(torch.zeros_like(whole)))  # a number just below 1 may have been rounded to 1
-        token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]  # a token with a probability: the sum grows there
+        # a number just below 1 may have been rounded to 1
+        at = torch.minimum(u * whole, whole.nextafter(torch.zeros_like(whole)))
+        # a token with a probability: the sum grows there
+        token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
     return token, logits.gather(-1, token[:, None])[:, 0] - norm
 
 # %% ../nbs/02_policy.ipynb #90a4c003
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 
-def can_share(config) -> bool: # a model's
-    "Does the model take a mask of our own, mean the same by it in all layers, and treat each token for itself?"
-    if config is not config.get_text_config(): return False  # a model that also sees makes masks of its own
+
+def can_share(config) -> bool:  # a model's
+    """Does the model take a mask of our own, mean the same by it in all layers, and treat each token for
+    itself?
+    """
+    if config is not config.get_text_config():
+        return False  # a model that also sees makes masks of its own
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     everything = layers == {"full_attention"} and not getattr(config, "sliding_window", None)
     experts = any(getattr(config, name, None) for name in EXPERTS)
@@ -371,47 +550,66 @@ def can_share(config) -> bool: # a model's
 @dataclass
 class Row:
     "Token lists as a tree: each token, and the index of the one before it (-1 for a first one)."
+
     tokens: list[int]
     before: list[int]
 
+# %% ../nbs/02_policy.ipynb #38d0ea65
 def lay_out(
-    lists: list[list[int]], # n token lists
-    share: bool = True,     # one copy of what they begin with?
-    limit: int = 512,       # tokens in a row behind its first list; then a further row is begun
-) -> tuple[list[Row], list[tuple[int, list[int]]]]: # the rows, and for each list its row and the columns of its tokens
+    lists: list[list[int]],  # n token lists
+    share: bool = True,  # one copy of what they begin with?
+    limit: int = 512,  # tokens in a row behind its first list; then a further row is begun
+    # the rows, and for each list its row and the columns of its tokens
+) -> tuple[list[Row], list[tuple[int, list[int]]]]:
     "Put `lists` into rows in which a common beginning stands once."
-    rows, places, columns, last, first = [], [None]*len(lists), [], [], 0
-    for i in sorted(range(len(lists)), key=lists.__getitem__) if share else range(len(lists)): # neighbours begin alike
-        common = len(commonprefix([last, lists[i]])); last = lists[i]
+    rows = []
+    places = [None] * len(lists)
+    columns = []
+    last = []
+    first = 0
+    # neighbours begin alike
+    for i in sorted(range(len(lists)), key=lists.__getitem__) if share else range(len(lists)):
+        common = len(commonprefix([last, lists[i]]))
+        last = lists[i]
         if not rows or not share or len(rows[-1].tokens) - first + len(last) - common > limit:
-            rows.append(Row([], [])); first, common = len(last), 0
-        row = rows[-1]; n = len(row.tokens)
+            rows.append(Row([], []))
+            first, common = len(last), 0
+        row = rows[-1]
+        n = len(row.tokens)
         columns = columns[:common] + list(range(n, n + len(last) - common))
-        row.tokens += last[common:]; row.before += [columns[k-1] if k else -1 for k in range(common, len(last))]
-        places[i] = len(rows)-1, columns
+        row.tokens += last[common:]
+        row.before += [columns[k - 1] if k else -1 for k in range(common, len(last))]
+        places[i] = len(rows) - 1, columns
     return rows, places
 
 # %% ../nbs/02_policy.ipynb #6c6f8d0f
 def pack(
-    rows: list[Row], # of `lay_out`
-    pad: int,        # the padding token
-    device,          # of the tensors
-    share: bool = True, # as in `lay_out`
-) -> dict:           # `input_ids` and `position_ids` (B, L), `attention_mask` (B, 1, L, L), or (B, L) if nothing is shared
+    rows: list[Row],  # of `lay_out`
+    pad: int,  # the padding token
+    device,  # of the tensors
+    share: bool = True,  # as in `lay_out`
+    # `input_ids` and `position_ids` (B, L), `attention_mask` (B, 1, L, L), or (B, L) if nothing is shared
+) -> dict:
     "The model's inputs for `rows`, padded behind."
     B, L = len(rows), max(len(r.tokens) for r in rows)
-    ids, positions, real = np.full((B, L), pad), np.zeros((B, L), int), np.zeros((B, L), bool)
+    ids = np.full((B, L), pad)
+    positions = np.zeros((B, L), int)
+    real = np.zeros((B, L), bool)
     sees = np.tile(np.eye(L, dtype=bool), (B, 1, 1, 1)) if share else None
     for b, r in enumerate(rows):
-        ids[b, :len(r.tokens)], real[b, :len(r.tokens)] = r.tokens, True
+        ids[b, : len(r.tokens)], real[b, : len(r.tokens)] = r.tokens, True
         for i, at in enumerate(r.before):
-            if at >= 0: positions[b, i] = positions[b, at] + 1
-            if at >= 0 and share: sees[b, 0, i] |= sees[b, 0, at]
+            if at >= 0:
+                positions[b, i] = positions[b, at] + 1
+            if at >= 0 and share:
+                sees[b, 0, i] |= sees[b, 0, at]
     inputs = dict(input_ids=ids, position_ids=positions, attention_mask=sees if share else real.astype(int))
     return {k: torch.as_tensor(x, device=device) for k, x in inputs.items()}
 
 # %% ../nbs/02_policy.ipynb #5c18b437
-def _positions(mask): return (mask.cumsum(-1) - 1).clamp(min=0)
+def _positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
 
 def _with(model, cache) -> dict:
     "The arguments with which `model` reads and fills `cache`."
@@ -421,35 +619,53 @@ def _with(model, cache) -> dict:
 def _read(model, prompts, pad):
     "Logits behind each of the prompts (P, V), their key-value cache, and its mask (P, L)."
     share, L = can_share(model.config), max(map(len, prompts))
-    mask = torch.tensor([[0]*(L-len(p)) + [1]*len(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     if not share:
-        ids, cache = torch.tensor([[pad]*(L-len(p)) + p for p in prompts], device=model.device), DynamicCache(config=model.config)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), logits_to_keep=1, **_with(model, cache))
+        ids = torch.tensor([[pad] * (L - len(p)) + p for p in prompts], device=model.device)
+        cache = DynamicCache(config=model.config)
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            logits_to_keep=1,
+            **_with(model, cache),
+        )
         return out.logits[:, -1], cache, mask
     (rows, places), order, logits, caches = lay_out(prompts), [], [], []
     for r, row in enumerate(rows):
-        here = [i for i, (at, _) in enumerate(places) if at == r]; columns = [places[i][1] for i in here]
+        here = [i for i, (at, _) in enumerate(places) if at == r]
+        columns = [places[i][1] for i in here]
         cache = DynamicCache(config=model.config)
-        out = model(**pack([row], pad, model.device), **_with(model, cache),
-                    logits_to_keep=torch.tensor([c[-1] for c in columns], device=model.device))
-        deal = torch.tensor([[0]*(L-len(c)) + c for c in columns], device=model.device)
+        out = model(
+            **pack([row], pad, model.device),
+            **_with(model, cache),
+            logits_to_keep=torch.tensor([c[-1] for c in columns], device=model.device),
+        )
+        deal = torch.tensor([[0] * (L - len(c)) + c for c in columns], device=model.device)
         caches.append([[x[0][:, deal].transpose(0, 1) for x in (l.keys, l.values)] for l in cache.layers])
-        order += here; logits.append(out.logits[0])
+        order += here
+        logits.append(out.logits[0])
     back = torch.tensor(order, device=model.device).argsort()
-    for layer, *parts in zip(cache.layers, *caches): layer.keys, layer.values = (torch.cat(x)[back] for x in zip(*parts))
+    for layer, *parts in zip(cache.layers, *caches):
+        layer.keys, layer.values = (torch.cat(x)[back] for x in zip(*parts))
     return torch.cat(logits)[back], cache, mask
 
 # %% ../nbs/02_policy.ipynb #c0b23598
 class Owners:
     "Which of `n` policies each row of a batch belongs to."
-    def __init__(self, n: int): self.n = n; self.are(torch.tensor([0]))
-    def are(self,
-        rows, # (B,) numbers of policies, or (1,) if all rows are of one
-    ): self.rows, self._gates = rows, {}
-    def gate(self,
-        widths: tuple[int], # columns of each policy
-        like,               # a tensor with the format and the device
-    ): # (B, 1, sum of widths): 1 where a column is of the row's own policy, else 0
+
+    def __init__(self, n: int):
+        self.n = n
+        self.are(torch.tensor([0]))
+
+    def are(self, rows):  # (B,) numbers of policies, or (1,) if all rows are of one
+        self.rows, self._gates = rows, {}
+
+    def gate(
+        self,
+        widths: tuple[int],
+        like,  # columns of each policy  # a tensor with the format and the device
+    ):  # (B, 1, sum of widths): 1 where a column is of the row's own policy, else 0
         if widths not in self._gates:
             own = torch.eye(self.n, dtype=like.dtype, device=like.device)[self.rows.to(like.device)]
             self._gates[widths] = own.repeat_interleave(torch.tensor(widths, device=like.device), 1)[:, None]
@@ -460,145 +676,232 @@ def _read_each(model, prompts, pad, owners):
     "As `_read`, of pairs of an owner and token ids that are in the order of their owners."
     parts = []
     for k in sorted({k for k, _ in prompts}):
-        owners.are(torch.tensor([k])); parts.append(_read(model, [list(ids) for at, ids in prompts if at == k], pad))
-    if len(parts) == 1: return parts[0]
+        owners.are(torch.tensor([k]))
+        parts.append(_read(model, [list(ids) for at, ids in prompts if at == k], pad))
+    if len(parts) == 1:
+        return parts[0]
     L = max(mask.shape[1] for *_, mask in parts)
-    def wide(x, axis): return F.pad(x, [0, 0]*axis + [L - x.shape[-1-axis], 0])
+
+    def wide(x, axis):
+        return F.pad(x, [0, 0] * axis + [L - x.shape[-1 - axis], 0])
+
     cache = parts[0][1]
     for layer, *others in zip(*(c.layers for _, c, _ in parts)):
-        layer.keys, layer.values = (torch.cat([wide(x, 1) for x in xs]) for xs in zip(*((l.keys, l.values) for l in (layer, *others))))
-    return torch.cat([logits for logits, *_ in parts]), cache, torch.cat([wide(mask, 0) for *_, mask in parts])
+        layer.keys, layer.values = (
+            torch.cat([wide(x, 1) for x in xs]) for xs in zip(*((l.keys, l.values) for l in (layer, *others)))
+        )
+    return (
+        torch.cat([logits for logits, *_ in parts]),
+        cache,
+        torch.cat([wide(mask, 0) for *_, mask in parts]),
+    )
 
 # %% ../nbs/02_policy.ipynb #b7f11f73
 def _decode(model, prompts, rows, uniforms, eos, pad, temperature, top_p, tick, owners):
-    """Sample one answer for each of `rows` (indices into `prompts`, which are pairs of an owner and token ids), with random
-    numbers `uniforms` (B, max_new_tokens). Returns token ids and log-probabilities, a list a row. `tick(finished answers,
-    tokens)` is called after each step."""
-    (logits, cache, mask), u = _read_each(model, prompts, pad, owners), torch.as_tensor(uniforms, dtype=torch.float32, device=model.device)
+    """Sample one answer for each of `rows` (indices into `prompts`, which are pairs of an owner and token
+    ids), with random numbers `uniforms` (B, max_new_tokens). Returns token ids and log-probabilities, a
+    list a row. `tick(finished answers, tokens)` is called after each step.
+    """
+    (logits, cache, mask), u = (
+        _read_each(model, prompts, pad, owners),
+        torch.as_tensor(uniforms, dtype=torch.float32, device=model.device),
+    )
     owner = torch.tensor([prompts[i][0] for i in rows], device=model.device)
-    alive = torch.arange(len(rows), device=model.device); keep = torch.as_tensor(rows, device=model.device)
+    alive = torch.arange(len(rows), device=model.device)
+    keep = torch.as_tensor(rows, device=model.device)
     tokens, logprobs = [[] for _ in rows], [[] for _ in rows]
     stops = torch.tensor(sorted(eos), device=model.device)
     logits = logits[keep]
     for step in range(u.shape[1]):
         token, lp = _choose(logits, u[alive, step], temperature, top_p)
-        for i, t, l in zip(alive.tolist(), token.tolist(), lp.tolist()): tokens[i].append(t); logprobs[i].append(l)
+        for i, t, l in zip(alive.tolist(), token.tolist(), lp.tolist()):
+            tokens[i].append(t)
+            logprobs[i].append(l)
         going = (~torch.isin(token, stops)).nonzero()[:, 0]
         tick(len(token) - len(going), len(token))
-        if not len(going) or step == u.shape[1] - 1: tick(len(going), 0); break
-        if step == 0 or len(going) < len(token):  # the first time this also copies each prompt's cache to its samples
+        if not len(going) or step == u.shape[1] - 1:
+            tick(len(going), 0)
+            break
+        # the first time this also copies each prompt's cache to its samples
+        if step == 0 or len(going) < len(token):
             cache.reorder_cache(keep[going] if step == 0 else going)
-            mask, alive, token = mask[keep[going] if step == 0 else going], alive[going], token[going]
+            mask = mask[keep[going] if step == 0 else going]
+            alive = alive[going]
+            token = token[going]
             owners.are(owner[alive])
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=_positions(mask)[:, -1:],
-                       **_with(model, cache)).logits[:, -1]
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, -1:],
+            **_with(model, cache),
+        ).logits[:, -1]
     return tokens, logprobs
 
 # %% ../nbs/02_policy.ipynb #8334af55
-def _inner(layer): return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+def _inner(layer):
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
-def is_product(layer, adapter: str) -> bool: # the module that is called
+
+def is_product(layer, adapter: str) -> bool:  # the module that is called
     "Is it a 4-bit layer, and its adapter no more than a product to be added?"
     has = layer is not _inner(layer) and adapter in layer.lora_A
-    return isinstance(_inner(layer), Linear4bit) and not (has and (adapter in layer.lora_variant or layer.lora_bias[adapter]))
+    return isinstance(_inner(layer), Linear4bit) and not (
+        has and (adapter in layer.lora_variant or layer.lora_bias[adapter])
+    )
 
+# %% ../nbs/02_policy.ipynb #868d55b4
 def _matrix(layer, adapter: str, dtype) -> torch.Tensor:
     "The weights of a 4-bit layer with its adapter added."
-    inner = _inner(layer); weight = dequantize_4bit(inner.weight.data, inner.weight.quant_state).to(dtype)
-    if layer is inner or adapter not in layer.lora_A: return weight
-    return weight.addmm_(layer.lora_B[adapter].weight.to(dtype), layer.lora_A[adapter].weight.to(dtype), alpha=layer.scaling[adapter])
+    inner = _inner(layer)
+    weight = dequantize_4bit(inner.weight.data, inner.weight.quant_state).to(dtype)
+    if layer is inner or adapter not in layer.lora_A:
+        return weight
+    return weight.addmm_(
+        layer.lora_B[adapter].weight.to(dtype),
+        layer.lora_A[adapter].weight.to(dtype),
+        alpha=layer.scaling[adapter],
+    )
 
 # %% ../nbs/02_policy.ipynb #2cc5970b
 @patch
 def _products(self: Base, *adapters) -> list:
     "The layers that are a product with each of `adapters`."
-    parts = list(self.model.modules()); inside = {_inner(m) for m in parts if isinstance(m, LoraLayer)}
+    parts = list(self.model.modules())
+    inside = {_inner(m) for m in parts if isinstance(m, LoraLayer)}
     return [m for m in parts if m not in inside and all(is_product(m, a) for a in adapters)]
 
+# %% ../nbs/02_policy.ipynb #f43b2834
 @patch
 @contextmanager
-def unpacked(self: Base,
-    adapter: str, # a resident adapter, or "base" for none
-    once: bool,   # unpack all layers now, rather than each when it is called?
+def unpacked(
+    self: Base,
+    adapter: str,  # a resident adapter, or "base" for none
+    once: bool,  # unpack all layers now, rather than each when it is called?
 ):
     "As `running`, with one product a layer: the same numbers but for rounding, in less time."
     with self.running(adapter) as model:
         layers = self._products(adapter)
         try:
-            for m in layers: m.forward = (_made_now if once else _made_each_time)(m, adapter, model.dtype)
+            for m in layers:
+                m.forward = (_made_now if once else _made_each_time)(m, adapter, model.dtype)
             yield model
         finally:
-            for m in layers: vars(m).pop("forward", None)
+            for m in layers:
+                vars(m).pop("forward", None)
 
-def _made_now(layer, adapter, dtype): return partial(F.linear, weight=_matrix(layer, adapter, dtype), bias=_inner(layer).bias)
-def _made_each_time(layer, adapter, dtype): return lambda x: F.linear(x, _matrix(layer, adapter, dtype), _inner(layer).bias)
+# %% ../nbs/02_policy.ipynb #c30fe19c
+def _made_now(layer, adapter, dtype):
+    return partial(F.linear, weight=_matrix(layer, adapter, dtype), bias=_inner(layer).bias)
+
+
+def _made_each_time(layer, adapter, dtype):
+    return lambda x: F.linear(x, _matrix(layer, adapter, dtype), _inner(layer).bias)
 
 # %% ../nbs/02_policy.ipynb #19dd6b96
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
 
 def _families(model, layers):
     "Layers, together those that read the same input."
     names, families = {m: n for n, m in model.named_modules()}, {}
     for m in layers:
         stem, _, last = names[m].rpartition(".")
-        families.setdefault(next((stem + same[0] for same in SAME_INPUT if last in same), names[m]), []).append(m)
+        families.setdefault(
+            next((stem + same[0] for same in SAME_INPUT if last in same), names[m]), []
+        ).append(m)
     return list(families.values())
 
+# %% ../nbs/02_policy.ipynb #e917d120
 def _side_by_side(family, adapters, owners, dtype):
     "A forward for each layer of a family, with all `adapters`: they come out of one pair of products."
-    inner = [_inner(m) for m in family]; sizes, i = [n.out_features for n in inner], inner[0].in_features
-    def has(m, a): return isinstance(m, LoraLayer) and a in m.lora_A
+    inner = [_inner(m) for m in family]
+    sizes, i = [n.out_features for n in inner], inner[0].in_features
+
+    def has(m, a):
+        return isinstance(m, LoraLayer) and a in m.lora_A
+
     widths = tuple(sum(len(m.lora_A[a].weight) for m in family if has(m, a)) for a in adapters)
-    first, second, column = [], torch.zeros(sum(sizes), i + sum(widths), dtype=dtype, device=inner[0].weight.device), i
+    first = []
+    second = torch.zeros(sum(sizes), i + sum(widths), dtype=dtype, device=inner[0].weight.device)
+    column = i
     rows = second.split(sizes)
-    for m, part in zip(family, rows): part[:, :i] = _matrix(m, "base", dtype)
+    for m, part in zip(family, rows):
+        part[:, :i] = _matrix(m, "base", dtype)
     for a in adapters:
         for m, part in zip(family, rows):
-            if not has(m, a): continue
+            if not has(m, a):
+                continue
             A, B = m.lora_A[a].weight, m.lora_B[a].weight
-            first.append(A.to(dtype)); part[:, column:column + len(A)] = m.scaling[a]*B; column += len(A)
+            first.append(A.to(dtype))
+            part[:, column : column + len(A)] = m.scaling[a] * B
+            column += len(A)
     first = torch.cat(first) if first else second.new_zeros(0, i)
-    bias = None if all(n.bias is None for n in inner) else torch.cat([second.new_zeros(n.out_features) if n.bias is None else n.bias.to(dtype)
-                                                                      for n in inner])
+    bias = (
+        None
+        if all(n.bias is None for n in inner)
+        else torch.cat(
+            [second.new_zeros(n.out_features) if n.bias is None else n.bias.to(dtype) for n in inner]
+        )
+    )
     last = [None, None]
+
     def product(x):
         if last[0] is not x:
-            low = F.linear(x, first)*owners.gate(widths, x)
+            low = F.linear(x, first) * owners.gate(widths, x)
             last[:] = x, F.linear(torch.cat([x, low], -1), second, bias).split(sizes, -1)
         return last[1]
+
     return [lambda x, k=k: product(x)[k] for k in range(len(family))]
 
 # %% ../nbs/02_policy.ipynb #316bba11
 @patch
 @contextmanager
-def together(self: Base,
-    adapters: list[str], # resident adapters, or "base" for none
-    owners: Owners,      # whose rows are whose, number by number
+def together(
+    self: Base,
+    adapters: list[str],  # resident adapters, or "base" for none
+    owners: Owners,  # whose rows are whose, number by number
 ):
     "As `running`, for a batch in which each row has its own of several adapters."
     with self.running(adapters[0]) as model:
         layers = self._products(*adapters)
         try:
             for family in _families(model, layers):
-                for m, forward in zip(family, _side_by_side(family, adapters, owners, model.dtype)): m.forward = forward
+                for m, forward in zip(family, _side_by_side(family, adapters, owners, model.dtype)):
+                    m.forward = forward
             yield model
         finally:
-            for m in layers: vars(m).pop("forward", None)
+            for m in layers:
+                vars(m).pop("forward", None)
 
+# %% ../nbs/02_policy.ipynb #01628d09
 @patch
 def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
-    "Few rows on a CPU, adapters that are no more than products, and a cache of keys and values alone, one for each token?"
-    if self.device.type != "cpu" or rows > self.unpack_rows or new <= 4 or not can_share(self.model.config): return False
+    """Few rows on a CPU, adapters that are no more than products, and a cache of keys and values alone, one
+    for each token?
+    """
+    if self.device.type != "cpu" or rows > self.unpack_rows or new <= 4 or not can_share(self.model.config):
+        return False
     products = set(self._products(*adapters))
-    return all(m in products for m in self.model.modules() if isinstance(m, LoraLayer) and any(a in m.lora_A for a in adapters))
+    return all(
+        m in products
+        for m in self.model.modules()
+        if isinstance(m, LoraLayer) and any(a in m.lora_A for a in adapters)
+    )
 
 # %% ../nbs/02_policy.ipynb #6b288db7
 @patch
 def _sampling(self: Base, adapters, rows: int, new: int, owners):
-    "The model as it is fastest for `new` tokens of `rows` answers at once; a few tokens are not worth the unpacking."
-    if len(adapters) > 1: return self.together(adapters, owners)
-    return self.unpacked(adapters[0], once=rows <= self.unpack_rows) if self.device.type == "cpu" and new > 4 else self.running(adapters[0])
+    """The model as it is fastest for `new` tokens of `rows` answers at once; a few tokens are not worth the
+    unpacking.
+    """
+    if len(adapters) > 1:
+        return self.together(adapters, owners)
+    return (
+        self.unpacked(adapters[0], once=rows <= self.unpack_rows)
+        if self.device.type == "cpu" and new > 4
+        else self.running(adapters[0])
+    )
 
 # %% ../nbs/02_policy.ipynb #091a18df
 def _batches(lengths: list[int], n: int, new: int, budget: int):
@@ -606,31 +909,49 @@ def _batches(lengths: list[int], n: int, new: int, budget: int):
     rows = [(i, k) for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)) for k in range(n)]
     while rows:
         size = max(1, budget // (lengths[rows[0][0]] + new))
-        yield rows[:size]; rows = rows[size:]
+        yield rows[:size]
+        rows = rows[size:]
 
 # %% ../nbs/02_policy.ipynb #90556702
 def out_of_memory(e: BaseException) -> bool:
     "Is `e` what PyTorch or Python raise where memory is short, on a GPU or a CPU?"
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(e) or "can't allocate memory" in str(e)
+    return (
+        isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        or "not enough memory" in str(e)
+        or "can't allocate memory" in str(e)
+    )
 
+# %% ../nbs/02_policy.ipynb #c4f1dd1f
 def free_memory():
     "Give freed memory back to the system, also what PyTorch and the C library (glibc) would keep for later."
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim: trim(0)
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if trim:
+        trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
+# %% ../nbs/02_policy.ipynb #3497ce71
 @patch
 def _in_memory(self: Base, batches, run):
     "`run` each of `batches`; one for which memory is short is run in halves."
     todo = [(rows, self.max_batch_tokens) for rows in batches][::-1]
     while todo:
         rows, budget = todo.pop()
-        try: run(rows); continue
+        try:
+            run(rows)
+            continue
         except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e) or len(rows) < 2: raise
-        free_memory(); half = max(1, budget//2); self.max_batch_tokens = min(self.max_batch_tokens, half)
-        todo += [(rows[len(rows)//2:], half), (rows[:len(rows)//2], half)]
-        warnings.warn(f"out of memory: a batch of {len(rows)} was halved, and later ones hold at most {self.max_batch_tokens} tokens.", stacklevel=3)
+            if not out_of_memory(e) or len(rows) < 2:
+                raise
+        free_memory()
+        half = max(1, budget // 2)
+        self.max_batch_tokens = min(self.max_batch_tokens, half)
+        todo += [(rows[len(rows) // 2 :], half), (rows[: len(rows) // 2], half)]
+        warnings.warn(
+            f"out of memory: a batch of {len(rows)} was halved, and later ones hold at most"
+            f" {self.max_batch_tokens} tokens.",
+            stacklevel=3,
+        )
 
 # %% ../nbs/02_policy.ipynb #38d2db72
 @patch
@@ -639,152 +960,238 @@ def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
     encoded = [self.encode(p) for p in prompts]
     for i, ids in enumerate(encoded):
         if len(ids) + room > self.context_length:
-            raise ValueError(f"prompt {i} has {len(ids)} tokens and {room} more are asked for, but the context of {self.name} is "
-                             f"{self.context_length} tokens. Shorten the prompt ({str(prompts[i])[:40]!r}…) or max_new_tokens.")
-        if not ids: raise ValueError(f"prompt {i} is empty: {prompts[i]!r} gives no tokens.")
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens and {room} more are asked for, but the context of"
+                f" {self.name} is {self.context_length} tokens. Shorten the prompt"
+                f" ({str(prompts[i])[:40]!r}…) or max_new_tokens."
+            )
+        if not ids:
+            raise ValueError(f"prompt {i} is empty: {prompts[i]!r} gives no tokens.")
     return encoded
 
 # %% ../nbs/02_policy.ipynb #5e674ba6
-def _whole(x, least: int) -> bool: return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= least
+def _whole(x, least: int) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= least
 
+# %% ../nbs/02_policy.ipynb #d57a1789
 def _check_sampling(n_samples, max_new_tokens, temperature, top_p):
     for name, v in dict(n_samples=n_samples, max_new_tokens=max_new_tokens).items():
         whole(name, v)
-    def number(x): return isinstance(x, Real) and not isinstance(x, bool)
-    if not (number(temperature) and 0 <= temperature < float("inf")): raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or more.")
-    if not (number(top_p) and 0 < top_p <= 1): raise ValueError(f"top_p is {top_p!r}: expected a number in (0, 1].")
+
+    def number(x):
+        return isinstance(x, Real) and not isinstance(x, bool)
+
+    if not (number(temperature) and 0 <= temperature < float("inf")):
+        raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or more.")
+    if not (number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p is {top_p!r}: expected a number in (0, 1].")
 
 # %% ../nbs/02_policy.ipynb #ad98d4a6
 @patch
 def _streams(self: Base, prompts, n_samples: int, max_new_tokens: int, seed):
     "Token ids of the prompts, the seed of each and the number of its first sample, and the seed itself."
     encoded = self._encode_all(as_prompts(prompts)[0], max_new_tokens)
-    if seed is None: seed = int(torch.randint(2**31, (1,)))
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]*len(encoded)
-    if len(seeds) != len(encoded): raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: expected one number, or one for each.")
+    if seed is None:
+        seed = int(torch.randint(2**31, (1,)))
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(encoded)
+    if len(seeds) != len(encoded):
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(encoded)} prompts: expected one number, or one for each."
+        )
     for s in seeds:
-        if not _whole(s, 0): raise ValueError(f"a seed is {s!r}: expected a whole number of at least 0.")
-    seen, first = Counter(), []  # a repeated prompt continues the count of its samples
-    for key in zip(seeds, map(tuple, encoded)): first.append(seen[key]); seen[key] += n_samples
+        if not _whole(s, 0):
+            raise ValueError(f"a seed is {s!r}: expected a whole number of at least 0.")
+    # a repeated prompt continues the count of its samples
+    seen = Counter()
+    first = []
+    for key in zip(seeds, map(tuple, encoded)):
+        first.append(seen[key])
+        seen[key] += n_samples
     return encoded, seeds, first, seed
 
 # %% ../nbs/02_policy.ipynb #0aab6f42
 def sample_together(
-    asked: list[tuple],         # `(policy, prompts, seed)`, as in `Policy.sample`, of policies on one base
-    n_samples: int = 1,         # answers for each prompt
-    max_new_tokens: int = 64,   # an answer is cut off here
-    temperature: float = 1.0,   # 0 is greedy
-    top_p: float = 1.0,         # nucleus sampling
-    progress=None,              # called as `progress(finished answers, new tokens)` after each step
-) -> list[Samples]:             # one for each that was asked
+    asked: list[tuple],  # `(policy, prompts, seed)`, as in `Policy.sample`, of policies on one base
+    n_samples: int = 1,  # answers for each prompt
+    max_new_tokens: int = 64,  # an answer is cut off here
+    temperature: float = 1.0,  # 0 is greedy
+    top_p: float = 1.0,  # nucleus sampling
+    progress=None,  # called as `progress(finished answers, new tokens)` after each step
+) -> list[Samples]:  # one for each that was asked
     """Answers of several policies: on a CPU in one batch if they are few, else in turn.
 
     Raises as `Policy.sample` does, and `ValueError` for policies on different bases."""
     _check_sampling(n_samples, max_new_tokens, temperature, top_p)
-    base, start, owners = asked[0][0].base, time.perf_counter(), Owners(len(asked))
-    if any(p.base is not base for p, *_ in asked): raise ValueError("the policies are on different bases: expected adapters of one Base.")
+    base = asked[0][0].base
+    start = time.perf_counter()
+    owners = Owners(len(asked))
+    if any(p.base is not base for p, *_ in asked):
+        raise ValueError("the policies are on different bases: expected adapters of one Base.")
     streams = [base._streams(prompts, n_samples, max_new_tokens, seed) for _, prompts, seed in asked]
     flat = [(k, i) for k, (encoded, *_) in enumerate(streams) for i in range(len(encoded))]
-    adapters, settings = [p.name for p, *_ in asked], (n_samples, max_new_tokens, temperature, top_p, progress)
-    for name in adapters: base.check_resident(name)
-    if len(asked) > 1 and not base._can_mix(adapters, n_samples*len(flat), max_new_tokens):
-        return [sample_together([(p, prompts, s[-1])], *settings)[0] for (p, prompts, _), s in zip(asked, streams)]
-    results = [[[None]*n_samples for _ in encoded] for encoded, *_ in streams]
-    batches = list(_batches([len(streams[k][0][i]) for k, i in flat], n_samples, max_new_tokens, base.max_batch_tokens))
+    adapters = [p.name for p, *_ in asked]
+    settings = (n_samples, max_new_tokens, temperature, top_p, progress)
+    for name in adapters:
+        base.check_resident(name)
+    if len(asked) > 1 and not base._can_mix(adapters, n_samples * len(flat), max_new_tokens):
+        return [
+            sample_together([(p, prompts, s[-1])], *settings)[0] for (p, prompts, _), s in zip(asked, streams)
+        ]
+    results = [[[None] * n_samples for _ in encoded] for encoded, *_ in streams]
+    batches = list(
+        _batches([len(streams[k][0][i]) for k, i in flat], n_samples, max_new_tokens, base.max_batch_tokens)
+    )
     with base._sampling(adapters, max(map(len, batches)), max_new_tokens, owners) as model:
+
         def answer(rows):
             rows = [(*flat[at], j) for at, j in rows]
             mine = [(k, tuple(streams[k][0][i])) for k, i, _ in rows]
             distinct = {key: n for n, key in enumerate(sorted(dict.fromkeys(mine), key=lambda key: key[0]))}
-            u = np.stack([_uniforms(streams[k][1][i], streams[k][0][i], streams[k][2][i] + j, max_new_tokens) for k, i, j in rows])
-            out = _decode(model, list(distinct), [distinct[key] for key in mine], u, base.eos_ids, base.tokenizer.pad_token_id,
-                          temperature, top_p, progress or (lambda *a: None), owners)
-            for (k, i, j), ids, lps in zip(rows, *out): results[k][i][j] = base._sample(ids, lps)
-        base._in_memory(batches, answer)
-    seconds = (time.perf_counter() - start)/len(flat)
-    return [Samples(rows, seconds*len(rows), s[-1]) for rows, s in zip(results, streams)]
+            u = np.stack(
+                [
+                    _uniforms(streams[k][1][i], streams[k][0][i], streams[k][2][i] + j, max_new_tokens)
+                    for k, i, j in rows
+                ]
+            )
+            out = _decode(
+                model,
+                list(distinct),
+                [distinct[key] for key in mine],
+                u,
+                base.eos_ids,
+                base.tokenizer.pad_token_id,
+                temperature,
+                top_p,
+                progress or (lambda *a: None),
+                owners,
+            )
+            for (k, i, j), ids, lps in zip(rows, *out):
+                results[k][i][j] = base._sample(ids, lps)
 
+        base._in_memory(batches, answer)
+    seconds = (time.perf_counter() - start) / len(flat)
+    return [Samples(rows, seconds * len(rows), s[-1]) for rows, s in zip(results, streams)]
+
+# %% ../nbs/02_policy.ipynb #aa890b1f
 Policy.sample_together = staticmethod(sample_together)
 
 # %% ../nbs/02_policy.ipynb #513c923a
 @patch
-def sample(self: Policy,
-    prompts,                    # a string, a conversation, or a list of either
-    n_samples: int = 1,         # answers for each prompt
-    max_new_tokens: int = 64,   # an answer is cut off here
-    temperature: float = 1.0,   # 0 is greedy
-    top_p: float = 1.0,         # nucleus sampling
-    seed: int | list[int] | None = None, # of the random streams; a list has one for each prompt; None draws one from torch's generator
-    progress=None,              # called as `progress(finished answers, new tokens)` after each step
-) -> Samples:                   # for each prompt a list of `n_samples` records
-    """Answer `prompts` with all details. Raises `ValueError` or `TypeError` for bad arguments before any work.
+def sample(
+    self: Policy,
+    prompts,  # a string, a conversation, or a list of either
+    n_samples: int = 1,  # answers for each prompt
+    max_new_tokens: int = 64,  # an answer is cut off here
+    temperature: float = 1.0,  # 0 is greedy
+    top_p: float = 1.0,  # nucleus sampling
+    # of the random streams; a list has one for each prompt; None draws one from torch's generator
+    seed: int | list[int] | None = None,
+    progress=None,  # called as `progress(finished answers, new tokens)` after each step
+) -> Samples:  # for each prompt a list of `n_samples` records
+    """Answer `prompts` with all details. Raises `ValueError` or `TypeError` for bad arguments before any
+    work.
 
-    Sample `k` of a prompt depends on `(seed, prompt, k)` alone; a prompt that is given twice goes on counting."""
-    return sample_together([(self, prompts, seed)], n_samples, max_new_tokens, temperature, top_p, progress)[0]
+    Sample `k` of a prompt depends on `(seed, prompt, k)` alone; a prompt that is given twice goes on
+    counting.
+    """
+    return sample_together([(self, prompts, seed)], n_samples, max_new_tokens, temperature, top_p, progress)[
+        0
+    ]
 
 # %% ../nbs/02_policy.ipynb #84c4faec
 @patch
 def _sample(self: Base, ids, logprobs) -> Sample:
     stop = ids[-1] in self.eos_ids
-    return Sample(self.tokenizer.decode(ids[:-1] if stop else ids, skip_special_tokens=True), ids, logprobs, "stop" if stop else "length")
+    return Sample(
+        self.tokenizer.decode(ids[:-1] if stop else ids, skip_special_tokens=True),
+        ids,
+        logprobs,
+        "stop" if stop else "length",
+    )
 
 # %% ../nbs/02_policy.ipynb #d82adc45
 @patch
-def generate(self: Policy,
-    prompts,                    # a string, a conversation, or a list of either
-    n_samples: int = 1,         # answers for each prompt
-    max_new_tokens: int = 64,   # an answer is cut off here
-    temperature: float = 1.0,   # 0 is greedy
-    top_p: float = 1.0,         # nucleus sampling
-    seed: int | list[int] | None = None, # of the random streams; a list has one for each prompt
-) -> str | list:                # text, in the shape of `prompts`
+def generate(
+    self: Policy,
+    prompts,  # a string, a conversation, or a list of either
+    n_samples: int = 1,  # answers for each prompt
+    max_new_tokens: int = 64,  # an answer is cut off here
+    temperature: float = 1.0,  # 0 is greedy
+    top_p: float = 1.0,  # nucleus sampling
+    seed: int | list[int] | None = None,  # of the random streams; a list has one for each prompt
+) -> str | list:  # text, in the shape of `prompts`
     "Answer `prompts` with text; see `sample` for the details and the errors."
     single = as_prompts(prompts)[1]
     texts = self.sample(prompts, n_samples, max_new_tokens, temperature, top_p, seed).texts
-    if n_samples == 1: texts = [row[0] for row in texts]
+    if n_samples == 1:
+        texts = [row[0] for row in texts]
     return texts[0] if single else texts
 
 # %% ../nbs/02_policy.ipynb #95991cf9
 @patch(as_prop=True)
 def end_id(self: Base) -> int:
     "The token that ends an answer."
-    if not self.chat: return self.tokenizer.eos_token_id
+    if not self.chat:
+        return self.tokenizer.eos_token_id
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ends = [t for t in self.tokenizer.apply_chat_template(turn, return_dict=False) if t in self.eos_ids]
     return ends[-1] if ends else self.tokenizer.eos_token_id
 
 # %% ../nbs/02_policy.ipynb #ae058a36
 @patch
-def completion_ids(self: Base,
-    completion: str | list[int], # text, or token ids to be taken as they are
-    finished: bool = True,       # append the end token (no, for an answer that was cut off)
+def completion_ids(
+    self: Base,
+    completion: str | list[int],  # text, or token ids to be taken as they are
+    finished: bool = True,  # append the end token (no, for an answer that was cut off)
 ) -> list[int]:
-    "Token ids of an answer, as the model would have sampled them; an end token that the text of a finished one ends with is not doubled."
+    """Token ids of an answer, as the model would have sampled them; an end token that the text of a finished
+    one ends with is not doubled.
+    """
     if not isinstance(completion, str):
-        ids, size = list(completion), self.model.config.get_text_config().vocab_size
-        if all(_whole(i, 0) and i < size for i in ids): return ids
-        raise ValueError(f"a completion is {str(ids)[:60]}: expected text, or token ids, whole numbers below {size}.")
-    if not finished: return self.spell(completion)
+        ids = list(completion)
+        size = self.model.config.get_text_config().vocab_size
+        if all(_whole(i, 0) and i < size for i in ids):
+            return ids
+        raise ValueError(
+            f"a completion is {str(ids)[:60]}: expected text, or token ids, whole numbers below {size}."
+        )
+    if not finished:
+        return self.spell(completion)
     end = self.tokenizer.convert_ids_to_tokens(self.end_id)
     said = completion.rstrip()
     return self.spell(said.removesuffix(end) if said.endswith(end) else completion) + [self.end_id]
 
 # %% ../nbs/02_policy.ipynb #30c2c0e6
 @patch
-def logprobs(self: Policy,
-    prompts,               # n strings or conversations
-    completions,           # n strings, or lists of token ids
-    finished=True,         # is the end token part of a text? One bool, or one for each completion
-    per_token: bool = False, # a tensor of log-probabilities for each completion, instead of their sums
-):                         # a float32 tensor (n,), or a list of n tensors (tokens,)
-    "Natural log-probabilities of `completions` given `prompts`, at temperature 1. Raises `ValueError` for bad shapes."
+def logprobs(
+    self: Policy,
+    prompts,  # n strings or conversations
+    completions,  # n strings, or lists of token ids
+    finished=True,  # is the end token part of a text? One bool, or one for each completion
+    per_token: bool = False,  # a tensor of log-probabilities for each completion, instead of their sums
+):  # a float32 tensor (n,), or a list of n tensors (tokens,)
+    """Natural log-probabilities of `completions` given `prompts`, at temperature 1.
+
+    Raises `ValueError` for bad shapes.
+    """
     prompts, single = as_prompts(prompts)
-    completions = [completions] if single and (isinstance(completions, str) or not isinstance(completions[0], str)) else list(completions)
-    if len(completions) != len(prompts): raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: expected as many.")
-    finished = [finished]*len(prompts) if isinstance(finished, bool) else list(finished)
-    if len(finished) != len(prompts): raise ValueError(f"{len(prompts)} prompts but {len(finished)} values of `finished`: expected one, or as many.")
+    completions = (
+        [completions]
+        if single and (isinstance(completions, str) or not isinstance(completions[0], str))
+        else list(completions)
+    )
+    if len(completions) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: expected as many.")
+    finished = [finished] * len(prompts) if isinstance(finished, bool) else list(finished)
+    if len(finished) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(finished)} values of `finished`: expected one, or as many."
+        )
     answers = [self.base.completion_ids(c, f) for c, f in zip(completions, finished)]
-    if not all(answers): raise ValueError(f"completion {[len(a) for a in answers].index(0)} has no tokens: expected at least one.")
+    if not all(answers):
+        raise ValueError(
+            f"completion {[len(a) for a in answers].index(0)} has no tokens: expected at least one."
+        )
     encoded = self.base._encode_all(prompts, max(map(len, answers)))
     out = [lp for lp, _ in self.base._score(self.name, encoded, answers)]
     return out if per_token else torch.stack([lp.sum() for lp in out])
@@ -792,20 +1199,33 @@ def logprobs(self: Policy,
 # %% ../nbs/02_policy.ipynb #01ad5391
 @patch
 def _score(self: Base, adapter, prompts, answers):
-    "For each answer the log-probabilities of its tokens, and whether each is the likeliest; `prompts` and `answers` are token lists."
+    """For each answer the log-probabilities of its tokens, and whether each is the likeliest; `prompts` and
+    `answers` are token lists.
+    """
     share = can_share(self.model.config)
     rows, places = lay_out([list(p) + list(a) for p, a in zip(prompts, answers)], share)
-    out = [None]*len(prompts)
+    out = [None] * len(prompts)
     with self.running(adapter) as model:
-        for batch in _batches([len(r.tokens) for r in rows], 1, 0, 0 if share else self.max_batch_tokens // 8):
+        for batch in _batches(
+            [len(r.tokens) for r in rows], 1, 0, 0 if share else self.max_batch_tokens // 8
+        ):
             batch = {r: b for b, (r, _) in enumerate(batch)}
-            here = [(i, batch[r], columns[len(prompts[i])-1:-1]) for i, (r, columns) in enumerate(places) if r in batch]
-            keep = sorted({c for _, _, columns in here for c in columns}); index = {c: k for k, c in enumerate(keep)}
-            logits = model(**pack([rows[r] for r in batch], self.tokenizer.pad_token_id, self.device, share),
-                           logits_to_keep=torch.tensor(keep, device=self.device), use_cache=False).logits.float()
+            here = [
+                (i, batch[r], columns[len(prompts[i]) - 1 : -1])
+                for i, (r, columns) in enumerate(places)
+                if r in batch
+            ]
+            keep = sorted({c for _, _, columns in here for c in columns})
+            index = {c: k for k, c in enumerate(keep)}
+            logits = model(
+                **pack([rows[r] for r in batch], self.tokenizer.pad_token_id, self.device, share),
+                logits_to_keep=torch.tensor(keep, device=self.device),
+                use_cache=False,
+            ).logits.float()
             norm, best = logits.logsumexp(-1), logits.argmax(-1)
             for i, b, columns in here:
-                k, token = [index[c] for c in columns], torch.tensor(answers[i], device=self.device)
+                k = [index[c] for c in columns]
+                token = torch.tensor(answers[i], device=self.device)
                 out[i] = (logits[b, k, token] - norm[b, k]).cpu(), (best[b, k] == token).cpu()
     return out
 
@@ -813,9 +1233,11 @@ def _score(self: Base, adapter, prompts, answers):
 @patch
 def _weights(self: Policy) -> dict[str, torch.Tensor]:
     "The adapter's weights themselves, under PEFT's own keys."
-    if self.name == "base": raise ValueError("the bare base has no adapter weights of its own.")
+    if self.name == "base":
+        raise ValueError("the bare base has no adapter weights of its own.")
     mine = {n: p.data for n, p in self.base.peft.named_parameters() if f".{self.name}." in n}
     return get_peft_model_state_dict(self.base.peft, mine, self.name, save_embedding_layers=False)
+
 
 @patch
 def state(self: Policy) -> dict[str, torch.Tensor]:
@@ -825,17 +1247,24 @@ def state(self: Policy) -> dict[str, torch.Tensor]:
 # %% ../nbs/02_policy.ipynb #48a18e9b
 @patch
 def load_state(self: Policy, state: dict):
-    "Set the adapter's weights from `state()` of a policy with the same configuration; raises `ValueError` if they differ in shape."
+    """Set the adapter's weights from `state()` of a policy with the same configuration; raises `ValueError`
+    if they differ in shape.
+    """
     mine = self._weights()
     if {k: w.shape for k, w in mine.items()} != {k: w.shape for k, w in state.items()}:
-        raise ValueError(f"these weights do not fit the adapter {self.name!r}: {len(state)} tensors given, {len(mine)} of its own shapes expected.")
-    for k, w in mine.items(): w.copy_(state[k])
+        raise ValueError(
+            f"these weights do not fit the adapter {self.name!r}: {len(state)} tensors given, {len(mine)} of"
+            " its own shapes expected."
+        )
+    for k, w in mine.items():
+        w.copy_(state[k])
 
 # %% ../nbs/02_policy.ipynb #4af4ab63
 @patch
-def snapshot(self: Policy,
-    name: str,           # of the new adapter
-    frozen: bool = True, # refuse to train it
+def snapshot(
+    self: Policy,
+    name: str,
+    frozen: bool = True,  # of the new adapter  # refuse to train it
 ) -> Policy:
     "Copy this policy's adapter as it is now under a new name; raises `ValueError` if the name is taken."
     state = self.state()
@@ -847,78 +1276,127 @@ def snapshot(self: Policy,
 # %% ../nbs/02_policy.ipynb #c16060d1
 @patch
 def save(self: Policy, folder: str | Path) -> Path:
-    """Write the adapter as a standard PEFT folder; an adapter of these two files alone that is there already is replaced.
+    """Write the adapter as a standard PEFT folder; an adapter of these two files alone that is there already
+    is replaced.
 
-    Raises `ValueError` for a folder that holds anything else, which is left as it is."""
+    Raises `ValueError` for a folder that holds anything else, which is left as it is.
+    """
     return self._save(folder)
 
+# %% ../nbs/02_policy.ipynb #5dcc3607
 @patch
 def _save(self: Policy, folder: str | Path, **beside: dict) -> Path:
     "As `save`, with further tensors in safetensors files of these names."
     from safetensors.torch import save_file
+
     folder = Path(folder)
-    _check_replaceable(folder, {"adapter_config.json", "adapter_model.safetensors", *(f"{name}.safetensors" for name in beside)})
+    _check_replaceable(
+        folder,
+        {"adapter_config.json", "adapter_model.safetensors", *(f"{name}.safetensors" for name in beside)},
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        new = Path(tmp)/"new"; new.mkdir()
+        new = Path(tmp) / "new"
+        new.mkdir()
         weights = {k: v.contiguous() for k, v in self.state().items()}
-        save_file(weights, new/"adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(weights, new / "adapter_model.safetensors", metadata={"format": "pt"})
         config = self.base.peft.peft_config[self.name]
         known = WHEEL_MODELS.get(self.base.name)
         config.base_model_name_or_path = known.hub if known else self.base.name
         config.save_pretrained(new)
-        for name, tensors in beside.items(): save_file(tensors, new/f"{name}.safetensors", metadata={"format": "pt"})
-        if folder.exists(): folder.rename(Path(tmp)/"old")
+        for name, tensors in beside.items():
+            save_file(tensors, new / f"{name}.safetensors", metadata={"format": "pt"})
+        if folder.exists():
+            folder.rename(Path(tmp) / "old")
         new.rename(folder)
     return folder
 
+# %% ../nbs/02_policy.ipynb #47f67800
 def _check_replaceable(folder: Path, own: set[str]):
-    "Raise `ValueError` unless `folder` is missing, empty, or an adapter of the files in `own` and nothing else."
+    """Raise `ValueError` unless `folder` is missing, empty, or an adapter of the files in `own` and nothing
+    else.
+    """
     from safetensors import SafetensorError, safe_open
-    if not folder.exists() and not folder.is_symlink(): return
-    names = {f.name for f in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {folder.name}
+
+    if not folder.exists() and not folder.is_symlink():
+        return
+    names = (
+        {f.name for f in folder.iterdir()} if folder.is_dir() and not folder.is_symlink() else {folder.name}
+    )
     try:
-        with safe_open(folder/"adapter_model.safetensors", "pt") as weights: adapter = all(".lora_" in name for name in weights.keys())
-    except (OSError, SafetensorError): adapter = False
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            adapter = all(".lora_" in name for name in weights.keys())
+    except (OSError, SafetensorError):
+        adapter = False
     if names and not (adapter and names == own):
-        raise ValueError(f"{folder} holds {sorted(names)[:5]} and is left as it is: expected a new or empty folder, or an adapter that Policy.save wrote.")
+        raise ValueError(
+            f"{folder} holds {sorted(names)[:5]} and is left as it is: expected a new or empty folder, or an"
+            " adapter that Policy.save wrote."
+        )
 
 # %% ../nbs/02_policy.ipynb #4d910622
 @patch(cls_method=True)
-def load(cls: Policy,
-    base: Base,              # what it stands on
-    folder: str | Path,      # a PEFT adapter folder
-    name: str | None = None, # the adapter's name; by default the folder's
-    frozen: bool = False,    # refuse to train it
+def load(
+    cls: Policy,
+    base: Base,  # what it stands on
+    folder: str | Path,  # a PEFT adapter folder
+    name: str | None = None,  # the adapter's name; by default the folder's
+    frozen: bool = False,  # refuse to train it
 ) -> Policy:
-    """Load an adapter folder. Nothing else on the base changes, and an adapter that is refused leaves nothing behind.
+    """Load an adapter folder. Nothing else on the base changes, and an adapter that is refused leaves nothing
+    behind.
 
-    Raises `ValueError` if it is none, is damaged, has numbers that are not finite, is more than LoRA matrices, or the name is taken."""
+    Raises `ValueError` if it is none, is damaged, has numbers that are not finite, is more than LoRA
+    matrices, or the name is taken.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    folder = Path(folder); name = name or folder.name
+
+    folder = Path(folder)
+    name = name or folder.name
     for f in "adapter_config.json", "adapter_model.safetensors":
-        if not (folder/f).exists(): raise ValueError(f"{folder} has no {f}: expected a PEFT adapter folder, as Policy.save writes it.")
-    try: state, config = load_file(folder/"adapter_model.safetensors"), PeftConfig.from_pretrained(str(folder))
-    except (SafetensorError, ValueError, TypeError, KeyError) as e: raise ValueError(f"the adapter in {folder} is damaged: {e}") from e
+        if not (folder / f).exists():
+            raise ValueError(
+                f"{folder} has no {f}: expected a PEFT adapter folder, as Policy.save writes it."
+            )
+    try:
+        state = load_file(folder / "adapter_model.safetensors")
+        config = PeftConfig.from_pretrained(str(folder))
+    except (SafetensorError, ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"the adapter in {folder} is damaged: {e}") from e
     check_adapter(config)
-    config.init_lora_weights = True  # its weights are in the file, and some of the other ways are not for packed layers
+    # its weights are in the file, and some of the other ways are not for packed layers
+    config.init_lora_weights = True
     odd = [k for k, w in state.items() if not w.isfinite().all()]
-    if odd: raise ValueError(f"the adapter in {folder} has numbers that are not finite, the first in {odd[0]}: its training has diverged.")
-    ranks = {len(w) for k, w in state.items() if ".lora_A." in k} | {len(w) for k, w in state.items() if ".lora_embedding_A" in k}
+    if odd:
+        raise ValueError(
+            f"the adapter in {folder} has numbers that are not finite, the first in {odd[0]}: its training"
+            " has diverged."
+        )
+    ranks = {len(w) for k, w in state.items() if ".lora_A." in k} | {
+        len(w) for k, w in state.items() if ".lora_embedding_A" in k
+    }
     if config.r not in ranks and not config.rank_pattern:
-        raise ValueError(f"the adapter in {folder} is damaged: its configuration says rank {config.r}, its matrices have {sorted(ranks)}.")
+        raise ValueError(
+            f"the adapter in {folder} is damaged: its configuration says rank {config.r}, its matrices have"
+            f" {sorted(ranks)}."
+        )
     base.add_adapter(name, config)
     self = Policy.resident(base, name, frozen)
-    try: self.load_state(state)
-    except ValueError: self.delete(); raise
+    try:
+        self.load_state(state)
+    except ValueError:
+        self.delete()
+        raise
     return self
 
 # %% ../nbs/02_policy.ipynb #215a256b
 @patch
 def delete(self: Policy):
     "Remove the adapter from the base and free its memory; the policy cannot be used afterwards."
-    if self.name not in self.base.adapters: raise ValueError(f"unknown adapter {self.name!r}; resident: {self.base.adapters}.")
+    if self.name not in self.base.adapters:
+        raise ValueError(f"unknown adapter {self.name!r}; resident: {self.base.adapters}.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT tells which adapter becomes active; each call here names its own
+        # PEFT tells which adapter becomes active; each call here names its own
+        warnings.simplefilter("ignore")
         self.base._remove(self.name)

@@ -18,67 +18,88 @@ from .tasks import as_task
 class Reward(Protocol):
     """Scores single answers, in TRL's convention.
 
-    A function of one prompt and one answer is taken too. Return None for an answer that cannot be scored; it is left out."""
-    def __call__(self,
-        prompts: list,          # n prompts, texts or lists of messages
-        completions: list[str], # n answers
-        **columns: list,        # n values for each column of the rows, and `truncated`: was the answer cut off?
-    ) -> list[float | None]:    # n finite numbers, on any scale; None abstains
+    A function of one prompt and one answer is taken too. Return None for an answer that cannot be scored;
+    it is left out.
+    """
+
+    def __call__(
+        self,
+        prompts: list,  # n prompts, texts or lists of messages
+        completions: list[str],  # n answers
+        # n values for each column of the rows, and `truncated`: was the answer cut off?
+        **columns: list,
+    ) -> list[float | None]:  # n finite numbers, on any scale; None abstains
         ...
 
 # %% ../nbs/17_protocols.ipynb #2c234edd
 @runtime_checkable
 class Judge(Protocol):
     "Compares two answers. A function `(prompt, a, b) -> P(a beats b)` is taken too, and so is a reward."
-    def compare(self,
-        prompts: list,       # n prompts
-        a: list[str],        # n answers
-        b: list[str],        # n answers
-        **columns: list,     # n values for each column
-    ) -> list[float | None]: # n probabilities that a beats b; 0.5 is a tie, None abstains
+
+    def compare(
+        self,
+        prompts: list,  # n prompts
+        a: list[str],  # n answers
+        b: list[str],  # n answers
+        **columns: list,  # n values for each column
+    ) -> list[float | None]:  # n probabilities that a beats b; 0.5 is a tie, None abstains
         ...
 
 # %% ../nbs/17_protocols.ipynb #1ba58662
 @runtime_checkable
 class Task(Protocol):
     "Prompts in two splits, and what answers are scored by."
-    reward: Any   # a reward, or a judge: what is learned from
-    verifier: Any # a reward of 1 (right), 0 (wrong) or a share between; None where there is no right and wrong
-    def problems(self,
-        split: str,    # "train" or "held-out": no question may be in both
-        n: int,        # how many, at most
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # different rows with `prompt` and the same columns; the same for the same seed
+
+    reward: Any  # a reward, or a judge: what is learned from
+    # a reward of 1 (right), 0 (wrong) or a share between; None where there is no right and wrong
+    verifier: Any
+
+    def problems(
+        self,
+        split: str,  # "train" or "held-out": no question may be in both
+        n: int,  # how many, at most
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # different rows with `prompt` and the same columns; the same for the same seed
         ...
 
 # %% ../nbs/17_protocols.ipynb #373bd4f9
 @runtime_checkable
 class Game(Protocol):
     "Positions that are played in turns."
-    name: str
-    seats: int # players
-    def start(self,
-        seed: int, # decides whatever is left to chance
-    ) -> "Position":
-        ...
 
+    name: str
+    seats: int  # players
+
+    def start(self, seed: int) -> "Position": ...  # decides whatever is left to chance
+
+# %% ../nbs/17_protocols.ipynb #46402bb7
 class Position(Protocol):
     "Where a game stands."
-    seat: int | None          # who moves; None when it is over
-    legal: list[str] | None   # the moves that may be made; None for free text
-    prompt: Any               # what the player to move is shown: a text, or messages
-    outcome: list[float] | None # when it is over, for each seat: 1 won, 0 lost, 0.5 drawn
-    def move(self, text: str): "Play it. Raises `ValueError`, saying why, for a move that is not legal."
-    def copy(self) -> "Position": "The same position, on its own."
+
+    seat: int | None  # who moves; None when it is over
+    legal: list[str] | None  # the moves that may be made; None for free text
+    prompt: Any  # what the player to move is shown: a text, or messages
+    outcome: list[float] | None  # when it is over, for each seat: 1 won, 0 lost, 0.5 drawn
+
+    def move(self, text: str):
+        "Play it. Raises `ValueError`, saying why, for a move that is not legal."
+
+    def copy(self) -> "Position":
+        "The same position, on its own."
 
 # %% ../nbs/17_protocols.ipynb #2dffb331
 @runtime_checkable
 class Player(Protocol):
-    "Answers prompts. A function `prompt -> text`, or `(prompt, rng) -> text` with a `random.Random`, is taken too."
-    def generate(self,
-        prompts: list,      # n prompts, texts or lists of messages
-        n_samples: int = 1, # answers to each
-        seed: int = 0,      # the same seed, the same answers
-        **sampling,         # `max_new_tokens`, `temperature`, `top_p`, where it has them
-    ) -> list:              # n texts, or with `n_samples` above 1 a list of texts for each prompt
+    """Answers prompts.
+
+    A function `prompt -> text`, or `(prompt, rng) -> text` with a `random.Random`, is taken too.
+    """
+
+    def generate(
+        self,
+        prompts: list,  # n prompts, texts or lists of messages
+        n_samples: int = 1,  # answers to each
+        seed: int = 0,  # the same seed, the same answers
+        **sampling,  # `max_new_tokens`, `temperature`, `top_p`, where it has them
+    ) -> list:  # n texts, or with `n_samples` above 1 a list of texts for each prompt
         ...

@@ -20,104 +20,131 @@ from .checks import printable
 
 # %% ../nbs/05_rates.ipynb #399bb360
 def wilson(
-    successes: float,    # how many, draws counted as half
-    n: float,            # out of how many (an effective number need not be whole)
-    level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end, within [0, 1]
+    successes: float,  # how many, draws counted as half
+    n: float,  # out of how many (an effective number need not be whole)
+    level: float = 0.95,  # of confidence
+) -> tuple[float, float]:  # lower and upper end, within [0, 1]
     "Wilson score interval of a rate; (0, 1) for n = 0. Raises `ValueError` unless 0 <= successes <= n."
-    if not 0 <= successes <= n: raise ValueError(f"{successes} successes out of {n}: expected 0 <= successes <= n.")
-    if n == 0: return 0., 1.
-    z, p = NormalDist().inv_cdf(.5 + level/2), successes/n
-    mid, half = p + z*z/(2*n), z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))
-    low, high = (mid-half)/(1+z*z/n), (mid+half)/(1+z*z/n)
-    return (0. if successes == 0 else low), (1. if successes == n else high)  # exact ends, not to the last digit
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes out of {n}: expected 0 <= successes <= n.")
+    if n == 0:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf(0.5 + level / 2), successes / n
+    mid = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
+    # exact ends, not to the last digit
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)
 
 # %% ../nbs/05_rates.ipynb #851bdb3c
 def rate_interval(
-    successes: float,    # how many, draws counted as half
-    n: float,            # out of how many (an effective number need not be whole)
-    level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end, within [0, 1]
-    "Exact interval (Clopper and Pearson) of a rate for fewer than 30 observations, else `wilson`, which raises `ValueError` for bad counts."
-    if n >= 30 or not 0 <= successes <= n or n == 0: return wilson(successes, n, level)
+    successes: float,  # how many, draws counted as half
+    n: float,  # out of how many (an effective number need not be whole)
+    level: float = 0.95,  # of confidence
+) -> tuple[float, float]:  # lower and upper end, within [0, 1]
+    """Exact interval (Clopper and Pearson) of a rate for fewer than 30 observations, else `wilson`, which
+    raises `ValueError` for bad counts.
+    """
+    if n >= 30 or not 0 <= successes <= n or n == 0:
+        return wilson(successes, n, level)
     from scipy.special import betaincinv
-    tail, failures = (1 - level)/2, n - successes
-    low = betaincinv(successes, failures + 1, tail) if successes > 0 else 0.
-    high = betaincinv(successes + 1, failures, 1 - tail) if failures > 0 else 1.
+
+    tail, failures = (1 - level) / 2, n - successes
+    low = betaincinv(successes, failures + 1, tail) if successes > 0 else 0.0
+    high = betaincinv(successes + 1, failures, 1 - tail) if failures > 0 else 1.0
     return float(low), float(high)
 
 # %% ../nbs/05_rates.ipynb #8db81dbe
-def finite(
-    x, # a number, or dicts and lists of such
-):
+def finite(x):  # a number, or dicts and lists of such
     "The same for a JSON file: None in place of every number that is not finite."
-    if isinstance(x, dict): return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [finite(v) for v in x]
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../nbs/05_rates.ipynb #7190efb1
 @dataclass(frozen=True)
 class Rate:
     "A rate with its 95 % interval, as `rate_interval` gives it."
-    successes: float         # draws counted as half
-    n: int                   # observations
-    n_effective: float | None = None # independent observations they are worth; by default `n`
+
+    successes: float  # draws counted as half
+    n: int  # observations
+    n_effective: float | None = None  # independent observations they are worth; by default `n`
 
     @property
-    def value(self) -> float: return self.successes/self.n if self.n else math.nan
+    def value(self) -> float:
+        return self.successes / self.n if self.n else math.nan
+
     @property
     def interval(self) -> tuple[float, float]:
         m = self.n if self.n_effective is None else self.n_effective
-        return rate_interval(min(m, self.value*m), m) if self.n else (0., 1.)
+        return rate_interval(min(m, self.value * m), m) if self.n else (0.0, 1.0)
+
     def to_dict(self) -> dict:
-        "For a JSON file: `value` (None where nothing was observed), `n`, `low`, `high`; and `n_effective` where it is not `n`."
+        """For a JSON file: `value` (None where nothing was observed), `n`, `low`, `high`; and `n_effective`
+        where it is not `n`.
+        """
         low, high = self.interval
         worth = {} if self.n_effective is None else {"n_effective": self.n_effective}
         return {"value": finite(self.value), "n": self.n, "low": low, "high": high} | worth
+
     @classmethod
     def from_dict(cls, d: dict):
         "The same again."
-        return cls(d["n"]*d["value"] if d["n"] else 0, d["n"], d.get("n_effective"))
+        return cls(d["n"] * d["value"] if d["n"] else 0, d["n"], d.get("n_effective"))
+
     @printable
     def __repr__(self):
-        if not self.n: return "not observed (n=0)"
+        if not self.n:
+            return "not observed (n=0)"
         low, high = self.interval
-        return f"{100*self.value:.1f} % [{100*low:.1f}, {100*high:.1f}] (n={self.n})"
+        return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (n={self.n})"
 
 # %% ../nbs/05_rates.ipynb #87ad82f3
-def win_rate(
-    scores: list, # for each prompt the scores of its games: 1 win, 0.5 draw, 0 loss
-) -> Rate:
-    "Win rate over all games, its interval corrected for games that share a prompt. Every prompt weighs the same."
+def win_rate(scores: list) -> Rate:  # for each prompt the scores of its games: 1 win, 0.5 draw, 0 loss
+    """Win rate over all games, its interval corrected for games that share a prompt.
+
+    Every prompt weighs the same.
+    """
     scores = [np.asarray(s, float) for s in scores if len(s)]
     games = [len(s) for s in scores]
-    if not games: return Rate(0, 0)
+    if not games:
+        return Rate(0, 0)
     means = np.array([s.mean() for s in scores])
     p, prompts = float(means.mean()), len(means)
-    spread = float(((means - p)**2).sum())
-    worth = prompts*(prompts*p*(1 - p) + .5)/(spread + .5)
-    most = prompts**2/sum(1/n for n in games)  # if the prompt decides nothing: all games, unless some prompts have few
-    return Rate(p*sum(games), sum(games), min(most, max(prompts, worth)))
+    spread = float(((means - p) ** 2).sum())
+    worth = prompts * (prompts * p * (1 - p) + 0.5) / (spread + 0.5)
+    # if the prompt decides nothing: all games, unless some prompts have few
+    most = prompts**2 / sum(1 / n for n in games)
+    return Rate(p * sum(games), sum(games), min(most, max(prompts, worth)))
 
 # %% ../nbs/05_rates.ipynb #4daa1fa5
 def ratio_interval(
-    totals,              # of each prompt, such as its nats
-    counts,              # of each prompt, such as its tokens
-    level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
-    "Interval of sum(totals)/sum(counts) by Student's t over prompts, its upper end on the scale of logarithms if all are positive."
+    totals,  # of each prompt, such as its nats
+    counts,  # of each prompt, such as its tokens
+    level: float = 0.95,  # of confidence
+    # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
+) -> tuple[float, float]:
+    """Interval of sum(totals)/sum(counts) by Student's t over prompts, its upper end on the scale of
+    logarithms if all are positive.
+    """
     from scipy.special import stdtrit
-    totals, counts = np.asarray(totals, float), np.asarray(counts, float)
-    n, r = len(totals), float(totals.sum()/counts.sum())
-    if n < 2 or not math.isfinite(r): return math.nan, math.nan
-    spread = float(((totals - r*counts)/counts.mean()).std(ddof=1))
-    half = float(stdtrit(n - 1, .5 + level/2))*spread/math.sqrt(n)
-    return r - half, r*math.exp(half/r) if (totals > 0).all() else r + half
 
+    totals, counts = np.asarray(totals, float), np.asarray(counts, float)
+    n, r = len(totals), float(totals.sum() / counts.sum())
+    if n < 2 or not math.isfinite(r):
+        return math.nan, math.nan
+    spread = float(((totals - r * counts) / counts.mean()).std(ddof=1))
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * spread / math.sqrt(n)
+    return r - half, r * math.exp(half / r) if (totals > 0).all() else r + half
+
+# %% ../nbs/05_rates.ipynb #aef5db59
 def mean_interval(
-    values,              # a number for each prompt
-    level: float = 0.95, # of confidence
-) -> tuple[float, float]: # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
+    values,  # a number for each prompt
+    level: float = 0.95,  # of confidence
+    # lower and upper end; nan for fewer than two prompts, or numbers that are not finite
+) -> tuple[float, float]:
     "`ratio_interval` of a mean."
     return ratio_interval(values, np.ones(len(values)), level)
 
@@ -125,151 +152,236 @@ def mean_interval(
 @dataclass(frozen=True)
 class Agreement:
     "How far two raters agree: raw agreement and Cohen's kappa, each with a 95 % interval."
-    raw: Rate                      # share of equal verdicts, and n
-    kappa: float                   # agreement beyond chance; nan if it is undefined
+
+    raw: Rate  # share of equal verdicts, and n
+    kappa: float  # agreement beyond chance; nan if it is undefined
     interval: tuple[float, float]  # 95 %, of kappa
-    skipped: int                   # left out, since one of the raters gave no verdict
-    counts: dict                   # (verdict of a, verdict of b) -> how often
-    note: str = ""                 # why kappa is undefined
+    skipped: int  # left out, since one of the raters gave no verdict
+    counts: dict  # (verdict of a, verdict of b) -> how often
+    note: str = ""  # why kappa is undefined
 
     @property
-    def n(self) -> int: return self.raw.n
+    def n(self) -> int:
+        return self.raw.n
+
     @printable
     def __repr__(self):
-        kappa = f"undefined ({self.note})" if self.note else f"{self.kappa:.2f} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
-        return f"raw agreement {self.raw}, kappa {kappa}" + (f", {self.skipped} skipped" if self.skipped else "")
+        kappa = (
+            f"undefined ({self.note})"
+            if self.note
+            else f"{self.kappa:.2f} [{self.interval[0]:.2f}, {self.interval[1]:.2f}]"
+        )
+        return f"raw agreement {self.raw}, kappa {kappa}" + (
+            f", {self.skipped} skipped" if self.skipped else ""
+        )
 
 # %% ../nbs/05_rates.ipynb #9c62b31f
-def _shares(counts): p = counts/counts.sum(); row, col = p.sum(1), p.sum(0); return p, row, col, p.trace(), row @ col
+def _shares(counts):
+    p = counts / counts.sum()
+    row, col = p.sum(1), p.sum(0)
+    return p, row, col, p.trace(), row @ col
 
+# %% ../nbs/05_rates.ipynb #78256568
 def _worth(counts: np.ndarray) -> float:
-    "How many independent verdicts, with chance agreement known beforehand, would give kappa the variance that it has."
-    n = counts.sum(); p, row, col, agree, chance = _shares(counts)
-    var = (p.diagonal() @ (1 - chance - (row + col)*(1 - agree))**2 - (agree*chance - 2*chance + agree)**2
-           + (1 - agree)**2 * ((p*(1 - np.eye(len(p)))) * (col[:, None] + row)**2).sum()) / (n*(1 - chance)**4)
-    return agree*(1 - agree)/((1 - chance)**2*var) if var > 1e-12 and 0 < agree < 1 else n
+    """How many independent verdicts, with chance agreement known beforehand, would give kappa the variance
+    that it has.
+    """
+    n = counts.sum()
+    p, row, col, agree, chance = _shares(counts)
+    var = (
+        p.diagonal() @ (1 - chance - (row + col) * (1 - agree)) ** 2
+        - (agree * chance - 2 * chance + agree) ** 2
+        + (1 - agree) ** 2 * ((p * (1 - np.eye(len(p)))) * (col[:, None] + row) ** 2).sum()
+    ) / (n * (1 - chance) ** 4)
+    return agree * (1 - agree) / ((1 - chance) ** 2 * var) if var > 1e-12 and 0 < agree < 1 else n
 
+# %% ../nbs/05_rates.ipynb #8e38150f
 def _kappa(counts: np.ndarray) -> tuple[float, float, float]:
     "Kappa and the ends of its 95 % interval, for a square table of counts (verdict of a, verdict of b)."
-    *_, chance = _shares(counts); agree = counts.trace()/counts.sum()
-    worth = min(_worth(counts), _worth(counts + .5), counts.sum())   # a cell that is empty so far need not stay so
-    kappa, low, high = (float((x - chance)/(1 - chance)) for x in (agree, *rate_interval(min(agree*worth, worth), worth)))
-    return kappa, max(-1., low), high
+    *_, chance = _shares(counts)
+    agree = counts.trace() / counts.sum()
+    # a cell that is empty so far need not stay so
+    worth = min(_worth(counts), _worth(counts + 0.5), counts.sum())
+    kappa, low, high = (
+        float((x - chance) / (1 - chance)) for x in (agree, *rate_interval(min(agree * worth, worth), worth))
+    )
+    return kappa, max(-1.0, low), high
 
 # %% ../nbs/05_rates.ipynb #d66ef08d
 def agreement(
-    a: list, # n verdicts of one rater: 0, 0.5, 1 or any labels; None (or nan) where it gave none
-    b: list, # n verdicts of the other, on the same matches
+    a: list,  # n verdicts of one rater: 0, 0.5, 1 or any labels; None (or nan) where it gave none
+    b: list,  # n verdicts of the other, on the same matches
 ) -> Agreement:
-    "Raw agreement and Cohen's kappa. Kappa is nan, with a note, if a rater always says the same. Raises `ValueError` for different lengths."
+    """Raw agreement and Cohen's kappa.
+
+    Kappa is nan, with a note, if a rater always says the same. Raises `ValueError` for different lengths.
+    """
     a, b = list(a), list(b)
-    if len(a) != len(b): raise ValueError(f"{len(a)} verdicts of a and {len(b)} of b: expected one of each for every match.")
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} verdicts of a and {len(b)} of b: expected one of each for every match.")
     both = [(x, y) for x, y in zip(a, b) if not any(v is None or v != v for v in (x, y))]
     labels = {v: i for i, v in enumerate(dict.fromkeys(v for pair in both for v in pair))}
     counts, n = np.zeros((len(labels), len(labels))), len(both)
-    for x, y in both: counts[labels[x], labels[y]] += 1
-    same = [f"{name} always says {verdicts[0]!r}" for name, verdicts in zip(("the first", "the second"), zip(*both)) if len(set(verdicts)) == 1]
+    for x, y in both:
+        counts[labels[x], labels[y]] += 1
+    same = [
+        f"{name} always says {verdicts[0]!r}"
+        for name, verdicts in zip(("the first", "the second"), zip(*both))
+        if len(set(verdicts)) == 1
+    ]
     note = " and ".join(same) if n else "no match has both verdicts"
-    kappa, *interval = [math.nan]*3 if note else _kappa(counts)
-    return Agreement(Rate(int(counts.trace()), n), kappa, tuple(interval), len(a) - n, dict(Counter(both)), note)
+    kappa, *interval = [math.nan] * 3 if note else _kappa(counts)
+    return Agreement(
+        Rate(int(counts.trace()), n), kappa, tuple(interval), len(a) - n, dict(Counter(both)), note
+    )
 
 # %% ../nbs/05_rates.ipynb #2534e6f1
 class SPRT:
-    "Wald's sequential test of a win rate: p1 or better (accept) against p0 or worse (reject), looked at after every game."
-    def __init__(self,
-        p0: float = .5,     # the win rate that must not pass
-        p1: float = .6,     # the win rate that must pass
-        alpha: float = .05, # accepted probability of passing p0
-        beta: float = .05,  # accepted probability of not passing p1
+    """Wald's sequential test of a win rate: p1 or better (accept) against p0 or worse (reject), looked at
+    after every game.
+    """
+
+    def __init__(
+        self,
+        p0: float = 0.5,  # the win rate that must not pass
+        p1: float = 0.6,  # the win rate that must pass
+        alpha: float = 0.05,  # accepted probability of passing p0
+        beta: float = 0.05,  # accepted probability of not passing p1
     ):
-        if not 0 < p0 < p1 < 1: raise ValueError(f"p0 is {p0} and p1 is {p1}: expected 0 < p0 < p1 < 1.")
-        if not (0 < alpha < .5 and 0 < beta < .5): raise ValueError(f"alpha is {alpha} and beta is {beta}: expected both above 0 and below 0.5.")
-        self.p0, self.p1, self.alpha, self.beta = p0, p1, alpha, beta
-        self.low, self.high = math.log(beta/(1 - alpha)), math.log((1 - beta)/alpha)  # bounds of the log-likelihood ratio
-        self.scores, self.path, self.unused = [], [0.], 0  # counted scores; the ratio before and after each; scores after the decision
+        if not 0 < p0 < p1 < 1:
+            raise ValueError(f"p0 is {p0} and p1 is {p1}: expected 0 < p0 < p1 < 1.")
+        if not (0 < alpha < 0.5 and 0 < beta < 0.5):
+            raise ValueError(f"alpha is {alpha} and beta is {beta}: expected both above 0 and below 0.5.")
+        self.p0 = p0
+        self.p1 = p1
+        self.alpha = alpha
+        self.beta = beta
+        # bounds of the log-likelihood ratio
+        self.low = math.log(beta / (1 - alpha))
+        self.high = math.log((1 - beta) / alpha)
+        # counted scores; the ratio before and after each; scores after the decision
+        self.scores, self.path, self.unused = [], [0.0], 0
 
     def weight(self, score):
         "What a score (or an array of them) adds to the log-likelihood ratio."
-        return score*math.log(self.p1/self.p0) + (1 - score)*math.log((1 - self.p1)/(1 - self.p0))
+        return score * math.log(self.p1 / self.p0) + (1 - score) * math.log((1 - self.p1) / (1 - self.p0))
 
     @property
-    def n(self) -> int: return len(self.scores)
+    def n(self) -> int:
+        return len(self.scores)
+
     @property
-    def llr(self) -> float: return self.path[-1]
+    def llr(self) -> float:
+        return self.path[-1]
+
     @property
-    def verdict(self) -> str: return "accept" if self.llr >= self.high else "reject" if self.llr <= self.low else "undecided"
+    def verdict(self) -> str:
+        return "accept" if self.llr >= self.high else "reject" if self.llr <= self.low else "undecided"
 
 # %% ../nbs/05_rates.ipynb #af149340
 @patch
-def update(self: SPRT,
-    score: float, # 1 win, 0.5 draw, 0 loss, or the mean score of a prompt's games
-) -> str:         # the verdict so far
-    "Count one score. A decision stands: what comes after it is only counted as `unused`. Raises `ValueError` for a score outside [0, 1]."
-    if not (isinstance(score, Real) and 0 <= score <= 1): raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
-    if self.verdict != "undecided": self.unused += 1
-    else: self.scores.append(float(score)); self.path.append(self.llr + self.weight(score))
+def update(
+    self: SPRT,
+    score: float,  # 1 win, 0.5 draw, 0 loss, or the mean score of a prompt's games
+) -> str:  # the verdict so far
+    """Count one score.
+
+    A decision stands: what comes after it is only counted as `unused`. Raises `ValueError` for a score
+    outside [0, 1].
+    """
+    if not (isinstance(score, Real) and 0 <= score <= 1):
+        raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
+    if self.verdict != "undecided":
+        self.unused += 1
+    else:
+        self.scores.append(float(score))
+        self.path.append(self.llr + self.weight(score))
     return self.verdict
 
+# %% ../nbs/05_rates.ipynb #f7fb677c
 @patch
-def add(self: SPRT,
-    scores: list, # in the order of play
-) -> str:         # the verdict so far
+def add(self: SPRT, scores: list) -> str:  # in the order of play  # the verdict so far
     "`update` with each of `scores`."
-    for s in scores: self.update(s)
+    for s in scores:
+        self.update(s)
     return self.verdict
 
 # %% ../nbs/05_rates.ipynb #57a050c6
 @patch
 @printable
 def __repr__(self: SPRT):
-    says = dict(accept=f"a win rate of {self.p1:g} explains the scores better than {self.p0:g}", undecided="play on",
-                reject=f"a win rate of {self.p0:g} explains the scores better than {self.p1:g}")[self.verdict]
-    return (f"{self.verdict} after {self.n} scores: {says} (log-likelihood ratio {self.llr:.2f}, bounds {self.low:.2f} and {self.high:.2f})"
-            + (f", {self.unused} more not counted" if self.unused else ""))
+    says = dict(
+        accept=f"a win rate of {self.p1:g} explains the scores better than {self.p0:g}",
+        undecided="play on",
+        reject=f"a win rate of {self.p0:g} explains the scores better than {self.p1:g}",
+    )[self.verdict]
+    return (
+        f"{self.verdict} after {self.n} scores: {says} (log-likelihood ratio {self.llr:.2f}, bounds"
+        f" {self.low:.2f} and {self.high:.2f})" + (f", {self.unused} more not counted" if self.unused else "")
+    )
 
 # %% ../nbs/05_rates.ipynb #a2ea83c4
 @patch
-def plot(self: SPRT,
-    ax=None, # matplotlib axes, made if missing
-):
+def plot(self: SPRT, ax=None):  # matplotlib axes, made if missing
     "The log-likelihood ratio after each score, between its bounds; returns the axes."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")[1]
+
+    if ax is None:
+        ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")[1]
     for y, text in (self.high, f"accept {self.p1:g}"), (self.low, f"reject {self.p1:g}"):
-        ax.axhline(y, color="0.4", ls="--"); ax.annotate(text, (0, y), (3, 3), textcoords="offset points", fontsize=9)
+        ax.axhline(y, color="0.4", ls="--")
+        ax.annotate(text, (0, y), (3, 3), textcoords="offset points", fontsize=9)
     ax.plot(self.path, color="k", lw=1)
-    ax.set(xlabel="scores", ylabel="log-likelihood ratio", ylim=(1.3*self.low, 1.3*self.high))
+    ax.set(xlabel="scores", ylabel="log-likelihood ratio", ylim=(1.3 * self.low, 1.3 * self.high))
     return ax
 
 # %% ../nbs/05_rates.ipynb #55b3e4b6
 def _ends(test: SPRT) -> list[tuple]:
-    "All ends of the test after as many scores as it has: their place in the order, scores, wins, and probability if every score is a fair coin."
-    ends, going = [], np.array([1.])   # going[k]: still undecided, with k wins
+    """All ends of the test after as many scores as it has: their place in the order, scores, wins, and
+    probability if every score is a fair coin.
+    """
+    ends, going = [], np.array([1.0])  # going[k]: still undecided, with k wins
     for n in range(1, test.n + 1):
-        going = np.convolve(going, [.5, .5]); wins = np.arange(n + 1)
-        llr = wins*test.weight(1) + (n - wins)*test.weight(0)
+        going = np.convolve(going, [0.5, 0.5])
+        wins = np.arange(n + 1)
+        llr = wins * test.weight(1) + (n - wins) * test.weight(0)
         for over, place in (llr >= test.high, (1, -n)), (llr <= test.low, (-1, n)):
             ends += [(place, n, k, going[k]) for k in np.flatnonzero(over & (going > 0)).tolist()]
             going[over] = 0
     return ends + [((0, k), test.n, k, going[k]) for k in np.flatnonzero(going).tolist()]
 
+# %% ../nbs/05_rates.ipynb #92fff32e
 @patch
-def estimate(self: SPRT,
-    level: float = 0.95, # of confidence
-) -> tuple[float, float, float]: # the win rate, and the ends of its interval; nan without scores, or with others than 0 and 1
-    "The win rate, corrected for having stopped when the test decided. Simulated at 0.3 to 0.95, the interval covers 94 % and more."
+def estimate(
+    self: SPRT,
+    level: float = 0.95,  # of confidence
+    # the win rate, and the ends of its interval; nan without scores, or with others than 0 and 1
+) -> tuple[float, float, float]:
+    """The win rate, corrected for having stopped when the test decided.
+
+    Simulated at 0.3 to 0.95, the interval covers 94 % and more.
+    """
     from scipy.optimize import brentq
-    if not self.n or not set(self.scores) <= {0., 1.}: return math.nan, math.nan, math.nan
-    place = {"accept": (1, -self.n), "undecided": (0, int(sum(self.scores))), "reject": (-1, self.n)}[self.verdict]
+
+    if not self.n or not set(self.scores) <= {0.0, 1.0}:
+        return math.nan, math.nan, math.nan
+    place = {"accept": (1, -self.n), "undecided": (0, int(sum(self.scores))), "reject": (-1, self.n)}[
+        self.verdict
+    ]
     ends = _ends(self)
-    above, here = ([e[1:] for e in ends if keep(e[0])] for keep in (lambda x: x > place, lambda x: x == place))
+    above, here = (
+        [e[1:] for e in ends if keep(e[0])] for keep in (lambda x: x > place, lambda x: x == place)
+    )
 
     def probability(ends, p):
-        n, wins, coin = np.array(ends or [(0, 0, 0.)]).T
-        return float((coin*np.exp(n*math.log(2) + wins*math.log(p) + (n - wins)*math.log1p(-p))).sum())
+        n, wins, coin = np.array(ends or [(0, 0, 0.0)]).T
+        return float(
+            (coin * np.exp(n * math.log(2) + wins * math.log(p) + (n - wins) * math.log1p(-p))).sum()
+        )
 
     def rate_where(share, target):  # above, and this share of what was seen, have the probability `target`
-        f = lambda p: probability(above, p) + share*probability(here, p) - target
+        f = lambda p: probability(above, p) + share * probability(here, p) - target
         low, high = 1e-6, 1 - 1e-6
-        return 0. if f(low) > 0 else 1. if f(high) < 0 else float(brentq(f, low, high))
-    return rate_where(.5, .5), rate_where(1, (1 - level)/2), rate_where(0, (1 + level)/2)
+        return 0.0 if f(low) > 0 else 1.0 if f(high) < 0 else float(brentq(f, low, high))
+
+    return rate_where(0.5, 0.5), rate_where(1, (1 - level) / 2), rate_where(0, (1 + level) / 2)

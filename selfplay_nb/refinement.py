@@ -26,7 +26,8 @@ from .reward import as_reward, is_judge, is_single, rewards_of, rows_of
 from .templates import Template, fill, special_tokens
 
 # %% ../nbs/26_refinement.ipynb #5c1bb93b
-CRITIQUE = """You are a strict teacher. Say in one or two sentences what is wrong with the student's answer and what it lacks, or say only: NO ISSUES
+CRITIQUE = """You are a strict teacher. Say in one or two sentences what is wrong with the student's answer \
+and what it lacks, or say only: NO ISSUES
 
 Task:
 {prompt}
@@ -48,42 +49,61 @@ Now do the task again, and heed the critique.
 
 # %% ../nbs/26_refinement.ipynb #d4a8ada3
 def fenced_texts(prompt) -> list[str]:
-    "The texts between the fences of a rendered prompt, in its order; none if it has no fences. For players that are programs."
-    prompt = prompt_text(prompt); mark = re.search(r"^[0-9a-f]{16}$", prompt, re.M)  # the first line of this kind is the mark: words come before texts
+    """The texts between the fences of a rendered prompt, in its order; none if it has no fences.
+
+    For players that are programs.
+    """
+    # the first line of this kind is the mark: words come before texts
+    prompt = prompt_text(prompt)
+    mark = re.search(r"^[0-9a-f]{16}$", prompt, re.M)
     return re.findall(rf"^{mark[0]}\n(.*?)\n{mark[0]}$", prompt, re.M | re.S) if mark else []
 
 # %% ../nbs/26_refinement.ipynb #1efbd43b
-_NOTHING = re.compile(r"\W*(?:there (?:are|is) |i (?:see|find|found) )?(?:no (?:further |other )?(?:issues?|errors?|problems?|flaws?)|nothing)"
-                      r"(?: (?:found|here|to (?:improve|correct|mend)))?(?: (?:in|with) (?:the|this) answer)?\W*", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"\W*(?:there (?:are|is) |i (?:see|find|found) )?(?:no (?:further |other"
+    r" )?(?:issues?|errors?|problems?|flaws?)|nothing)"
+    r"(?: (?:found|here|to (?:improve|correct|mend)))?(?: (?:in|with) (?:the|this) answer)?\W*",
+    re.IGNORECASE,
+)
+
 
 def finds_nothing(critique: str) -> bool:
     "Does the critique say that there are no issues, and nothing else?"
     return bool(_NOTHING.fullmatch(critique))
 
 # %% ../nbs/26_refinement.ipynb #eee6d825
-MOST_PAIRS = 20_000  # of equal words in two texts that are compared word by word: some tenths of a second at worst
+# of equal words in two texts that are compared word by word: some tenths of a second at worst
+MOST_PAIRS = 20_000
 
+# %% ../nbs/26_refinement.ipynb #f771affd
 def word_diff(
-    old: str, # a text
-    new: str, # another
-) -> list[tuple[str, str]]: # parts `("=", both)`, `("-", old)`, `("+", new)`; all but `+` make the old text, all but `-` the new
-    "The differences of two texts, in words; for texts with more than `MOST_PAIRS` pairs of equal words, of what lies between their common ends as a whole."
+    old: str,  # a text
+    new: str,  # another
+    # parts `("=", both)`, `("-", old)`, `("+", new)`; all but `+` make the old text, all but `-` the new
+) -> list[tuple[str, str]]:
+    """The differences of two texts, in words; for texts with more than `MOST_PAIRS` pairs of equal words, of
+    what lies between their common ends as a whole.
+    """
     a, b = (re.findall(r"\s+|\w+|[^\w\s]", t) for t in (old, new))
     start, end = _common_ends(a, b)
-    before, after = a[:start], a[len(a)-end:]
-    a, b = a[start:len(a)-end], b[start:len(b)-end]
+    before, after = a[:start], a[len(a) - end :]
+    a, b = a[start : len(a) - end], b[start : len(b) - end]
     parts = [("=", before)]
     in_a, in_b = Counter(a), Counter(b)
-    if len(a) + len(b) + sum(n*in_b[w] for w, n in in_a.items() if not w.isspace()) > MOST_PAIRS: parts += [("-", a), ("+", b)]
+    if len(a) + len(b) + sum(n * in_b[w] for w, n in in_a.items() if not w.isspace()) > MOST_PAIRS:
+        parts += [("-", a), ("+", b)]
     else:
         for op, i, j, k, m in difflib.SequenceMatcher(str.isspace, a, b, autojunk=False).get_opcodes():
             parts += [("=", a[i:j])] if op == "equal" else [("-", a[i:j]), ("+", b[k:m])]
     out = []
     for sign, words in [*parts, ("=", after)]:
-        if words and out and out[-1][0] == sign: out[-1] = sign, out[-1][1] + words
-        elif words: out.append((sign, words))
+        if words and out and out[-1][0] == sign:
+            out[-1] = sign, out[-1][1] + words
+        elif words:
+            out.append((sign, words))
     return [(sign, "".join(words)) for sign, words in out]
 
+# %% ../nbs/26_refinement.ipynb #8f486fc9
 def _common_ends(a: list, b: list) -> tuple[int, int]:
     "How many items two lists have in common at the beginning, and at the end of the rest."
     start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -91,76 +111,109 @@ def _common_ends(a: list, b: list) -> tuple[int, int]:
     end = next((i for i, (x, y) in enumerate(zip(reversed(a), reversed(b))) if i == rest or x != y), rest)
     return start, end
 
+
 def diff_text(old: str, new: str) -> str:
     "`new` with what was left out in `[-…-]` and what is new in `{+…+}`."
     return "".join({"=": t, "-": f"[-{t}-]", "+": f"{{+{t}+}}"}[sign] for sign, t in word_diff(old, new))
 
+# %% ../nbs/26_refinement.ipynb #82b94858
 def diff_html(old: str, new: str) -> str:
-    "`new` with what was left out struck (`<del>`) and what is new underlined and bold (`<ins>`); all text escaped."
-    return "".join({"=": t, "-": f"<del>{t}</del>", "+": f"<ins><b>{t}</b></ins>"}[sign] for sign, t in ((s, escape(t)) for s, t in word_diff(old, new)))
+    """`new` with what was left out struck (`<del>`) and what is new underlined and bold (`<ins>`); all text
+    escaped.
+    """
+    return "".join(
+        {"=": t, "-": f"<del>{t}</del>", "+": f"<ins><b>{t}</b></ins>"}[sign]
+        for sign, t in ((s, escape(t)) for s, t in word_diff(old, new))
+    )
 
 # %% ../nbs/26_refinement.ipynb #2600df37
-STOPS = {"limit": "the limit of iterations", "unchanged": "nothing changed: the refined answer was there before", "satisfied": "the critique finds nothing",
-         "fell": "the score fell", "empty answer": "an empty answer", "empty critique": "an empty critique", "full": "the context is full"}
+STOPS = {
+    "limit": "the limit of iterations",
+    "unchanged": "nothing changed: the refined answer was there before",
+    "satisfied": "the critique finds nothing",
+    "fell": "the score fell",
+    "empty answer": "an empty answer",
+    "empty critique": "an empty critique",
+    "full": "the context is full",
+}
 
+# %% ../nbs/26_refinement.ipynb #33d54d1f
 @dataclass
 class Version:
     "An answer at one moment."
-    text: str
-    parent: int | None = None    # the version that it was made from
-    score: float | None = None   # by the reward, if there is one
-    truncated: bool = False      # cut off by the limit of tokens
-    stop: str | None = None      # why nothing followed: one of `STOPS`; None while something may
 
+    text: str
+    parent: int | None = None  # the version that it was made from
+    score: float | None = None  # by the reward, if there is one
+    truncated: bool = False  # cut off by the limit of tokens
+    stop: str | None = None  # why nothing followed: one of `STOPS`; None while something may
+
+# %% ../nbs/26_refinement.ipynb #25b5fd35
 @dataclass
 class Step:
     "A critique and what came of it."
-    source: int                  # the version criticised
+
+    source: int  # the version criticised
     critique: str
-    by: str = "critic"           # the critic's name, or "person"
-    target: int | None = None    # the version that it led to: a new one, or one that was there; None if none (yet)
-    truncated: bool = False      # was the critique cut off?
+    by: str = "critic"  # the critic's name, or "person"
+    # the version that it led to: a new one, or one that was there; None if none (yet)
+    target: int | None = None
+    truncated: bool = False  # was the critique cut off?
 
 # %% ../nbs/26_refinement.ipynb #88ca3959
 @dataclass
 class Trace:
     "Everything that happened to one prompt's answer."
+
     prompt: str | list
     versions: list[Version] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    policy: str = ""             # who answers
-    critic: str = ""             # who criticises
-    judge: str = ""              # name of the reward; "" if versions are not scored
+    policy: str = ""  # who answers
+    critic: str = ""  # who criticises
+    judge: str = ""  # name of the reward; "" if versions are not scored
     seed: int = 0
-    columns: dict = field(default_factory=dict) # this prompt's values for the reward, such as `answer`
+    columns: dict = field(default_factory=dict)  # this prompt's values for the reward, such as `answer`
 
     def path(self, at: int) -> list[int]:
         "Numbers of the versions from the first to `at`."
         out = [at]
-        while (parent := self.versions[out[0]].parent) is not None: out.insert(0, parent)
+        while (parent := self.versions[out[0]].parent) is not None:
+            out.insert(0, parent)
         return out
+
     @property
     def branches(self) -> list[list[int]]:
         "For each version that nothing was made from, the path to it."
         return [self.path(i) for i in range(len(self.versions)) if all(v.parent != i for v in self.versions)]
+
     @property
     def tip(self) -> int:
         "Where the last step went; a step that led back, or to nothing, stays where it was."
-        return max(self.steps[-1].source, -1 if self.steps[-1].target is None else self.steps[-1].target) if self.steps else 0
+        return (
+            max(self.steps[-1].source, -1 if self.steps[-1].target is None else self.steps[-1].target)
+            if self.steps
+            else 0
+        )
 
 # %% ../nbs/26_refinement.ipynb #ce706bd6
 @patch(as_prop=True)
 def best(self: Trace) -> int:
     "Number of the best version."
     scores = [(-v.score, i) for i, v in enumerate(self.versions) if v.score is not None]
-    if scores: return min(scores)[1]
+    if scores:
+        return min(scores)[1]
     path = self.path(self.tip)
-    return next((i for i in reversed(path) if self.versions[i].text.strip() and not self.versions[i].truncated), path[-1])
+    return next(
+        (i for i in reversed(path) if self.versions[i].text.strip() and not self.versions[i].truncated),
+        path[-1],
+    )
 
+# %% ../nbs/26_refinement.ipynb #eb006d0b
 @patch(as_prop=True)
 def stop(self: Trace) -> str | None:
     "Why the last line ended, one of `STOPS`; None if it has not."
     return self.versions[self.tip].stop
+
 
 @patch(as_prop=True)
 def pending(self: Trace) -> Step | None:
@@ -168,35 +221,54 @@ def pending(self: Trace) -> Step | None:
     s = self.steps[-1] if self.steps else None
     return s if s and s.target is None and not self.versions[s.source].stop else None
 
+# %% ../nbs/26_refinement.ipynb #4daa3c73
 @patch
 def after(self: Trace, k: int) -> Version:
     "The version that stood after `k` iterations, on the way to the last one."
-    path = self.path(self.tip); return self.versions[path[min(k, len(path)-1)]]
+    path = self.path(self.tip)
+    return self.versions[path[min(k, len(path) - 1)]]
+
 
 @patch
 def step_to(self: Trace, i: int) -> Step | None:
     "The step that version `i` came from."
     return next((s for s in self.steps if s.target == i and s.source == self.versions[i].parent), None)
 
+# %% ../nbs/26_refinement.ipynb #a5686b4a
 @patch(as_prop=True)
 def records(self: Trace) -> list[dict]:
     "`{\"iteration\", \"original\", \"critique\", \"improved\"}` for each new version."
-    return [dict(iteration=len(self.path(s.source))-1, original=self.versions[s.source].text, critique=s.critique, improved=self.versions[i].text)
-            for i in range(1, len(self.versions)) for s in [self.step_to(i)]]
+    return [
+        dict(
+            iteration=len(self.path(s.source)) - 1,
+            original=self.versions[s.source].text,
+            critique=s.critique,
+            improved=self.versions[i].text,
+        )
+        for i in range(1, len(self.versions))
+        for s in [self.step_to(i)]
+    ]
 
 # %% ../nbs/26_refinement.ipynb #fd576774
 @patch
-def criticise(self: Trace,
-    critique: str,        # what to mend
-    at: int | None = None, # the version that is meant; by default the last one
-    by: str = "person",   # who says so
-    truncated: bool = False, # was it cut off?
+def criticise(
+    self: Trace,
+    critique: str,  # what to mend
+    at: int | None = None,  # the version that is meant; by default the last one
+    by: str = "person",  # who says so
+    truncated: bool = False,  # was it cut off?
 ) -> Step:
-    "Add a critique, to be carried out next. Raises `ValueError` for an empty critique, or a version that is empty or not there."
+    """Add a critique, to be carried out next.
+
+    Raises `ValueError` for an empty critique, or a version that is empty or not there.
+    """
     at = self.tip if at is None else at
-    if not 0 <= at < len(self.versions): raise ValueError(f"version {at!r}: expected one of 0 to {len(self.versions)-1}.")
-    if not self.versions[at].text.strip(): raise ValueError(f"version {at} is empty: there is nothing to criticise.")
-    if not critique.strip(): raise ValueError("the critique is empty: expected what to mend.")
+    if not 0 <= at < len(self.versions):
+        raise ValueError(f"version {at!r}: expected one of 0 to {len(self.versions) - 1}.")
+    if not self.versions[at].text.strip():
+        raise ValueError(f"version {at} is empty: there is nothing to criticise.")
+    if not critique.strip():
+        raise ValueError("the critique is empty: expected what to mend.")
     self.versions[at].stop = None
     self.steps.append(Step(at, critique, by, truncated=truncated))
     return self.steps[-1]
@@ -206,50 +278,85 @@ def criticise(self: Trace,
 def about(self: Trace, i: int) -> str:
     "Version `i` in a few words: where it comes from, score, length, whether it is the best."
     v = self.versions[i]
-    return ", ".join(filter(None, [f"v{i}" + (f" from v{v.parent}" if v.parent is not None else ""), f"score {v.score:.2f}" if v.score is not None else "",
-                                   f"{len(v.text)} characters", "cut off" if v.truncated else "", "best" if i == self.best else ""]))
+    return ", ".join(
+        filter(
+            None,
+            [
+                f"v{i}" + (f" from v{v.parent}" if v.parent is not None else ""),
+                f"score {v.score:.2f}" if v.score is not None else "",
+                f"{len(v.text)} characters",
+                "cut off" if v.truncated else "",
+                "best" if i == self.best else "",
+            ],
+        )
+    )
 
+# %% ../nbs/26_refinement.ipynb #bb5cfb77
 @patch(as_prop=True)
 def outcome(self: Trace) -> str:
     "How many versions and branches, which is best, why it stopped."
     n, b = len(self.versions), len(self.branches)
-    return (f"{n} version{'s'*(n > 1)}{f' in {b} branches' if b > 1 else ''}, best is v{self.best}; "
-            f"{f'stopped: {STOPS[self.stop]}' if self.stop else 'not finished'}")
+    return (
+        f"{n} version{'s' * (n > 1)}{f' in {b} branches' if b > 1 else ''}, best is v{self.best}; "
+        f"{f'stopped: {STOPS[self.stop]}' if self.stop else 'not finished'}"
+    )
+
 
 @patch
 def dead_ends(self: Trace, i: int) -> list[Step]:
     "Critiques of version `i` from which no new version came."
     return [s for s in self.steps if s.source == i and (s.target is None or s.target <= i)]
 
+# %% ../nbs/26_refinement.ipynb #e6623cae
 @patch
 @printable
 def __repr__(self: Trace):
-    if not self.versions: return "Trace: nothing generated"
+    if not self.versions:
+        return "Trace: nothing generated"
     lines = [f"Trace: {self.outcome}", f"prompt: {prompt_text(self.prompt)}"]
     for i, v in enumerate(self.versions):
-        if s := self.step_to(i): lines.append(f"critique of v{s.source} by {s.by}: {s.critique}")
-        lines.append(f"{self.about(i)}: {v.text if v.parent is None else diff_text(self.versions[v.parent].text, v.text)}")
+        if s := self.step_to(i):
+            lines.append(f"critique of v{s.source} by {s.by}: {s.critique}")
+        lines.append(
+            f"{self.about(i)}:"
+            f" {v.text if v.parent is None else diff_text(self.versions[v.parent].text, v.text)}"
+        )
         lines += [f"critique of v{i} by {s.by}: {s.critique or '(empty)'}" for s in self.dead_ends(i)]
-        if v.stop: lines.append(f"v{i} stopped: {STOPS[v.stop]}")
+        if v.stop:
+            lines.append(f"v{i} stopped: {STOPS[v.stop]}")
     return "\n".join(lines)
 
 # %% ../nbs/26_refinement.ipynb #3db7fac3
 @patch
 def _repr_html_(self: Trace):
-    if not self.versions: return "<p>nothing generated</p>"
+    if not self.versions:
+        return "<p>nothing generated</p>"
     left = "style='text-align:left;vertical-align:top'"
-    cell = lambda html: f"<td {left}><pre style='white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;background:none;margin:0'>{html}</pre></td>"
+    cell = lambda html: (
+        f"<td {left}><pre"
+        f" style='white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;background:none;margin:0'>"
+        f"{html}</pre></td>"
+    )
     said = lambda ss: "\n\n".join(f"by {escape(s.by)}: {escape(s.critique) or '(empty)'}" for s in ss)
     rows = []
     for i, v in enumerate(self.versions):
         came, vain = [s for s in [self.step_to(i)] if s], self.dead_ends(i)
-        text = escape(v.text) or "(empty)" if v.parent is None else diff_html(self.versions[v.parent].text, v.text)
+        text = (
+            escape(v.text) or "(empty)"
+            if v.parent is None
+            else diff_html(self.versions[v.parent].text, v.text)
+        )
         notes = f"\n\ncritique of v{i} that led to nothing new: {said(vain)}" if vain else ""
         end = f"; stopped: {STOPS[v.stop]}" if v.stop else ""
-        rows.append(f"<tr><td {left}>{escape(self.about(i) + end)}</td>{cell((said(came) + notes).strip())}{cell(text)}</tr>")
-    return (f"<p><b>{escape(self.outcome)}</b><br>Prompt: {escape(prompt_text(self.prompt))}<br>"
-            "<del>struck out</del>: left out; <ins><b>underlined</b></ins>: new</p>"
-            f"<table><tr><th {left}>version</th><th {left}>critique that led to it</th><th {left}>text</th></tr>{''.join(rows)}</table>")
+        rows.append(
+            "<tr><td"
+            f" {left}>{escape(self.about(i) + end)}</td>{cell((said(came) + notes).strip())}{cell(text)}</tr>"
+        )
+    return (
+        f"<p><b>{escape(self.outcome)}</b><br>Prompt: {escape(prompt_text(self.prompt))}<br><del>struck"
+        f" out</del>: left out; <ins><b>underlined</b></ins>: new</p><table><tr><th {left}>version</th><th"
+        f" {left}>critique that led to it</th><th {left}>text</th></tr>{''.join(rows)}</table>"
+    )
 
 # %% ../nbs/26_refinement.ipynb #a9a76801
 @patch
@@ -257,23 +364,37 @@ def to_dict(self: Trace) -> dict:
     "The trace as plain data."
     return {"record": "refinement trace", **asdict(self)}
 
+# %% ../nbs/26_refinement.ipynb #772f1289
 @patch(cls_method=True)
 def from_dict(cls: Trace, d: dict) -> Trace:
     "A trace from `to_dict`'s data; raises `ValueError` for any other."
     try:
-        if d["record"] != "refinement trace": raise KeyError("record")
-        t = cls(**{k: v for k, v in d.items() if k not in ("record", "versions", "steps")}, versions=[Version(**v) for v in d["versions"]],
-                steps=[Step(**s) for s in d["steps"]])
-        if not as_prompts(t.prompt)[1]: raise KeyError("prompt")
+        if d["record"] != "refinement trace":
+            raise KeyError("record")
+        t = cls(
+            **{k: v for k, v in d.items() if k not in ("record", "versions", "steps")},
+            versions=[Version(**v) for v in d["versions"]],
+            steps=[Step(**s) for s in d["steps"]],
+        )
+        if not as_prompts(t.prompt)[1]:
+            raise KeyError("prompt")
         n = len(t.versions)
         for i, v in enumerate(t.versions):
-            content = isinstance(v.text, str) and (v.score is None or math.isfinite(v.score)) and v.stop in (None, *STOPS)
-            if not content or (v.parent is None) != (i == 0) or i and not 0 <= v.parent < i: raise KeyError(f"version {i}")
-            if i and not t.step_to(i): raise KeyError(f"the step to version {i}")
+            content = (
+                isinstance(v.text, str)
+                and (v.score is None or math.isfinite(v.score))
+                and v.stop in (None, *STOPS)
+            )
+            if not content or (v.parent is None) != (i == 0) or i and not 0 <= v.parent < i:
+                raise KeyError(f"version {i}")
+            if i and not t.step_to(i):
+                raise KeyError(f"the step to version {i}")
         for k, s in enumerate(t.steps):
-            if not isinstance(s.critique, str) or not 0 <= s.source < n or s.target not in (None, *range(n)): raise KeyError(f"step {k}")
+            if not isinstance(s.critique, str) or not 0 <= s.source < n or s.target not in (None, *range(n)):
+                raise KeyError(f"step {k}")
         return t
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"not a refinement trace, or a damaged one, at {e}: {str(d)[:60]!r}.") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"not a refinement trace, or a damaged one, at {e}: {str(d)[:60]!r}.") from None
 
 # %% ../nbs/26_refinement.ipynb #0405b2c1
 @patch
@@ -281,69 +402,95 @@ def save(self: Trace, path: str | Path):
     "Write the trace as JSON, replacing a trace that was there. Raises `ValueError` where another file is."
     write_whole(path, self.to_json(), Trace.load)
 
+
 @patch
 def to_json(self: Trace) -> str:
     "The trace as text, as `save` writes it."
     return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
 
+# %% ../nbs/26_refinement.ipynb #469a1e4a
 @patch(cls_method=True)
 def load(cls: Trace, path: str | Path) -> Trace:
     "Read a trace; raises `ValueError` for a file that is none."
-    try: return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    try:
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
 
 # %% ../nbs/26_refinement.ipynb #2b2568f0
-SAMPLING = dict(temperature=.7, top_p=.9)  # where nothing else is said
+SAMPLING = dict(temperature=0.7, top_p=0.9)  # where nothing else is said
 
+# %% ../nbs/26_refinement.ipynb #907f5924
 class IterativeRefiner:
     "Generate, criticise, refine, as in Self-Refine (Madaan et al., 2023, arXiv 2303.17651)."
+
     critique_template = Template("prompt", "response")
     refine_template = Template("prompt", "response", "critique")
 
-    def __init__(self,
-        policy,                      # writes and rewrites: a player, see `as_player`
-        critic=None,                 # criticises, likewise; by default the policy
-        reward=None,                 # in TRL's convention, or `(prompt, response) -> float`: scores versions, and the loop stops when the score falls
-        critique_template: str = CRITIQUE, # with the fields `prompt` and `response`; `mark` is optional
-        refine_template: str = REFINE,     # with `prompt`, `response` and `critique`
-        finds_nothing=finds_nothing, # `critique -> bool`: is the critic satisfied?
-        max_chars: int | None = None, # longest prompt, in characters, for players whose context length is not known
-        critique_sampling: dict | None = None, # settings of the critic, where they differ from:
-        **sampling,                  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`; see `SAMPLING`
+    def __init__(
+        self,
+        policy,  # writes and rewrites: a player, see `as_player`
+        critic=None,  # criticises, likewise; by default the policy
+        # in TRL's convention, or `(prompt, response) -> float`: scores versions, and the loop stops when the
+        # score falls
+        reward=None,
+        critique_template: str = CRITIQUE,  # with the fields `prompt` and `response`; `mark` is optional
+        refine_template: str = REFINE,  # with `prompt`, `response` and `critique`
+        finds_nothing=finds_nothing,  # `critique -> bool`: is the critic satisfied?
+        # longest prompt, in characters, for players whose context length is not known
+        max_chars: int | None = None,
+        critique_sampling: dict | None = None,  # settings of the critic, where they differ from:
+        # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`; see `SAMPLING`
+        **sampling,
     ):
         policy = as_player(policy, "policy")
         critic = as_player(critic, "critic") if critic else policy
         if reward is not None and not (callable(reward) or is_judge(reward)):
             raise ValueError(f"reward is {reward!r:.60}: expected a function in TRL's convention, or None.")
-        self.policy, self.critic, self.reward = policy, critic, None if reward is None else as_reward(reward)
-        self.critique_template, self.refine_template, self.finds_nothing = critique_template, refine_template, finds_nothing
+        self.policy = policy
+        self.critic = critic
+        self.reward = None if reward is None else as_reward(reward)
+        self.critique_template = critique_template
+        self.refine_template = refine_template
+        self.finds_nothing = finds_nothing
         self.max_chars, self.sampling = max_chars, SAMPLING | sampling
         self.critique_sampling = self.sampling | (critique_sampling or {})
 
     @printable
     def __repr__(self):
-        by, judged = "itself" if self.critic is self.policy else name_of(self.critic), f", scored by {name_of(self.reward)}" if self.reward else ""
+        by = "itself" if self.critic is self.policy else name_of(self.critic)
+        judged = f", scored by {name_of(self.reward)}" if self.reward else ""
         return f"IterativeRefiner({name_of(self.policy)} criticised by {by}{judged})"
 
 # %% ../nbs/26_refinement.ipynb #9c229992
 @patch
 def _fits(self: IterativeRefiner, player, prompt, sampling) -> bool:
     base = getattr(player, "base", None)
-    if self.max_chars is not None and len(prompt_text(prompt)) > self.max_chars: return False
-    return not hasattr(base, "context_length") or len(base.encode(prompt)) + sampling.get("max_new_tokens", 64) <= base.context_length
+    if self.max_chars is not None and len(prompt_text(prompt)) > self.max_chars:
+        return False
+    return (
+        not hasattr(base, "context_length")
+        or len(base.encode(prompt)) + sampling.get("max_new_tokens", 64) <= base.context_length
+    )
 
+# %% ../nbs/26_refinement.ipynb #4ee6a646
 @patch
 def _ask(self: IterativeRefiner, player, asked, sampling, progress) -> list:
     "For each `(prompt, seed)` an answer, or None if there is no room for it."
-    out, groups = [None]*len(asked), {}
+    out, groups = [None] * len(asked), {}
     for i, (prompt, seed) in enumerate(asked):
-        if self._fits(player, prompt, sampling): groups.setdefault(seed, {}).setdefault(repr(prompt), (prompt, []))[1].append(i)
+        if self._fits(player, prompt, sampling):
+            groups.setdefault(seed, {}).setdefault(repr(prompt), (prompt, []))[1].append(i)
     for seed, group in groups.items():
-        rows = answers_of(player, [prompt for prompt, _ in group.values()], progress=progress, seed=seed, **sampling)[0]
+        rows = answers_of(
+            player, [prompt for prompt, _ in group.values()], progress=progress, seed=seed, **sampling
+        )[0]
         for (_, places), row in zip(group.values(), rows):
-            for i in places: out[i] = row[0]
+            for i in places:
+                out[i] = row[0]
     return out
 
+# %% ../nbs/26_refinement.ipynb #28b52c73
 @patch
 def _render(self: IterativeRefiner, reader, template, prompt, **texts):
     return fill(template, special_tokens(reader), prompt=prompt_text(prompt), **texts)
@@ -352,22 +499,49 @@ def _render(self: IterativeRefiner, reader, template, prompt, **texts):
 @patch
 def _begin(self: IterativeRefiner, prompts, seed, columns, progress=None, judged=True) -> list[Trace]:
     judge = name_of(self.reward) if self.reward and judged else ""
-    traces = [Trace(p, policy=name_of(self.policy), critic=name_of(self.critic), judge=judge, seed=seed, columns={k: v[i] for k, v in columns.items()})
-              for i, p in enumerate(prompts)]
-    for t, x in zip(traces, self._ask(self.policy, [(p, seed_of(seed, "answer")) for p in prompts], self.sampling, progress)):
+    traces = [
+        Trace(
+            p,
+            policy=name_of(self.policy),
+            critic=name_of(self.critic),
+            judge=judge,
+            seed=seed,
+            columns={k: v[i] for k, v in columns.items()},
+        )
+        for i, p in enumerate(prompts)
+    ]
+    for t, x in zip(
+        traces,
+        self._ask(self.policy, [(p, seed_of(seed, "answer")) for p in prompts], self.sampling, progress),
+    ):
         text = _said(x, "")
-        t.versions.append(Version(text, truncated=bool(x and x.truncated), stop=None if text.strip() else "empty answer" if x else "full"))
+        t.versions.append(
+            Version(
+                text,
+                truncated=bool(x and x.truncated),
+                stop=None if text.strip() else "empty answer" if x else "full",
+            )
+        )
     self._score([(t, t.versions[0]) for t in traces])
     return traces
 
+# %% ../nbs/26_refinement.ipynb #4d022558
 @patch
 def _score(self: IterativeRefiner, new):
     "Score versions, given with their traces."
     new = [(t, v) for t, v in new if self.reward and t.judge]
-    if not new: return
+    if not new:
+        return
     columns = {k: [t.columns[k] for t, _ in new] for k in new[0][0].columns}
-    values = rewards_of(self.reward, [t.prompt for t, _ in new], [v.text for _, v in new], truncated=[v.truncated for _, v in new], **columns)
-    for (_, v), x in zip(new, values): v.score = None if math.isnan(x) else x
+    values = rewards_of(
+        self.reward,
+        [t.prompt for t, _ in new],
+        [v.text for _, v in new],
+        truncated=[v.truncated for _, v in new],
+        **columns,
+    )
+    for (_, v), x in zip(new, values):
+        v.score = None if math.isnan(x) else x
 
 # %% ../nbs/26_refinement.ipynb #28400dd2
 def _said(answer, mark: str) -> str:
@@ -379,37 +553,76 @@ def _said(answer, mark: str) -> str:
 def _critique(self: IterativeRefiner, traces, at=None, progress=None):
     "Add a critique to each trace, of version `at` or its last one; those that end with it say why."
     places = [t.tip if at is None else at for t in traces]
-    prompts, marks = zip(*[self._render(self.critic, self.critique_template, t.prompt, response=t.versions[i].text) for t, i in zip(traces, places)])
-    seeds = [seed_of(t.seed, "critique", len(t.path(i)), sum(s.source == i for s in t.steps)) for t, i in zip(traces, places)]
-    for t, i, mark, x in zip(traces, places, marks, self._ask(self.critic, list(zip(prompts, seeds)), self.critique_sampling, progress)):
+    prompts, marks = zip(
+        *[
+            self._render(self.critic, self.critique_template, t.prompt, response=t.versions[i].text)
+            for t, i in zip(traces, places)
+        ]
+    )
+    seeds = [
+        seed_of(t.seed, "critique", len(t.path(i)), sum(s.source == i for s in t.steps))
+        for t, i in zip(traces, places)
+    ]
+    for t, i, mark, x in zip(
+        traces,
+        places,
+        marks,
+        self._ask(self.critic, list(zip(prompts, seeds)), self.critique_sampling, progress),
+    ):
         v = t.versions[i]
-        if x is None: v.stop = "full"; continue
+        if x is None:
+            v.stop = "full"
+            continue
         text = _said(x, mark)
         t.steps.append(Step(i, text, t.critic, truncated=x.truncated))
         v.stop = "empty critique" if not text.strip() else "satisfied" if self.finds_nothing(text) else None
 
 # %% ../nbs/26_refinement.ipynb #96f7ac78
-def _same(a: str, b: str) -> bool: return a.split() == b.split()
+def _same(a: str, b: str) -> bool:
+    return a.split() == b.split()
 
+# %% ../nbs/26_refinement.ipynb #dee55b21
 @patch
 def _improve(self: IterativeRefiner, traces, progress=None):
     "Carry out each trace's pending critique."
     asked, marks, new = [], [], []
     for t in traces:
         s = t.pending
-        prompt, mark = self._render(self.policy, self.refine_template, t.prompt, response=t.versions[s.source].text, critique=s.critique)
-        asked.append((prompt, seed_of(t.seed, "refine", len(t.path(s.source)), sum(x.source == s.source for x in t.steps)))); marks.append(mark)
+        prompt, mark = self._render(
+            self.policy,
+            self.refine_template,
+            t.prompt,
+            response=t.versions[s.source].text,
+            critique=s.critique,
+        )
+        asked.append(
+            (
+                prompt,
+                seed_of(t.seed, "refine", len(t.path(s.source)), sum(x.source == s.source for x in t.steps)),
+            )
+        )
+        marks.append(mark)
     for t, mark, x in zip(traces, marks, self._ask(self.policy, asked, self.sampling, progress)):
-        s = t.pending; v, path = t.versions[s.source], t.path(s.source); text = _said(x, mark)
-        old = [i for i, w in enumerate(t.versions) if (i in path or w.parent == s.source) and _same(w.text, text)]
-        if not text.strip(): v.stop = "empty answer" if x else "full"
+        s = t.pending
+        v, path = t.versions[s.source], t.path(s.source)
+        text = _said(x, mark)
+        old = [
+            i for i, w in enumerate(t.versions) if (i in path or w.parent == s.source) and _same(w.text, text)
+        ]
+        if not text.strip():
+            v.stop = "empty answer" if x else "full"
         elif old:
             s.target = old[0]
-            if old[0] in path: v.stop = "unchanged"
-        else: t.versions.append(Version(text, s.source, truncated=x.truncated)); s.target = len(t.versions)-1; new.append((t, t.versions[-1]))
+            if old[0] in path:
+                v.stop = "unchanged"
+        else:
+            t.versions.append(Version(text, s.source, truncated=x.truncated))
+            s.target = len(t.versions) - 1
+            new.append((t, t.versions[-1]))
     self._score(new)
     for t, v in new:
-        if None not in (v.score, t.versions[v.parent].score) and v.score < t.versions[v.parent].score: v.stop = "fell"
+        if None not in (v.score, t.versions[v.parent].score) and v.score < t.versions[v.parent].score:
+            v.stop = "fell"
 
 # %% ../nbs/26_refinement.ipynb #34358b6c
 @patch
@@ -417,26 +630,35 @@ def _loop(self: IterativeRefiner, traces, max_iterations, progress=None):
     "Yield after each iteration of the traces that still run."
     for i in range(max_iterations):
         live = [t for t in traces if not t.stop]
-        if not live: break
+        if not live:
+            break
         self._critique(live, progress=progress)
         self._improve([t for t in live if t.pending], progress)
         yield i
-    for t in traces: t.versions[t.tip].stop = t.stop or "limit"
+    for t in traces:
+        t.versions[t.tip].stop = t.stop or "limit"
 
+# %% ../nbs/26_refinement.ipynb #fbab6c7f
 def _check_iterations(n):
     whole("max_iterations", n, 0)
 
 # %% ../nbs/26_refinement.ipynb #e8a767a8
 @patch
-def refine(self: IterativeRefiner,
-    prompt,                  # a string, a list of messages, or a row: a dict with `prompt` and columns
-    max_iterations: int = 3, # at most
-    seed: int = 0,           # of all stages
-    **columns,               # this prompt's values for the reward, such as `answer`
-):                           # a generator of `{"iteration", "original", "critique", "improved"}`; its return value is the `Trace`
-    "Refine one answer and yield each step as it is done. Raises `ValueError` or `TypeError` for bad arguments before any work, an empty prompt included."
+def refine(
+    self: IterativeRefiner,
+    prompt,  # a string, a list of messages, or a row: a dict with `prompt` and columns
+    max_iterations: int = 3,  # at most
+    seed: int = 0,  # of all stages
+    **columns,  # this prompt's values for the reward, such as `answer`
+    # a generator of `{"iteration", "original", "critique", "improved"}`; its return value is the `Trace`
+):
+    """Refine one answer and yield each step as it is done.
+
+    Raises `ValueError` or `TypeError` for bad arguments before any work, an empty prompt included.
+    """
     _check_iterations(max_iterations)
     prompts, lists = _one(prompt, columns, seed)
+
     def steps():
         [trace], done = self._begin(prompts, seed, lists), 0
         for _ in self._loop([trace], max_iterations):
@@ -444,8 +666,10 @@ def refine(self: IterativeRefiner,
                 done += 1
                 yield trace.records[-1]
         return trace
+
     return steps()
 
+# %% ../nbs/26_refinement.ipynb #fa5eb819
 def _one(prompt, columns: dict, seed: int) -> tuple[list, dict]:
     "One prompt, or one row, and single values of its columns, as lists."
     if not is_single(prompt):
@@ -454,105 +678,170 @@ def _one(prompt, columns: dict, seed: int) -> tuple[list, dict]:
 
 # %% ../nbs/26_refinement.ipynb #3318ad3b
 @patch
-def refine_batch(self: IterativeRefiner,
-    prompts: list,           # n prompts, or rows: dicts with `prompt` and the reward's columns
-    max_iterations: int = 3, # at most, for each
-    seed: int = 0,           # of all stages
-    progress=None,           # called as `progress(finished answers, new tokens)`
-    **columns,               # lists of n values for the reward
-) -> "Traces":               # n traces; each is the same as if its prompt were alone
-    "Refine all prompts' answers side by side: one batch a stage, in which finished ones are no longer. Raises as `refine` does."
+def refine_batch(
+    self: IterativeRefiner,
+    prompts: list,  # n prompts, or rows: dicts with `prompt` and the reward's columns
+    max_iterations: int = 3,  # at most, for each
+    seed: int = 0,  # of all stages
+    progress=None,  # called as `progress(finished answers, new tokens)`
+    **columns,  # lists of n values for the reward
+) -> "Traces":  # n traces; each is the same as if its prompt were alone
+    """Refine all prompts' answers side by side: one batch a stage, in which finished ones are no longer.
+
+    Raises as `refine` does.
+    """
     _check_iterations(max_iterations)
-    if is_single(prompts): raise TypeError("a single prompt: expected a list of prompts; refine takes one.")
+    if is_single(prompts):
+        raise TypeError("a single prompt: expected a list of prompts; refine takes one.")
     prompts, columns = rows_of(prompts, columns, seed=seed)
     traces = self._begin(prompts, seed, columns, progress)
-    for _ in self._loop(traces, max_iterations, progress): pass
+    for _ in self._loop(traces, max_iterations, progress):
+        pass
     return Traces(traces)
 
 # %% ../nbs/26_refinement.ipynb #bcbb2620
-def _mean(values): values = [v for v in values if v is not None]; return sum(values)/len(values) if values else None
+def _mean(values):
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
 
+# %% ../nbs/26_refinement.ipynb #e0ce92c1
 class Traces(list):
     "A list of `Trace`s."
+
     @property
-    def stops(self) -> Counter: return Counter(t.stop or "not finished" for t in self)
+    def stops(self) -> Counter:
+        return Counter(t.stop or "not finished" for t in self)
+
     @property
-    def n_iterations(self) -> int: return max((len(t.path(t.tip))-1 for t in self), default=0)
+    def n_iterations(self) -> int:
+        return max((len(t.path(t.tip)) - 1 for t in self), default=0)
+
     @printable
     def __repr__(self):
-        if not self: return "no traces"
+        if not self:
+            return "no traces"
         rows = [f"{'after':7}{'mean score':12}{'characters':12}still changing"]
         for k in range(self.n_iterations + 1):
-            versions = [t.after(k) for t in self]; mean = _mean(v.score for v in versions)
-            rows.append(f"{k:<7}{'-' if mean is None else f'{mean:.3f}':12}{_mean(len(v.text) for v in versions):<12.0f}"
-                        f"{sum(len(t.path(t.tip)) > k+1 for t in self)}")
+            versions = [t.after(k) for t in self]
+            mean = _mean(v.score for v in versions)
+            rows.append(
+                f"{k:<7}{'-' if mean is None else f'{mean:.3f}':12}"
+                f"{_mean(len(v.text) for v in versions):<12.0f}"
+                f"{sum(len(t.path(t.tip)) > k + 1 for t in self)}"
+            )
         best = Counter(t.best for t in self)
-        return (f"{len(self)} traces; best version: " + ", ".join(f"v{i} in {n}" for i, n in sorted(best.items())) + "\n" + "\n".join(rows) +
-                "\nstopped: " + ", ".join(f"{STOPS.get(k, k)} {n}" for k, n in self.stops.most_common()))
+        return (
+            f"{len(self)} traces; best version: "
+            + ", ".join(f"v{i} in {n}" for i, n in sorted(best.items()))
+            + "\n"
+            + "\n".join(rows)
+            + "\nstopped: "
+            + ", ".join(f"{STOPS.get(k, k)} {n}" for k, n in self.stops.most_common())
+        )
 
 # %% ../nbs/26_refinement.ipynb #791c4b94
 @patch
-def begin(self: IterativeRefiner,
-    prompt,               # a string, a list of messages, or a row: a dict with `prompt` and columns
-    seed: int = 0,        # of all stages
+def begin(
+    self: IterativeRefiner,
+    prompt,  # a string, a list of messages, or a row: a dict with `prompt` and columns
+    seed: int = 0,  # of all stages
     judged: bool = True,  # score the versions, if there is a reward?
-    progress=None,        # as in `refine_batch`
-    **columns,            # this prompt's values for the reward
+    progress=None,  # as in `refine_batch`
+    **columns,  # this prompt's values for the reward
 ) -> Trace:
     "A trace with a first answer. Raises as `refine` does."
     prompts, lists = _one(prompt, columns, seed)
     return self._begin(prompts, seed, lists, progress, judged)[0]
 
+# %% ../nbs/26_refinement.ipynb #b0d3591b
 @patch
-def critique(self: IterativeRefiner,
-    trace: Trace,          # is added to
-    at: int | None = None, # the version to criticise; by default the last one
-    progress=None,         # as in `refine_batch`
+def critique(
+    self: IterativeRefiner,
+    trace: Trace,  # is added to
+    at: int | None = None,  # the version to criticise; by default the last one
+    progress=None,  # as in `refine_batch`
 ) -> Trace:
     "Let the critic look at a version. Raises `ValueError` for a version that is empty or not there."
     at = trace.tip if at is None else at
-    if not 0 <= at < len(trace.versions): raise ValueError(f"version {at!r}: expected one of 0 to {len(trace.versions)-1}.")
-    if not trace.versions[at].text.strip(): raise ValueError(f"version {at} is empty: there is nothing to criticise.")
+    if not 0 <= at < len(trace.versions):
+        raise ValueError(f"version {at!r}: expected one of 0 to {len(trace.versions) - 1}.")
+    if not trace.versions[at].text.strip():
+        raise ValueError(f"version {at} is empty: there is nothing to criticise.")
     self._critique([trace], at, progress)
     return trace
 
+# %% ../nbs/26_refinement.ipynb #faf90d0f
 @patch
-def improve(self: IterativeRefiner,
-    trace: Trace, # with a critique that waits
-    progress=None, # as in `refine_batch`
+def improve(
+    self: IterativeRefiner,
+    trace: Trace,
+    progress=None,  # with a critique that waits  # as in `refine_batch`
 ) -> Trace:
     "Carry out the pending critique. Raises `ValueError` if there is none."
-    if not trace.pending: raise ValueError(f"no critique waits to be carried out ({trace.outcome}): call critique, or criticise by hand.")
+    if not trace.pending:
+        raise ValueError(
+            f"no critique waits to be carried out ({trace.outcome}): call critique, or criticise by hand."
+        )
     self._improve([trace], progress)
     return trace
 
+# %% ../nbs/26_refinement.ipynb #22a72ba0
 @patch
-def go_on(self: IterativeRefiner,
-    trace: Trace,            # is added to
-    max_iterations: int = 3, # further ones, at most
-    progress=None,           # as in `refine_batch`
-):                           # a generator: yields the trace after each iteration
+def go_on(
+    self: IterativeRefiner,
+    trace: Trace,  # is added to
+    max_iterations: int = 3,  # further ones, at most
+    progress=None,  # as in `refine_batch`
+):  # a generator: yields the trace after each iteration
     "Run the loop from the trace's last version; a stop by the limit is lifted, any other stays."
     _check_iterations(max_iterations)
     v = trace.versions[trace.tip]
-    if v.stop == "limit": v.stop = None
-    if trace.pending and max_iterations: self._improve([trace], progress); max_iterations -= 1; yield trace
-    for _ in self._loop([trace], max_iterations, progress): yield trace
+    if v.stop == "limit":
+        v.stop = None
+    if trace.pending and max_iterations:
+        self._improve([trace], progress)
+        max_iterations -= 1
+        yield trace
+    for _ in self._loop([trace], max_iterations, progress):
+        yield trace
 
 # %% ../nbs/26_refinement.ipynb #9b5eb6b7
 @patch
-def sft_rows(self: Traces,
-    version: int | None = None,     # the version after so many iterations; by default the best
-    min_score: float | None = None, # leave out answers that score less, or have no score
-) -> tuple[list[dict], Counter]:    # rows `prompt`, `completion`, `source`, `version`, `score`; and how many were left out for which reason
+def sft_rows(
+    self: Traces,
+    version: int | None = None,  # the version after so many iterations; by default the best
+    min_score: float | None = None,  # leave out answers that score less, or have no score
+    # rows `prompt`, `completion`, `source`, `version`, `score`; and how many were left out for which reason
+) -> tuple[list[dict], Counter]:
     "Answers to imitate; none that are empty or cut off, and none from which the reward abstained."
     rows, dropped = [], Counter()
     for t in self:
-        path = t.path(t.tip); i = t.best if version is None else path[min(version, len(path)-1)]; v = t.versions[i]
-        fault = ("empty" if not v.text.strip() else "truncated" if v.truncated else "unjudged" if t.judge and v.score is None else
-                 "low score" if min_score is not None and (v.score is None or v.score < min_score) else None)
-        if fault: dropped[fault] += 1
-        else: rows.append(dict(prompt=t.prompt, completion=v.text, source="refinement", version=i, score=v.score))
+        path = t.path(t.tip)
+        i = t.best if version is None else path[min(version, len(path) - 1)]
+        v = t.versions[i]
+        fault = (
+            "empty"
+            if not v.text.strip()
+            else (
+                "truncated"
+                if v.truncated
+                else (
+                    "unjudged"
+                    if t.judge and v.score is None
+                    else (
+                        "low score"
+                        if min_score is not None and (v.score is None or v.score < min_score)
+                        else None
+                    )
+                )
+            )
+        )
+        if fault:
+            dropped[fault] += 1
+        else:
+            rows.append(
+                dict(prompt=t.prompt, completion=v.text, source="refinement", version=i, score=v.score)
+            )
     return rows, dropped
 
 # %% ../nbs/26_refinement.ipynb #7d0641e9
@@ -561,73 +850,131 @@ def _gain(t: Trace, i: int, j: int) -> float | None:
     a, b = t.versions[i].score, t.versions[j].score
     return None if a is None or b is None else a - b
 
+# %% ../nbs/26_refinement.ipynb #7d3bb9ce
 @patch
-def pairs(self: Traces,
-    round: int = 0, # written to the pairs
-) -> tuple[list[dict], Counter]: # the good pairs, and how many were dropped for which reason
+def pairs(
+    self: Traces,
+    round: int = 0,  # written to the pairs
+) -> tuple[list[dict], Counter]:  # the good pairs, and how many were dropped for which reason
     "Preference pairs, validated by `validate_pairs`."
     rows, unjudged = [], Counter()
     for t in self:
         v = t.versions
-        steps = [(t.best, 0)]*(t.best != 0) + [(i, w.parent) for i, w in enumerate(v) if i and (_gain(t, i, w.parent) or 0) > 0]
+        steps = [(t.best, 0)] * (t.best != 0) + [
+            (i, w.parent) for i, w in enumerate(v) if i and (_gain(t, i, w.parent) or 0) > 0
+        ]
         for i, j in dict.fromkeys(steps):
-            if t.judge and _gain(t, i, j) is None: unjudged["unjudged"] += 1; continue
-            rows.append({"prompt": t.prompt, "chosen": v[i].text, "rejected": v[j].text, "margin": _gain(t, i, j) or 0.,
-                         "chosen_truncated": v[i].truncated, "rejected_truncated": v[j].truncated, "source": "refinement", "round": round,
-                         "opponent": f"{t.policy}, version {j}", "judge": "none" if _gain(t, i, j) is None else t.judge})
+            if t.judge and _gain(t, i, j) is None:
+                unjudged["unjudged"] += 1
+                continue
+            rows.append(
+                {
+                    "prompt": t.prompt,
+                    "chosen": v[i].text,
+                    "rejected": v[j].text,
+                    "margin": _gain(t, i, j) or 0.0,
+                    "chosen_truncated": v[i].truncated,
+                    "rejected_truncated": v[j].truncated,
+                    "source": "refinement",
+                    "round": round,
+                    "opponent": f"{t.policy}, version {j}",
+                    "judge": "none" if _gain(t, i, j) is None else t.judge,
+                }
+            )
     good, dropped = validate_pairs(rows)
     return good, dropped + unjudged
 
 # %% ../nbs/26_refinement.ipynb #52c689be
 @patch
-def critique_rows(self: Traces,
-    refiner: IterativeRefiner, # whose template asks
-) -> tuple[list[dict], Counter]: # rows `prompt`, `completion`, `original`, `critique`, `improved`, `by`, `margin`; and what was left out
-    "Critiques to imitate, `(original, critique, improved)`; none that are cut off, and none after which the score did not rise."
+def critique_rows(
+    self: Traces,
+    refiner: IterativeRefiner,  # whose template asks
+    # rows `prompt`, `completion`, `original`, `critique`, `improved`, `by`, `margin`; and what was left out
+) -> tuple[list[dict], Counter]:
+    """Critiques to imitate, `(original, critique, improved)`; none that are cut off, and none after which the
+    score did not rise.
+    """
     rows, dropped = [], Counter()
     for t in self:
         for i, v in enumerate(t.versions[1:], 1):
-            s = t.step_to(i); u, gain = t.versions[s.source], _gain(t, i, s.source)
-            if s.truncated: dropped["truncated"] += 1
-            elif gain is not None and not gain > 0: dropped["no gain"] += 1
-            else: rows.append(dict(prompt=refiner._render(refiner.critic, refiner.critique_template, t.prompt, response=u.text)[0], completion=s.critique,
-                                   original=u.text, critique=s.critique, improved=v.text, by=s.by, margin=gain or 0., source="critique"))
+            s = t.step_to(i)
+            u, gain = t.versions[s.source], _gain(t, i, s.source)
+            if s.truncated:
+                dropped["truncated"] += 1
+            elif gain is not None and not gain > 0:
+                dropped["no gain"] += 1
+            else:
+                rows.append(
+                    dict(
+                        prompt=refiner._render(
+                            refiner.critic, refiner.critique_template, t.prompt, response=u.text
+                        )[0],
+                        completion=s.critique,
+                        original=u.text,
+                        critique=s.critique,
+                        improved=v.text,
+                        by=s.by,
+                        margin=gain or 0.0,
+                        source="critique",
+                    )
+                )
     return rows, dropped
 
 # %% ../nbs/26_refinement.ipynb #98480ef2
 @patch
 def save(self: Traces, path: str | Path):
-    "Write the traces as JSON lines, replacing traces that were there. Raises `ValueError` where another file is."
-    write_whole(path, "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self), Traces.load)
+    """Write the traces as JSON lines, replacing traces that were there.
 
+    Raises `ValueError` where another file is.
+    """
+    write_whole(
+        path,
+        "".join(json.dumps(t.to_dict(), ensure_ascii=False, allow_nan=False) + "\n" for t in self),
+        Traces.load,
+    )
+
+# %% ../nbs/26_refinement.ipynb #79e53649
 @patch(cls_method=True)
 def load(cls: Traces, path: str | Path) -> Traces:
     "Read what `save` wrote; raises `ValueError` naming the line that is no trace."
     *lines, rest = Path(path).read_text(encoding="utf-8").split("\n")
-    if rest: raise ValueError(f"{path} ends with {rest[:60]!r}: expected traces as JSON, a line each.")
+    if rest:
+        raise ValueError(f"{path} ends with {rest[:60]!r}: expected traces as JSON, a line each.")
     out = cls()
     for i, line in enumerate(lines, 1):
-        try: out.append(Trace.from_dict(json.loads(line)))
-        except ValueError as e: raise ValueError(f"{path}, line {i}: {e}") from None
+        try:
+            out.append(Trace.from_dict(json.loads(line)))
+        except ValueError as e:
+            raise ValueError(f"{path}, line {i}: {e}") from None
     return out
 
+# %% ../nbs/26_refinement.ipynb #25e15f71
 @patch
-def data_files(self: Traces,
-    stem: str | Path,          # beginning of the files' names
-    refiner: IterativeRefiner, # whose template the critiques answer
-) -> dict[Path, str]:          # each file's path and its text
-    "The training rows as texts of JSON lines: `stem.sft.jsonl`, `stem.pairs.jsonl` and `stem.critiques.jsonl`. Writes nothing."
+def data_files(
+    self: Traces,
+    stem: str | Path,  # beginning of the files' names
+    refiner: IterativeRefiner,  # whose template the critiques answer
+) -> dict[Path, str]:  # each file's path and its text
+    """The training rows as texts of JSON lines: `stem.sft.jsonl`, `stem.pairs.jsonl` and
+    `stem.critiques.jsonl`. Writes nothing.
+    """
     kinds = dict(sft=self.sft_rows()[0], pairs=self.pairs()[0], critiques=self.critique_rows(refiner)[0])
     lines = lambda rows: "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
     return {Path(f"{stem}.{kind}.jsonl"): lines(rows) for kind, rows in kinds.items()}
 
+# %% ../nbs/26_refinement.ipynb #c1ec11a5
 @patch
-def save_data(self: Traces,
-    stem: str | Path,          # beginning of the files' names
-    refiner: IterativeRefiner, # whose template the critiques answer
-) -> dict[str, int]:           # each file's name and its number of rows
+def save_data(
+    self: Traces,
+    stem: str | Path,  # beginning of the files' names
+    refiner: IterativeRefiner,  # whose template the critiques answer
+) -> dict[str, int]:  # each file's name and its number of rows
     "Write what `data_files` gives, replacing such rows. Raises `ValueError` where another file is."
     files = self.data_files(stem, refiner)
-    def rows(path): return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
-    for path, text in files.items(): write_whole(path, text, rows)
+
+    def rows(path):
+        return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+    for path, text in files.items():
+        write_whole(path, text, rows)
     return {path.name: text.count("\n") for path, text in files.items()}

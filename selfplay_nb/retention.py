@@ -18,86 +18,117 @@ from .checks import printable
 from .rates import Rate, ratio_interval
 
 # %% ../nbs/23_retention.ipynb #359b4866
-PASSAGES = [" ".join(p.split()) for p in """
-Rivers do not carve their valleys at a steady pace. Most of the work is done in a few days of flood, when the water is brown with sand and can roll stones
+PASSAGES = [
+    " ".join(p.split())
+    for p in """
+Rivers do not carve their valleys at a steady pace. Most of the work is done in a few days of flood, when \
+the water is brown with sand and can roll stones
 as large as a loaf of bread. For the rest of the year the river merely keeps its bed clean.
 
-My grandmother kept her recipes in a tin box, written on the backs of old envelopes. None of them gave an amount. She said that a cook who needs a scale has
+My grandmother kept her recipes in a tin box, written on the backs of old envelopes. None of them gave an \
+amount. She said that a cook who needs a scale has
 never tasted her own soup.
 
-A good lock does not have to be impossible to open. It only has to take longer to open than a thief is willing to wait. That is why a bright lamp above the
+A good lock does not have to be impossible to open. It only has to take longer to open than a thief is \
+willing to wait. That is why a bright lamp above the
 door often does more than a second bolt.
 
-The committee met for the third time on Tuesday and again could not agree on the color of the new bus shelters. Two members preferred green because it would
+The committee met for the third time on Tuesday and again could not agree on the color of the new bus \
+shelters. Two members preferred green because it would
 hide the moss. The others pointed out that people have to be able to find a bus shelter in the dark.
 
-When you sharpen a knife, the angle matters more than the force. Hold the blade at about twenty degrees to the stone and draw it toward you in one slow
+When you sharpen a knife, the angle matters more than the force. Hold the blade at about twenty degrees to \
+the stone and draw it toward you in one slow
 movement. Count the strokes, and give the other side just as many.
 
-Bees tell each other where the flowers are by dancing on the comb. The direction of the dance shows the angle to the sun, and its length shows the distance.
+Bees tell each other where the flowers are by dancing on the comb. The direction of the dance shows the \
+angle to the sun, and its length shows the distance.
 A bee that has found nothing does not dance at all.
 
-The first snow fell during the night, and by morning the village had lost its edges. Fences, hedges and parked cars were all the same soft shape. Only the
+The first snow fell during the night, and by morning the village had lost its edges. Fences, hedges and \
+parked cars were all the same soft shape. Only the
 smoke from the bakery still knew where it was going.
 
-To find the average of a list of numbers, add them all together and divide the sum by how many there are. The average need not be one of the numbers. A
+To find the average of a list of numbers, add them all together and divide the sum by how many there are. \
+The average need not be one of the numbers. A
 family can have two and a half children on paper, but never at the table.
 
-He had played the violin for eleven years before anyone told him that he was holding the bow wrong. Changing it took another two years, and at first
+He had played the violin for eleven years before anyone told him that he was holding the bow wrong. Changing \
+it took another two years, and at first
 everything sounded worse. He now says that those were the years in which he learned to listen.
 
-Bread goes stale even in a sealed bag, because staleness is not only a loss of water. The starch slowly turns back into crystals, and it does so fastest in
+Bread goes stale even in a sealed bag, because staleness is not only a loss of water. The starch slowly \
+turns back into crystals, and it does so fastest in
 the refrigerator. Freezing stops it, and warming the bread undoes some of it.
 
-Dear neighbors, on Saturday from eight in the morning the water in our building will be turned off for about four hours. Please fill a bucket or two the
+Dear neighbors, on Saturday from eight in the morning the water in our building will be turned off for about \
+four hours. Please fill a bucket or two the
 evening before. We are sorry for the trouble and will bring cake.
 
-The treaty was signed in a railway car because neither side would enter the other's capital. It had nineteen articles, of which seventeen were about
+The treaty was signed in a railway car because neither side would enter the other's capital. It had nineteen \
+articles, of which seventeen were about
 fishing. The remaining two ended the war.
 
-A computer stores every number as a row of ones and zeros. With eight of them it can count from zero to two hundred and fifty-five, and then it has to start
+A computer stores every number as a row of ones and zeros. With eight of them it can count from zero to two \
+hundred and fifty-five, and then it has to start
 again. Many strange errors in old programs come from somebody who did not expect to live that long.
 
-If your tomato plants grow tall but bear no fruit, they may be getting too much nitrogen. Use less fertilizer and more sun. Pinch off the side shoots once a
+If your tomato plants grow tall but bear no fruit, they may be getting too much nitrogen. Use less \
+fertilizer and more sun. Pinch off the side shoots once a
 week, and water the soil rather than the leaves.
 
-The old lighthouse keeper wrote one line in his log each evening, and in forty years he never wrote two. Most of them say only that the wind was from the
+The old lighthouse keeper wrote one line in his log each evening, and in forty years he never wrote two. \
+Most of them say only that the wind was from the
 west. On the day his daughter was born he wrote that the visibility was excellent.
 
-Light from the nearest star beyond the sun takes more than four years to reach us. When we look at it, we see it as it was then. There is no way to find out
+Light from the nearest star beyond the sun takes more than four years to reach us. When we look at it, we \
+see it as it was then. There is no way to find out
 what it is doing now except to wait.
 
-Shop prices often end in ninety-nine because we read from left to right and stop paying attention too early. The trick has been known for more than a
+Shop prices often end in ninety-nine because we read from left to right and stop paying attention too early. \
+The trick has been known for more than a
 century, and knowing it does not help. Sellers of paintings and pianos, who want to look serious, avoid it.
 
-Before the race she tied her shoes twice and then a third time. The other runners looked at the sky, which was getting darker in the north. When the gun
+Before the race she tied her shoes twice and then a third time. The other runners looked at the sky, which \
+was getting darker in the north. When the gun
 finally went off, the rain began with it.
 
-A child learns to speak without being taught any grammar. By the age of four she uses rules that her parents could not explain, and makes mistakes that she
-has never heard. Those mistakes, such as saying that the mouse runned away, show that she is not repeating but reasoning.
+A child learns to speak without being taught any grammar. By the age of four she uses rules that her parents \
+could not explain, and makes mistakes that she
+has never heard. Those mistakes, such as saying that the mouse runned away, show that she is not repeating \
+but reasoning.
 
-Salt was once so valuable that cities grew rich by standing on the road between a mine and the sea. Today it is thrown on the ground in winter to keep cars
+Salt was once so valuable that cities grew rich by standing on the road between a mine and the sea. Today it \
+is thrown on the ground in winter to keep cars
 from sliding. Few goods have fallen so far without becoming any less useful.
 
-The patient came back after two weeks and reported that the cough was gone but the headache was not. The doctor asked what had changed at home. It turned
+The patient came back after two weeks and reported that the cough was gone but the headache was not. The \
+doctor asked what had changed at home. It turned
 out that a new heater had been put in, and that nobody had opened a window since.
 
-A bridge has to carry its own weight before it can carry anything else. That is why very long ones hang from cables instead of standing on legs. The cables
+A bridge has to carry its own weight before it can carry anything else. That is why very long ones hang from \
+cables instead of standing on legs. The cables
 pull on the towers, the towers press on the rock, and the rock, if it was chosen well, does nothing.
 
-Nobody at the office could say when the plant had arrived. It stood by the copier, received the cold ends of other people's tea, and grew. In the fifth year
+Nobody at the office could say when the plant had arrived. It stood by the copier, received the cold ends of \
+other people's tea, and grew. In the fifth year
 it reached the ceiling and turned around.
 
-Chess players of all levels make the same mistake: they look for a good move and play it as soon as they have found one. The advice is to sit on your hands
+Chess players of all levels make the same mistake: they look for a good move and play it as soon as they \
+have found one. The advice is to sit on your hands
 and look for a better one. It costs a minute and saves many games.
-""".strip().split("\n\n")]
+""".strip().split("\n\n")
+]
 len(PASSAGES), sum(len(p.split()) for p in PASSAGES)
 
 # %% ../nbs/23_retention.ipynb #ea47f6e6
 def _plain(policy):
     "The same policy, reading strings as plain text."
-    p = copy(policy); p.base = copy(policy.base); p.base.chat = False
+    p = copy(policy)
+    p.base = copy(policy.base)
+    p.base.chat = False
     return p
+
 
 def _start(base) -> list[int]:
     "The token that stands before a text's first one."
@@ -109,38 +140,50 @@ def _start(base) -> list[int]:
 @dataclass(frozen=True)
 class Perplexity:
     "Perplexity by passage. It depends on the tokenizer: compare policies on one base only."
+
     nats: list[float]  # −log p of each passage
     tokens: list[int]  # of each passage
 
     @property
     def value(self) -> float:
-        with np.errstate(over="ignore"): return float(np.exp(sum(self.nats)/sum(self.tokens)))
+        with np.errstate(over="ignore"):
+            return float(np.exp(sum(self.nats) / sum(self.tokens)))
+
     @printable
-    def __repr__(self): return f"perplexity {self.value:.2f} ({len(self.nats)} passages, {sum(self.tokens)} tokens)"
+    def __repr__(self):
+        return f"perplexity {self.value:.2f} ({len(self.nats)} passages, {sum(self.tokens)} tokens)"
 
 # %% ../nbs/23_retention.ipynb #c049b054
-def perplexity(
-    policy,                         # a `Policy`
-    passages: list[str] = PASSAGES, # held-out texts
-) -> Perplexity:
-    "Score plain texts token by token, each by itself. Raises `ValueError` for none, an empty one, or one longer than the context."
-    if isinstance(passages, str) or not passages: raise ValueError(f"passages is {passages!r:.40}: expected a non-empty list of texts.")
+def perplexity(policy, passages: list[str] = PASSAGES) -> Perplexity:  # a `Policy`  # held-out texts
+    """Score plain texts token by token, each by itself.
+
+    Raises `ValueError` for none, an empty one, or one longer than the context.
+    """
+    if isinstance(passages, str) or not passages:
+        raise ValueError(f"passages is {passages!r:.40}: expected a non-empty list of texts.")
     base = policy.base
-    start, texts = _start(base), [base.completion_ids(passage, finished=False) for passage in passages]
+    start = _start(base)
+    texts = [base.completion_ids(passage, finished=False) for passage in passages]
     for i, tokens in enumerate(texts):
-        if not tokens: raise ValueError(f"passage {i} has no tokens: expected text.")
+        if not tokens:
+            raise ValueError(f"passage {i} has no tokens: expected text.")
         if len(start + tokens) > base.context_length:
-            raise ValueError(f"passage {i} has {len(tokens)} tokens: expected fewer than the context of {base.context_length}.")
-    lp = [scores for scores, _ in base._score(policy.name, [start]*len(texts), texts)]
+            raise ValueError(
+                f"passage {i} has {len(tokens)} tokens: expected fewer than the context of"
+                f" {base.context_length}."
+            )
+    lp = [scores for scores, _ in base._score(policy.name, [start] * len(texts), texts)]
     return Perplexity([-float(x.sum()) for x in lp], [len(x) for x in lp])
 
 # %% ../nbs/23_retention.ipynb #fb64af10
 @dataclass(frozen=True)
 class Estimate:
     "A number with its 95 % interval."
+
     value: float
-    low: float   # nan where there is no interval
+    low: float  # nan where there is no interval
     high: float
+
     @printable
     def __repr__(self):
         interval = "no interval" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
@@ -148,14 +191,18 @@ class Estimate:
 
 # %% ../nbs/23_retention.ipynb #2b109a95
 def perplexity_ratio(
-    before: Perplexity, # of the same passages
-    after: Perplexity,  # of a policy on the same base
-) -> Estimate:          # above 1 is worse; without an interval for one passage
+    before: Perplexity,
+    after: Perplexity,  # of the same passages  # of a policy on the same base
+) -> Estimate:  # above 1 is worse; without an interval for one passage
     "after/before, with an interval over passages. Raises `ValueError` if the passages have different tokens."
-    if before.tokens != after.tokens: raise ValueError("the passages have different numbers of tokens: expected the same passages and tokenizer.")
+    if before.tokens != after.tokens:
+        raise ValueError(
+            "the passages have different numbers of tokens: expected the same passages and tokenizer."
+        )
     d, n = np.subtract(after.nats, before.nats), np.array(before.tokens)
-    logs = d.sum()/n.sum(), *ratio_interval(d, n)
-    with np.errstate(over="ignore"): return Estimate(*np.exp(logs).tolist())
+    logs = d.sum() / n.sum(), *ratio_interval(d, n)
+    with np.errstate(over="ignore"):
+        return Estimate(*np.exp(logs).tolist())
 
 # %% ../nbs/23_retention.ipynb #36f4a04f
 _ITEMS = """
@@ -227,58 +274,88 @@ len(ITEMS), ITEMS[0]
 @dataclass(frozen=True)
 class Probe:
     "A policy's choices, in rows as an `Exam` has them."
-    rows: list[dict] # `prompt`, `answer` (the chosen option), `right` (0 or 1), `truncated` (never)
+
+    rows: list[dict]  # `prompt`, `answer` (the chosen option), `right` (0 or 1), `truncated` (never)
 
     @property
-    def accuracy(self) -> Rate: return Rate(sum(r["right"] for r in self.rows), len(self.rows))
+    def accuracy(self) -> Rate:
+        return Rate(sum(r["right"] for r in self.rows), len(self.rows))
+
     @printable
-    def __repr__(self): return f"Probe: {self.accuracy} right"
+    def __repr__(self):
+        return f"Probe: {self.accuracy} right"
 
 # %% ../nbs/23_retention.ipynb #b12900f3
 def probe(
-    policy,                    # a `Policy`
-    items: list[dict] = ITEMS, # `prompt`, and `options` of which the first is right
+    policy,
+    items: list[dict] = ITEMS,  # a `Policy`  # `prompt`, and `options` of which the first is right
 ) -> Probe:
-    "Choose each item's option with the highest log-probability per character; a tie is wrong. Raises `ValueError` for none, or an item without options."
-    if not items: raise ValueError("no items: expected a non-empty list of dicts with 'prompt' and 'options'.")
+    """Choose each item's option with the highest log-probability per character; a tie is wrong.
+
+    Raises `ValueError` for none, or an item without options.
+    """
+    if not items:
+        raise ValueError("no items: expected a non-empty list of dicts with 'prompt' and 'options'.")
     for i, x in enumerate(items):
-        if not {"prompt", "options"} <= set(x) or isinstance(x["options"], str) or len(x["options"]) < 2 or not all(x["options"]):
-            raise ValueError(f"item {i} is {x!r:.80}: expected a 'prompt' and at least two 'options', none empty.")
+        if (
+            not {"prompt", "options"} <= set(x)
+            or isinstance(x["options"], str)
+            or len(x["options"]) < 2
+            or not all(x["options"])
+        ):
+            raise ValueError(
+                f"item {i} is {x!r:.80}: expected a 'prompt' and at least two 'options', none empty."
+            )
     plain = _plain(policy)
     flat = [(x["prompt"], " " + o) for x in items for o in x["options"]]
     lp = iter(plain.logprobs(*map(list, zip(*flat)), finished=False).tolist())
     rows = []
     for x in items:
-        scores = [next(lp)/len(o) for o in x["options"]]
-        rows.append(dict(prompt=x["prompt"], answer=x["options"][int(np.argmax(scores))], right=int(scores[0] > max(scores[1:])), truncated=False))
+        scores = [next(lp) / len(o) for o in x["options"]]
+        rows.append(
+            dict(
+                prompt=x["prompt"],
+                answer=x["options"][int(np.argmax(scores))],
+                right=int(scores[0] > max(scores[1:])),
+                truncated=False,
+            )
+        )
     return Probe(rows)
 
 # %% ../nbs/23_retention.ipynb #8e1cc886
 def paired_change(
-    before: list[float], # 1 right, 0 wrong, an item each
+    before: list[float],  # 1 right, 0 wrong, an item each
     after: list[float],  # the same items
-    level: float = 0.95, # of confidence
-) -> Estimate:           # in [-1, 1]; below 0 is worse
+    level: float = 0.95,  # of confidence
+) -> Estimate:  # in [-1, 1]; below 0 is worse
     "Change in accuracy with the adjusted Wald interval for matched pairs."
     from scipy.special import stdtrit
-    gained, lost = sum(b > a for a, b in zip(before, after)), sum(a > b for a, b in zip(before, after))
-    t, n = float(stdtrit(max(1, len(before) - 1), .5 + level/2)), len(before) + 2
-    mid, half = (gained - lost)/n, t*math.sqrt(max(gained + lost + 1 - (gained - lost)**2/n, 0))/n
-    return Estimate((gained - lost)/len(before), max(-1., mid - half), min(1., mid + half))
+
+    gained = sum(b > a for a, b in zip(before, after))
+    lost = sum(a > b for a, b in zip(before, after))
+    t = float(stdtrit(max(1, len(before) - 1), 0.5 + level / 2))
+    n = len(before) + 2
+    mid = (gained - lost) / n
+    half = t * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0)) / n
+    return Estimate((gained - lost) / len(before), max(-1.0, mid - half), min(1.0, mid + half))
 
 # %% ../nbs/23_retention.ipynb #b11af37a
 @dataclass(frozen=True)
 class Capability:
     "What a policy can do outside its task."
+
     perplexity: Perplexity
     probe: Probe
-    @printable
-    def __repr__(self): return f"Capability({self.perplexity}; {self.probe})"
 
+    @printable
+    def __repr__(self):
+        return f"Capability({self.perplexity}; {self.probe})"
+
+# %% ../nbs/23_retention.ipynb #b4fbcd69
 def capability(
-    policy,                         # a `Policy`
-    passages: list[str] = PASSAGES, # held-out texts
-    items: list[dict] = ITEMS,      # probes
+    policy,  # a `Policy`
+    passages: list[str] = PASSAGES,  # held-out texts
+    items: list[dict] = ITEMS,  # probes
 ) -> Capability:
     "Measure a policy; keep the result of the start of a run to compare with."
     return Capability(perplexity(policy, passages), probe(policy, items))
@@ -287,17 +364,21 @@ def capability(
 @dataclass(frozen=True)
 class Retention:
     "A policy against what it was before, with 95 % intervals."
+
     before: Capability
     after: Capability
-    ratio: Estimate   # of perplexities, above 1 is worse
+    ratio: Estimate  # of perplexities, above 1 is worse
     change: Estimate  # in accuracy on the probes, below 0 is worse
     tolerance: float
 
     @property
     def verdicts(self) -> dict[str, str]:
         name = lambda kept, lost: "kept" if kept else "lost" if lost else "cannot be separated"
-        return {"perplexity": name(self.ratio.high <= 1 + self.tolerance, self.ratio.low > 1 + self.tolerance),
-                "probes": name(self.change.low >= -self.tolerance, self.change.high < -self.tolerance)}
+        return {
+            "perplexity": name(self.ratio.high <= 1 + self.tolerance, self.ratio.low > 1 + self.tolerance),
+            "probes": name(self.change.low >= -self.tolerance, self.change.high < -self.tolerance),
+        }
+
     @property
     def verdict(self) -> str:
         v = set(self.verdicts.values())
@@ -305,16 +386,24 @@ class Retention:
 
 # %% ../nbs/23_retention.ipynb #430ef783
 def retention(
-    before,                  # a policy, or its `Capability` from then
-    after,                   # a policy, or its `Capability`
+    before,  # a policy, or its `Capability` from then
+    after,  # a policy, or its `Capability`
     tolerance: float = 0.1,  # relative rise in perplexity, and loss in accuracy, that is accepted
-    **data,                  # `passages` and `items` for `capability`
+    **data,  # `passages` and `items` for `capability`
 ) -> Retention:
-    "Compare a policy before and after training. Raises `ValueError` if the two were asked different things, or for a tolerance that is not positive."
-    if not tolerance > 0: raise ValueError(f"tolerance is {tolerance!r}: expected a positive number, such as 0.1. No data can rule out a loss of any size.")
+    """Compare a policy before and after training.
+
+    Raises `ValueError` if the two were asked different things, or for a tolerance that is not positive.
+    """
+    if not tolerance > 0:
+        raise ValueError(
+            f"tolerance is {tolerance!r}: expected a positive number, such as 0.1. No data can rule out a"
+            " loss of any size."
+        )
     before, after = (x if isinstance(x, Capability) else capability(x, **data) for x in (before, after))
     asked, right = ([[r[k] for r in c.probe.rows] for c in (before, after)] for k in ("prompt", "right"))
-    if asked[0] != asked[1]: raise ValueError("the probes have different items: expected the same, in the same order.")
+    if asked[0] != asked[1]:
+        raise ValueError("the probes have different items: expected the same, in the same order.")
     change = paired_change(*right)
     return Retention(before, after, perplexity_ratio(before.perplexity, after.perplexity), change, tolerance)
 
@@ -323,62 +412,108 @@ def retention(
 @printable
 def __repr__(self: Retention):
     v, (b, a) = self.verdicts, (self.before, self.after)
-    return (f"{self.verdict} (tolerance {self.tolerance:g})\n"
-            f"  perplexity {b.perplexity.value:7.2f} → {a.perplexity.value:7.2f}   ratio  {self.ratio}   {v['perplexity']}\n"
-            f"  probes     {100*b.probe.accuracy.value:6.1f}% → {100*a.probe.accuracy.value:6.1f}%   change {self.change}   {v['probes']}")
+    return (
+        f"{self.verdict} (tolerance {self.tolerance:g})\n  perplexity {b.perplexity.value:7.2f} →"
+        f" {a.perplexity.value:7.2f}   ratio  {self.ratio}   {v['perplexity']}\n  probes    "
+        f" {100 * b.probe.accuracy.value:6.1f}% → {100 * a.probe.accuracy.value:6.1f}%   change "
+        f"{self.change}  "
+        f" {v['probes']}"
+    )
 
 # %% ../nbs/23_retention.ipynb #0a4c4c2e
 def _need_lm_eval():
-    try: import lm_eval  # noqa: F401
-    except ImportError as e: raise ImportError("lm-eval is not installed; it is an extra: pip install 'selfplay_nb[eval]'.") from e
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as e:
+        raise ImportError("lm-eval is not installed; it is an extra: pip install 'selfplay_nb[eval]'.") from e
 
 # %% ../nbs/23_retention.ipynb #d7e7b305
 def lm_eval_model(
-    policy,                  # a `Policy`
-    max_length: int = 2048,  # tokens of context at most, and no more than the model's
-):                           # an instance of `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`
-    "`policy` as lm-eval asks for it: plain text, no chat template. Raises `ImportError` without the extra `eval`."
+    policy,
+    max_length: int = 2048,  # a `Policy`  # tokens of context at most, and no more than the model's
+):  # an instance of `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`
+    """`policy` as lm-eval asks for it: plain text, no chat template.
+
+    Raises `ImportError` without the extra `eval`.
+    """
     _need_lm_eval()
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    base = policy.base; tok, limit = base.tokenizer, min(max_length, base.context_length)
+
+    base = policy.base
+    tok, limit = base.tokenizer, min(max_length, base.context_length)
     prefix = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
-    def score(contexts, answers): return [(float(lp.sum()), bool(greedy.all())) for lp, greedy in base._score(policy.name, contexts, answers)]
+    def score(contexts, answers):
+        return [
+            (float(lp.sum()), bool(greedy.all()))
+            for lp, greedy in base._score(policy.name, contexts, answers)
+        ]
 
     class PolicyLM(TemplateLM):
-        tokenizer, eot_token_id, prefix_token_id = tok, tok.eos_token_id, prefix
-        def tok_encode(self, string, add_special_tokens=None, **kwargs): return tok(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        tokenizer = tok
+        eot_token_id = tok.eos_token_id
+        prefix_token_id = prefix
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tok(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return score([(c or [prefix])[-max(1, limit - len(a)):] for _, c, a in requests], [a for *_, a in requests])
+            return score(
+                [(c or [prefix])[-max(1, limit - len(a)) :] for _, c, a in requests],
+                [a for *_, a in requests],
+            )
+
         def loglikelihood_rolling(self, requests, **kwargs):
             def total(text):
-                windows = [make_disjoint_window(w) for w in get_rolling_token_windows(self.tok_encode(text), prefix, limit - 1, 1)]
-                return sum(lp for lp, _ in score(*zip(*windows))) if windows else 0.
+                windows = [
+                    make_disjoint_window(w)
+                    for w in get_rolling_token_windows(self.tok_encode(text), prefix, limit - 1, 1)
+                ]
+                return sum(lp for lp, _ in score(*zip(*windows))) if windows else 0.0
+
             return [total(r.args[0]) for r in requests]
+
         def generate_until(self, requests, **kwargs):
-            groups, out = {}, [None]*len(requests)
-            for i, r in enumerate(requests): groups.setdefault(repr(sorted(r.args[1].items())), []).append(i)
+            groups, out = {}, [None] * len(requests)
+            for i, r in enumerate(requests):
+                groups.setdefault(repr(sorted(r.args[1].items())), []).append(i)
             for rows in groups.values():
                 given = requests[rows[0]].args[1]
                 until = [given["until"]] if isinstance(given.get("until"), str) else given.get("until") or []
-                samples = _plain(policy).sample([requests[i].args[0] for i in rows], max_new_tokens=given.get("max_gen_toks", 256), seed=0,
-                                                   temperature=given.get("temperature", 0.) if given.get("do_sample") else 0)
-                for i, (s,) in zip(rows, samples): out[i] = s.text[:min([s.text.find(u) for u in until if u in s.text], default=None)]
+                samples = _plain(policy).sample(
+                    [requests[i].args[0] for i in rows],
+                    max_new_tokens=given.get("max_gen_toks", 256),
+                    seed=0,
+                    temperature=given.get("temperature", 0.0) if given.get("do_sample") else 0,
+                )
+                for i, (s,) in zip(rows, samples):
+                    out[i] = s.text[: min([s.text.find(u) for u in until if u in s.text], default=None)]
             return out
+
     return PolicyLM()
 
 # %% ../nbs/23_retention.ipynb #5c6788e7
 def lm_eval_task(
-    items: list[dict] = ITEMS,    # as `probe` takes them
-    name: str = "selfplay_probe", # shown in lm-eval's tables
-):                                # a task for `lm_eval.simple_evaluate(tasks=[…])`
+    items: list[dict] = ITEMS,  # as `probe` takes them
+    name: str = "selfplay_probe",  # shown in lm-eval's tables
+):  # a task for `lm_eval.simple_evaluate(tasks=[…])`
     "Probe items as a task of lm-eval that needs no network. Raises `ImportError` without the extra `eval`."
     _need_lm_eval()
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
+
     rows = [dict(prompt=x["prompt"], options=list(x["options"]), right=0) for x in items]
-    return ConfigurableTask(config=dict(
-        task=name, custom_dataset=lambda **_: {"test": Dataset.from_list(rows)}, test_split="test", output_type="multiple_choice",
-        doc_to_text="prompt", doc_to_choice="options", doc_to_target="right", target_delimiter=" ",
-        metric_list=[dict(metric="acc_norm", aggregation="mean", higher_is_better=True)]))
+    return ConfigurableTask(
+        config=dict(
+            task=name,
+            custom_dataset=lambda **_: {"test": Dataset.from_list(rows)},
+            test_split="test",
+            output_type="multiple_choice",
+            doc_to_text="prompt",
+            doc_to_choice="options",
+            doc_to_target="right",
+            target_delimiter=" ",
+            metric_list=[dict(metric="acc_norm", aggregation="mean", higher_is_better=True)],
+        )
+    )

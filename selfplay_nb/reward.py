@@ -30,117 +30,187 @@ from .players import as_prompts, columns_for, is_messages, name_of, text_of
 def is_judge(x) -> bool:
     """Is `x` a judge, with `compare`, and not a reward?
 
-    What can be called scores single answers: it is a reward, even if it can compare too. Unless it says itself what
-    it is, by an attribute `judges`, True or False."""
+    What can be called scores single answers: it is a reward, even if it can compare too. Unless it says
+    itself what it is, by an attribute `judges`, True or False.
+    """
     return bool(getattr(x, "judges", hasattr(x, "compare") and not callable(x)))
 
+# %% ../nbs/03_reward.ipynb #c0e456bc
 def _in_trl_form(fn) -> bool:
     "Is `fn` called as TRL calls a reward, by the names `prompts` and `completions`?"
-    try: parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError): return True  # written in C: nothing is known
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return True  # written in C: nothing is known
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return any(p.name == "completions" for p in parameters) or takes_any and len(places) < 2
 
 # %% ../nbs/03_reward.ipynb #6710ddbb
 def as_reward(
-    fn, # `(prompt, response) -> float`, further arguments named as columns are; or a reward in TRL's convention
-):      # a reward in TRL's convention
-    "Adapt a function of one prompt and one response; a reward stays as it is. Raises `ValueError` for what is neither, such as a judge."
-    if is_judge(fn): raise ValueError(f"{name_of(fn)!r} is a judge, which compares two answers: expected a reward, which scores each.")
+    # `(prompt, response) -> float`, further arguments named as columns are; or a reward in TRL's convention
+    fn,
+):  # a reward in TRL's convention
+    """Adapt a function of one prompt and one response; a reward stays as it is.
+
+    Raises `ValueError` for what is neither, such as a judge.
+    """
+    if is_judge(fn):
+        raise ValueError(
+            f"{name_of(fn)!r} is a judge, which compares two answers: expected a reward, which scores each."
+        )
     if not callable(fn):
-        raise ValueError(f"{fn!r:.60} cannot be called: expected reward(prompts, completions, **columns), or a function of "
-                         "one prompt and one response.")
-    if _in_trl_form(fn): return fn
+        raise ValueError(
+            f"{fn!r:.60} cannot be called: expected reward(prompts, completions, **columns), or a function of"
+            " one prompt and one response."
+        )
+    if _in_trl_form(fn):
+        return fn
+
     def reward(prompts, completions, **columns):
-        try: taken = columns_for(fn, 2, columns, f"reward {name_of(fn)!r}")
-        except ValueError as e: raise ValueError(f"{e} (A function that compares two answers is a judge: as_judge makes it one.)") from None
+        try:
+            taken = columns_for(fn, 2, columns, f"reward {name_of(fn)!r}")
+        except ValueError as e:
+            raise ValueError(
+                f"{e} (A function that compares two answers is a judge: as_judge makes it one.)"
+            ) from None
         rows = enumerate(zip(prompts, completions))
         return [fn(p, text_of(c), **{k: v[i] for k, v in taken.items()}) for i, (p, c) in rows]
+
     reward.__name__ = name_of(fn)
     return reward
 
 # %% ../nbs/03_reward.ipynb #3b993408
 def conversational(
-    reward, # in TRL's convention, for prompts and completions that are lists of messages
-):          # a reward in TRL's convention for texts and messages
+    reward,  # in TRL's convention, for prompts and completions that are lists of messages
+):  # a reward in TRL's convention for texts and messages
     "Adapt a reward that reads `completion[0][\"content\"]`, as TRL's rewards for chat data do."
+
     def called(prompts, completions, **columns):
         asked = [p if is_messages(p) else [{"role": "user", "content": p}] for p in prompts]
         said = [c if is_messages(c) else [{"role": "assistant", "content": c}] for c in completions]
         return reward(prompts=asked, completions=said, **columns)
+
     called.__name__ = name_of(reward)
     return called
 
 # %% ../nbs/03_reward.ipynb #46a17b36
 class BadReward(ValueError):
-    "A reward that breaks the convention whatever the answers are, as one that returns a single number for all."
+    """A reward that breaks the convention whatever the answers are, as one that returns a single number for
+    all.
+    """
 
+# %% ../nbs/03_reward.ipynb #928d95b6
 def _listed(name: str, returned, n: int) -> list:
     "What a reward returned for `n` completions, as a list; raises `BadReward` if it is none."
     shape = getattr(returned, "shape", None)
-    kind = f"an array of shape {tuple(shape)}" if shape is not None else f"{returned!r:.60} ({type(returned).__name__})"
-    flat = len(shape) == 1 if shape is not None else hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, dict, set))
-    if not flat: raise BadReward(f"reward {name!r} returned {kind}: expected a flat list of {n} numbers, one for each completion.")
+    kind = (
+        f"an array of shape {tuple(shape)}"
+        if shape is not None
+        else f"{returned!r:.60} ({type(returned).__name__})"
+    )
+    flat = (
+        len(shape) == 1
+        if shape is not None
+        else hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, dict, set))
+    )
+    if not flat:
+        raise BadReward(
+            f"reward {name!r} returned {kind}: expected a flat list of {n} numbers, one for each completion."
+        )
     return list(returned)
 
+# %% ../nbs/03_reward.ipynb #06ad233c
 def as_number(v) -> float | None:
-    "A value as a float, infinite if it is too large for one and NaN for None; None for what is no real number, as a text or a list."
-    if v is None: return math.nan
-    scalar = getattr(v, "shape", None) == () and not isinstance(v, (str, bytes, numbers.Complex))  # of NumPy or PyTorch
-    try: return float(v) if scalar or isinstance(v, (numbers.Real, Decimal)) else None
-    except OverflowError: return math.inf
-    except Exception: return None
+    """A value as a float, infinite if it is too large for one and NaN for None; None for what is no real
+    number, as a text or a list.
+    """
+    if v is None:
+        return math.nan
+    # of NumPy or PyTorch
+    scalar = getattr(v, "shape", None) == () and not isinstance(v, (str, bytes, numbers.Complex))
+    try:
+        return float(v) if scalar or isinstance(v, (numbers.Real, Decimal)) else None
+    except OverflowError:
+        return math.inf
+    except Exception:
+        return None
 
 # %% ../nbs/03_reward.ipynb #cc995070
 TAKEN = "prompts", "completions", "self"  # arguments of every reward
 
+# %% ../nbs/03_reward.ipynb #dbf1e97c
 def _checked(reward, prompts, completions, columns) -> tuple[list, list[float]]:
     "What the reward returned, as a list, and the same as numbers; raises as `rewards_of` does."
     function("reward", reward, "reward(prompts, completions, **columns)")
     name, n = name_of(reward), len(completions)
-    if hasattr(prompts, "__len__") and len(prompts) != n: raise ValueError(f"{len(prompts)} prompts for {n} completions: expected as many.")
+    if hasattr(prompts, "__len__") and len(prompts) != n:
+        raise ValueError(f"{len(prompts)} prompts for {n} completions: expected as many.")
     for column, values in columns.items():
-        if column in TAKEN: raise ValueError(f"a column is named {column!r}, as an argument of every reward is: give it another name.")
-        if isinstance(values, str): raise ValueError(f"column {column!r} is {values!r:.60}: expected a list of {n} values, one for each completion.")
-        if hasattr(values, "__len__") and len(values) != n: raise ValueError(f"column {column!r} has {len(values)} values for {n} completions.")
-    try: returned = reward(prompts=prompts, completions=completions, **columns)
+        if column in TAKEN:
+            raise ValueError(
+                f"a column is named {column!r}, as an argument of every reward is: give it another name."
+            )
+        if isinstance(values, str):
+            raise ValueError(
+                f"column {column!r} is {values!r:.60}: expected a list of {n} values, one for each"
+                " completion."
+            )
+        if hasattr(values, "__len__") and len(values) != n:
+            raise ValueError(f"column {column!r} has {len(values)} values for {n} completions.")
+    try:
+        returned = reward(prompts=prompts, completions=completions, **columns)
     except Exception as e:
-        e.add_note(f"Raised by the reward {name!r}, called with prompts, completions{''.join(f', {c}' for c in columns)}; it should take **columns. "
-                   "Completions are texts here; conversational(reward) adapts a reward that was written for messages.")
+        e.add_note(
+            f"Raised by the reward {name!r}, called with prompts,"
+            f" completions{''.join(f', {c}' for c in columns)}; it should take **columns. Completions are"
+            " texts here; conversational(reward) adapts a reward that was written for messages."
+        )
         raise
     values = _listed(name, returned, n)
-    if len(values) != n: raise ValueError(f"reward {name!r} returned {len(values)} numbers for {n} completions: expected one for each.")
+    if len(values) != n:
+        raise ValueError(
+            f"reward {name!r} returned {len(values)} numbers for {n} completions: expected one for each."
+        )
     found = list(map(as_number, values))
     for i, x in enumerate(found):
-        if x is None or math.isinf(x): raise ValueError(_not_a_number(name, values[i], i, completions[i]) + ", or None to abstain.")
+        if x is None or math.isinf(x):
+            raise ValueError(_not_a_number(name, values[i], i, completions[i]) + ", or None to abstain.")
     return values, found
 
+# %% ../nbs/03_reward.ipynb #ac6705b2
 def _not_a_number(name, v, i, completion) -> str:
-    return f"reward {name!r} returned {v!r:.60} for completion {i} ({text_of(completion)[:60]!r}): expected a finite number"
+    return (
+        f"reward {name!r} returned {v!r:.60} for completion {i} ({text_of(completion)[:60]!r}): expected a"
+        " finite number"
+    )
 
 # %% ../nbs/03_reward.ipynb #61da20c2
 def rewards_of(
-    reward,            # a reward in TRL's convention
-    prompts: list,     # n prompts
-    completions: list, # n completions
+    reward,  # a reward in TRL's convention
+    prompts: list,  # n prompts
+    completions: list,  # n completions
     /,
-    **columns,         # lists of n values, handed on; so is what has no length, as TRL's `trainer_state`
-) -> list[float]:      # n numbers; NaN where it abstains (with None or NaN)
-    """Call `reward`. Raises `ValueError` that names the reward or the column for any other answer than n finite numbers, None or NaN.
+    **columns,  # lists of n values, handed on; so is what has no length, as TRL's `trainer_state`
+) -> list[float]:  # n numbers; NaN where it abstains (with None or NaN)
+    """Call `reward`. Raises `ValueError` that names the reward or the column for any other answer than n
+    finite numbers, None or NaN.
 
-    What the reward itself raises is passed on with a note that names it."""
+    What the reward itself raises is passed on with a note that names it.
+    """
     return _checked(reward, prompts, completions, columns)[1]
 
 # %% ../nbs/03_reward.ipynb #2e7186b0
 def score(
-    reward,            # a reward in TRL's convention
-    prompts: list,     # n prompts
-    completions: list, # n completions
+    reward,  # a reward in TRL's convention
+    prompts: list,  # n prompts
+    completions: list,  # n completions
     /,
-    **columns,         # lists of n values, as in `rewards_of`
+    **columns,  # lists of n values, as in `rewards_of`
 ) -> list[float]:
-    "Call `reward`; raises `ValueError` unless it gives one finite number for each completion (one that is `Guarded` may give NaN)."
+    """Call `reward`; raises `ValueError` unless it gives one finite number for each completion (one that is
+    `Guarded` may give NaN).
+    """
     returned, values = _checked(reward, prompts, completions, columns)
     gap = next((i for i, v in enumerate(values) if math.isnan(v)), None)
     if gap is not None and not getattr(reward, "may_fail", False):
@@ -149,102 +219,155 @@ def score(
 
 # %% ../nbs/03_reward.ipynb #23016010
 def score_samples(
-    reward,        # a reward in TRL's convention
-    prompts: list, # n prompts
-    answers: list, # for each prompt equally many records with `text` and `truncated`
+    reward,  # a reward in TRL's convention
+    prompts: list,  # n prompts
+    answers: list,  # for each prompt equally many records with `text` and `truncated`
     /,
-    **columns,     # lists of n values
-) -> list[list[float]]: # for each prompt the rewards of its answers; NaN where the reward abstains
+    **columns,  # lists of n values
+) -> list[list[float]]:  # for each prompt the rewards of its answers; NaN where the reward abstains
     "Call `reward` once for all samples; raises as `rewards_of` does."
-    if "truncated" in columns: raise ValueError("a column is named 'truncated', which tells rewards whether an answer was cut off: give it another name.")
+    if "truncated" in columns:
+        raise ValueError(
+            "a column is named 'truncated', which tells rewards whether an answer was cut off: give it"
+            " another name."
+        )
     k, flat = len(answers[0]), [a for row in answers for a in row]
     repeated = {c: [v for v in values for _ in range(k)] for c, values in columns.items()}
     cut = [a.truncated for a in flat]
-    r = rewards_of(reward, [p for p in prompts for _ in range(k)], [text_of(a.text) for a in flat], truncated=cut, **repeated)
-    return [r[i:i+k] for i in range(0, len(r), k)]
+    r = rewards_of(
+        reward,
+        [p for p in prompts for _ in range(k)],
+        [text_of(a.text) for a in flat],
+        truncated=cut,
+        **repeated,
+    )
+    return [r[i : i + k] for i in range(0, len(r), k)]
 
 # %% ../nbs/03_reward.ipynb #0d8ca4ed
 def is_single(prompts) -> bool:
     "Is it one prompt, or one row, and not a list of them?"
     return isinstance(prompts, (str, dict)) or is_messages(prompts) and "prompt" not in prompts[0]
 
+# %% ../nbs/03_reward.ipynb #e0ebad16
 def rows_of(
-    prompts,       # prompts, or rows: dicts with `prompt` and columns
-    columns: dict, # lists of n values, of prompts that are no rows
-    **settings,    # whole numbers such as `seed`, which a column of that name would have become
-) -> tuple[list, dict]: # n prompts, and each column's n values
-    "Prompts and columns, checked. Raises `ValueError` for no prompts, an empty one, unequal rows or columns, and a setting that looks like a column."
+    prompts,  # prompts, or rows: dicts with `prompt` and columns
+    columns: dict,  # lists of n values, of prompts that are no rows
+    **settings,  # whole numbers such as `seed`, which a column of that name would have become
+) -> tuple[list, dict]:  # n prompts, and each column's n values
+    """Prompts and columns, checked.
+
+    Raises `ValueError` for no prompts, an empty one, unequal rows or columns, and a setting that looks
+    like a column.
+    """
     for name, v in settings.items():
         if not isinstance(v, numbers.Integral):
-            raise ValueError(f"{name} is {v!r:.60}: expected a whole number. If it is a column, give rows: [{{'prompt': ..., {name!r}: ...}}, ...].")
+            raise ValueError(
+                f"{name} is {v!r:.60}: expected a whole number. If it is a column, give rows: [{{'prompt':"
+                f" ..., {name!r}: ...}}, ...]."
+            )
     several = isinstance(prompts, Iterable) and not isinstance(prompts, (set, bytes))
     rows = [prompts] if is_single(prompts) else list(prompts) if several else as_prompts(prompts)[0]
     if rows and isinstance(rows[0], dict):
         names = sorted(rows[0], key=str)
         for i, r in enumerate(rows):
             if not isinstance(r, dict) or "prompt" not in r or sorted(r, key=str) != names:
-                raise ValueError(f"row {i} is {r!r:.80}: expected a dict with 'prompt' and the same columns as the first, {names}.")
+                raise ValueError(
+                    f"row {i} is {r!r:.80}: expected a dict with 'prompt' and the same columns as the first,"
+                    f" {names}."
+                )
         columns = {k: [r[k] for r in rows] for k in rows[0] if k != "prompt"} | columns
         rows = [r["prompt"] for r in rows]
     taken = [c for c in columns if c in (*TAKEN, "truncated")]
-    if taken: raise ValueError(f"a column is named {taken[0]!r}, as what rewards are given by the library is: give it another name.")
+    if taken:
+        raise ValueError(
+            f"a column is named {taken[0]!r}, as what rewards are given by the library is: give it another"
+            " name."
+        )
     rows, _ = as_prompts(rows)
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
-            raise ValueError(f"column {name!r} is {values!r:.60}: expected a list of {len(rows)} values, one for each prompt.")
-        if len(values) != len(rows): raise ValueError(f"column {name!r} has {len(values)} values for {len(rows)} prompts.")
+            raise ValueError(
+                f"column {name!r} is {values!r:.60}: expected a list of {len(rows)} values, one for each"
+                " prompt."
+            )
+        if len(values) != len(rows):
+            raise ValueError(f"column {name!r} has {len(values)} values for {len(rows)} prompts.")
     return rows, columns
 
 # %% ../nbs/03_reward.ipynb #3bb1d6f2
-def _numbers(completions, truncated): return [None if t else last_number(text_of(c)) for c, t in zip(completions, truncated or [False]*len(completions))]
+def _numbers(completions, truncated):
+    return [
+        None if t else last_number(text_of(c))
+        for c, t in zip(completions, truncated or [False] * len(completions))
+    ]
 
 # %% ../nbs/03_reward.ipynb #b9e52d93
 def exact_number(prompts, completions, answer, truncated=None, **columns) -> list[float]:
-    "1 where `last_number` equals the column `answer`, else 0. Raises `ValueError` for a right answer that is no number, whatever was said."
+    """1 where `last_number` equals the column `answer`, else 0.
+
+    Raises `ValueError` for a right answer that is no number, whatever was said.
+    """
     return [float(n == right) for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
+
 
 exact_number.check_columns = lambda answer, **columns: gold_numbers(answer)
 
 # %% ../nbs/03_reward.ipynb #6a29b2e0
-def near_number(
-    width: float = 20, # errors of this size and more earn nothing
-):
-    "A reward that falls from 1 (exact) to 0 (an error of `width` or more, or no number). It raises as `exact_number` does."
-    if not (width > 0 and math.isfinite(width)): raise ValueError(f"width is {width!r}: expected a positive number.")
+def near_number(width: float = 20):  # errors of this size and more earn nothing
+    """A reward that falls from 1 (exact) to 0 (an error of `width` or more, or no number).
+
+    It raises as `exact_number` does.
+    """
+    if not (width > 0 and math.isfinite(width)):
+        raise ValueError(f"width is {width!r}: expected a positive number.")
+
     def near(prompts, completions, answer, truncated=None, **columns):
-        errors = [None if n is None else min(abs(n - right), Fraction(width))
-                  for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
-        return [0. if e is None else max(0., 1 - float(e)/width) for e in errors]
+        errors = [
+            None if n is None else min(abs(n - right), Fraction(width))
+            for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))
+        ]
+        return [0.0 if e is None else max(0.0, 1 - float(e) / width) for e in errors]
+
     near.check_columns = exact_number.check_columns
     return near
 
 # %% ../nbs/03_reward.ipynb #7e518ceb
 def finished(prompts, completions, truncated=None, **columns) -> list[float]:
     "1 where the answer ended by itself and is not empty, else 0."
-    return [float(not t and bool(text_of(c).strip())) for c, t in zip(completions, truncated or [False]*len(completions))]
+    return [
+        float(not t and bool(text_of(c).strip()))
+        for c, t in zip(completions, truncated or [False] * len(completions))
+    ]
 
 # %% ../nbs/03_reward.ipynb #ee1f698f
-def format_reward(
-    pattern: str, # a regular expression for the whole answer
-):
+def format_reward(pattern: str):  # a regular expression for the whole answer
     "A reward of 1 where the stripped answer matches `pattern` as a whole, else 0."
     regex = re.compile(pattern, re.DOTALL)
-    def format(prompts, completions, **columns): return [float(bool(regex.fullmatch(text_of(c).strip()))) for c in completions]
+
+    def format(prompts, completions, **columns):
+        return [float(bool(regex.fullmatch(text_of(c).strip()))) for c in completions]
+
     return format
 
 # %% ../nbs/03_reward.ipynb #dec2f290
 class WeightedReward:
     "A weighted sum of rewards, itself a reward in TRL's convention."
-    def __init__(self,
-        rewards: dict,             # name to reward
-        weights: dict[str, float], # name to weight; the same names
+
+    def __init__(
+        self,
+        rewards: dict,
+        weights: dict[str, float],  # name to reward  # name to weight; the same names
     ):
-        if set(rewards) != set(weights): raise ValueError(f"rewards are named {sorted(rewards)} but weights {sorted(weights)}: expected the same names.")
+        if set(rewards) != set(weights):
+            raise ValueError(
+                f"rewards are named {sorted(rewards)} but weights {sorted(weights)}: expected the same names."
+            )
         self.rewards, self.weights = rewards, weights
         self.__name__ = "+".join(rewards)
 
     @property
-    def may_fail(self) -> bool: return any(getattr(r, "may_fail", False) for r in self.rewards.values())
+    def may_fail(self) -> bool:
+        return any(getattr(r, "may_fail", False) for r in self.rewards.values())
 
     def parts(self, prompts, completions, **columns) -> dict[str, list[float]]:
         "Each reward's values before weighting, by name; NaN where it abstains, and then the sum does too."
@@ -252,42 +375,72 @@ class WeightedReward:
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         parts = self.parts(prompts, completions, **columns)
-        return [sum(w*parts[name][i] for name, w in self.weights.items()) for i in range(len(completions))]
+        return [sum(w * parts[name][i] for name, w in self.weights.items()) for i in range(len(completions))]
 
     @printable
-    def __repr__(self): return "WeightedReward(" + " + ".join(f"{w:g}·{name}" for name, w in self.weights.items()) + ")"
+    def __repr__(self):
+        return "WeightedReward(" + " + ".join(f"{w:g}·{name}" for name, w in self.weights.items()) + ")"
 
 # %% ../nbs/03_reward.ipynb #26167171
-def coin_flip(
-    seed: int = 0, # of the coins
-):
-    "A reward in [0, 1) that knows nothing: a random number for each place in the batch, repeatable for the same prompts and answers."
+def coin_flip(seed: int = 0):  # of the coins
+    """A reward in [0, 1) that knows nothing: a random number for each place in the batch, repeatable for the
+    same prompts and answers.
+    """
+
     def coin(prompts, completions, **columns):
         batch = hashlib.sha256(repr([seed, prompts, list(map(text_of, completions))]).encode()).digest()
-        return [int.from_bytes(hashlib.sha256(batch + i.to_bytes(4)).digest()[:4]) / 2**32 for i in range(len(completions))]
+        return [
+            int.from_bytes(hashlib.sha256(batch + i.to_bytes(4)).digest()[:4]) / 2**32
+            for i in range(len(completions))
+        ]
+
     return coin
 
 # %% ../nbs/03_reward.ipynb #e1b78290
 class Guarded:
-    "A reward or judge whose failures (an exception, no number, no reply in time) cost the answers they concern: NaN, and counted."
+    """A reward or judge whose failures (an exception, no number, no reply in time) cost the answers they
+    concern: NaN, and counted.
+    """
+
     may_fail = True
-    def __init__(self,
-        reward,                # a reward in TRL's convention, or a judge with `compare` (see `is_judge` for what can be both)
-        timeout: float | None = None, # seconds that one call may take; not for rewards that use a model of this library
-        patience: int = 8,     # calls that may come too late, and a quarter of those that may fail in a row; then the rest of the batch is given up
+
+    def __init__(
+        self,
+        # a reward in TRL's convention, or a judge with `compare` (see `is_judge` for what can be both)
+        reward,
+        # seconds that one call may take; not for rewards that use a model of this library
+        timeout: float | None = None,
+        # calls that may come too late, and a quarter of those that may fail in a row; then the rest of the
+        # batch is given up
+        patience: int = 8,
     ):
         self.judges = is_judge(reward)
-        self.reward, self.timeout, self.patience, self.__name__ = reward if self.judges else as_reward(reward), timeout, patience, name_of(reward)
-        if self.judges: self.compare = lambda prompts, a, b, **columns: self._ask(reward.compare, columns, prompts=prompts, a=a, b=b)
+        self.reward = reward if self.judges else as_reward(reward)
+        self.timeout = timeout
+        self.patience = patience
+        self.__name__ = name_of(reward)
+        if self.judges:
+            self.compare = lambda prompts, a, b, **columns: self._ask(
+                reward.compare, columns, prompts=prompts, a=a, b=b
+            )
         self.reset()
 
-    def reset(self): self.asked, self.failures, self.first = 0, Counter(), ""
+    def reset(self):
+        self.asked, self.failures, self.first = 0, Counter(), ""
+
     @property
-    def share(self) -> float: return sum(self.failures.values())/max(1, self.asked)
-    def __call__(self, prompts, completions, **columns) -> list[float]: return self._ask(self.reward, columns, prompts=prompts, completions=completions)
+    def share(self) -> float:
+        return sum(self.failures.values()) / max(1, self.asked)
+
+    def __call__(self, prompts, completions, **columns) -> list[float]:
+        return self._ask(self.reward, columns, prompts=prompts, completions=completions)
+
     @printable
     def __repr__(self):
-        return f"Guarded({self.__name__}: {sum(self.failures.values())} of {self.asked} failed{': ' + self.first if self.first else ''})"
+        return (
+            f"Guarded({self.__name__}: {sum(self.failures.values())} of {self.asked}"
+            f" failed{': ' + self.first if self.first else ''})"
+        )
 
 # %% ../nbs/03_reward.ipynb #c87383df
 @patch
@@ -298,87 +451,140 @@ def _ask(self: Guarded, fn, columns, **lists) -> list[float]:
     batch.settle(0, n)
     return batch.out
 
+
 @patch
-def _count(self: Guarded, why, said, n): self.failures[why] += n; self.first = self.first or f"{why}, {printed(said[:200])}"
+def _count(self: Guarded, why, said, n):
+    self.failures[why] += n
+    self.first = self.first or f"{why}, {printed(said[:200])}"
 
 # %% ../nbs/03_reward.ipynb #a52a13b8
 class _Batch:
     "One batch of a `Guarded` reward: what is known of its answers, and how often calls failed."
+
     def __init__(self, guard, fn, given: dict, n: int):
-        self.guard, self.fn, self.given, self.out = guard, fn, given, [math.nan]*n
+        self.guard = guard
+        self.fn = fn
+        self.given = given
+        self.out = [math.nan] * n
         self.lists = {k for k, v in given.items() if _is_list(v, n)}
-        self.late, self.in_a_row = 0, 0  # calls that came too late; calls that failed one after the other
+        # calls that came too late; calls that failed one after the other
+        self.late = 0
+        self.in_a_row = 0
 
     def call(self, i: int, j: int):
         "The values for answers `i` to `j`, or the exception; a None for all is a call that failed."
         part = {k: v[i:j] if k in self.lists else v for k, v in self.given.items()}
-        try: returned = _in_time(self.guard.timeout, self.fn, part)
-        except (BadReward, ModelInTime): raise
-        except Exception as e: return e
-        return TypeError("None for the whole call") if returned is None else _listed(self.guard.__name__, returned, j - i)
+        try:
+            returned = _in_time(self.guard.timeout, self.fn, part)
+        except (BadReward, ModelInTime):
+            raise
+        except Exception as e:
+            return e
+        return (
+            TypeError("None for the whole call")
+            if returned is None
+            else _listed(self.guard.__name__, returned, j - i)
+        )
 
     def settle(self, i: int, j: int, got=None):
         "Find the values of answers `i` to `j`; `got` is what a call for them gave already."
-        got, n, middle = self.call(i, j) if got is None else got, j - i, (i + j)//2
+        got = self.call(i, j) if got is None else got
+        n = j - i
+        middle = (i + j) // 2
         failed = isinstance(got, Exception)
         if not failed and len(got) == n:
             self.in_a_row = 0
             return self.fill(i, got)
         self.late += isinstance(got, TimeoutError)
         self.in_a_row += 1
-        why, said = (type(got).__name__, str(got)) if failed else ("wrong length", f"{len(got)} numbers for {n} answers")
-        if n == 1 or self.late >= self.guard.patience or self.in_a_row >= 4*self.guard.patience: return self.guard._count(why, said, n)
+        why, said = (
+            (type(got).__name__, str(got))
+            if failed
+            else ("wrong length", f"{len(got)} numbers for {n} answers")
+        )
+        if n == 1 or self.late >= self.guard.patience or self.in_a_row >= 4 * self.guard.patience:
+            return self.guard._count(why, said, n)
         halves = [(i, middle), (middle, j)]
         known = [None, None] if failed or n < 4 else [self.call(*half) for half in halves]
         same = not failed and got and all(isinstance(k, list) and len(k) == len(got) for k in known)
         if same and len(got) not in (middle - i, j - middle):
-            raise BadReward(f"reward {self.guard.__name__!r} returned {len(got)} numbers for {n} completions, and as many for each half "
-                            "of them: expected one for each completion.")
-        for half, k in zip(halves, known): self.settle(*half, k)
+            raise BadReward(
+                f"reward {self.guard.__name__!r} returned {len(got)} numbers for {n} completions, and as many"
+                " for each half of them: expected one for each completion."
+            )
+        for half, k in zip(halves, known):
+            self.settle(*half, k)
 
     def fill(self, i: int, values: list):
         for k, v in enumerate(values, i):
             x = as_number(v)
-            if x is None or not math.isfinite(x): self.guard._count("no number", repr(v), 1)
-            else: self.out[k] = x
+            if x is None or not math.isfinite(x):
+                self.guard._count("no number", repr(v), 1)
+            else:
+                self.out[k] = x
 
-def _is_list(v, n) -> bool: return hasattr(v, "__getitem__") and not isinstance(v, (str, dict)) and hasattr(v, "__len__") and len(v) == n
+# %% ../nbs/03_reward.ipynb #aca17f0f
+def _is_list(v, n) -> bool:
+    return (
+        hasattr(v, "__getitem__") and not isinstance(v, (str, dict)) and hasattr(v, "__len__") and len(v) == n
+    )
 
 # %% ../nbs/03_reward.ipynb #794d088c
 class ModelInTime(RuntimeError):
     "A call with a time limit asked for a model of this library."
 
+
 class _TimedThread(threading.Thread):
     def refuse_model(self):
         "Called by a model before it runs."
-        raise ModelInTime("a reward or judge with a time limit uses a model of this library, which what is given up could go on to use "
-                          "while it trains: set no timeout (judge_timeout=0).")
+        raise ModelInTime(
+            "a reward or judge with a time limit uses a model of this library, which what is given up could"
+            " go on to use while it trains: set no timeout (judge_timeout=0)."
+        )
 
+# %% ../nbs/03_reward.ipynb #cdcdbe4a
 def _in_time(timeout, fn, kwargs):
-    "`fn(**kwargs)`, or `TimeoutError`. What is given up is left behind, without the model, and ends with the process."
-    if not timeout: return fn(**kwargs)
+    """`fn(**kwargs)`, or `TimeoutError`.
+
+    What is given up is left behind, without the model, and ends with the process.
+    """
+    if not timeout:
+        return fn(**kwargs)
     box = queue.SimpleQueue()
+
     def run():
-        try: box.put((True, fn(**kwargs)))
-        except Exception as e: box.put((False, e))
+        try:
+            box.put((True, fn(**kwargs)))
+        except Exception as e:
+            box.put((False, e))
+
     _TimedThread(target=run, daemon=True).start()
-    try: good, value = box.get(timeout=timeout)
-    except queue.Empty: raise TimeoutError(f"no reply in {timeout:g} s") from None
-    if not good: raise value
+    try:
+        good, value = box.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError(f"no reply in {timeout:g} s") from None
+    if not good:
+        raise value
     return value
 
 # %% ../nbs/03_reward.ipynb #688b7df6
-def check_columns(
-    reward,    # a reward in TRL's convention
-    **columns, # lists of n values
-):
-    "Let a reward look at its columns. Raises `ValueError` for values that it cannot read; a reward without `check_columns` is taken at its word."
-    look = getattr(reward, "check_columns", None)
-    if look: look(**columns)
+def check_columns(reward, **columns):  # a reward in TRL's convention  # lists of n values
+    """Let a reward look at its columns.
 
+    Raises `ValueError` for values that it cannot read; a reward without `check_columns` is taken at its
+    word.
+    """
+    look = getattr(reward, "check_columns", None)
+    if look:
+        look(**columns)
+
+# %% ../nbs/03_reward.ipynb #fe1f5981
 @patch
 def check_columns(self: WeightedReward, **columns):
-    for reward in self.rewards.values(): check_columns(reward, **columns)
+    for reward in self.rewards.values():
+        check_columns(reward, **columns)
+
 
 @patch
-def check_columns(self: Guarded, **columns): check_columns(self.reward, **columns)
+def check_columns(self: Guarded, **columns):
+    check_columns(self.reward, **columns)

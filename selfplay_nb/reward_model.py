@@ -23,31 +23,52 @@ from .policy import Base, Policy, _batches, can_share, lay_out, pack
 from .rates import Rate
 from .players import text_of
 from selfplay_nb.update import (
-    COMMON, Settings, UpdateResult, _ANSWER, _PAIR, _PAIR_TOO, _PROMPT, _at_random, _checked, _train, settings_of, tokenize_pairs,
+    COMMON,
+    Settings,
+    UpdateResult,
+    _ANSWER,
+    _PAIR,
+    _PAIR_TOO,
+    _PROMPT,
+    _at_random,
+    _checked,
+    _train,
+    settings_of,
+    tokenize_pairs,
 )
 
 # %% ../nbs/25_reward_model.ipynb #0a59ec17
 def _worth(base: Base, head, texts: list[list[int]]) -> torch.Tensor:
-    "`head` (1, size) times the state at the last token of each text, under the active adapter: (n,), float32."
+    """`head` (1, size) times the state at the last token of each text, under the active adapter: (n,),
+    float32.
+    """
     share = can_share(base.model.config)
     rows, places = lay_out(texts, share)
     hidden = base.model.base_model(**pack(rows, 0, base.device, share), use_cache=False).last_hidden_state
-    last = torch.tensor([row*hidden.shape[1] + columns[-1] for row, columns in places], device=hidden.device)
+    last = torch.tensor(
+        [row * hidden.shape[1] + columns[-1] for row, columns in places], device=hidden.device
+    )
     return hidden.flatten(0, 1).index_select(0, last).float() @ head[0]
 
 # %% ../nbs/25_reward_model.ipynb #5db8ecca
 class RewardModel:
-    "A pairwise reward model on a resident `Base`: a LoRA adapter and a linear head, rewards in TRL's convention."
-    def __init__(self,
-        base: Base,           # what it stands on
-        name: str = "reward", # a new adapter's name
-        r: int = 8,           # LoRA rank
-        seed: int = 0,        # of the adapter's initial weights; the head begins at zero
+    """A pairwise reward model on a resident `Base`: a LoRA adapter and a linear head, rewards in TRL's
+    convention.
+    """
+
+    def __init__(
+        self,
+        base: Base,  # what it stands on
+        name: str = "reward",  # a new adapter's name
+        r: int = 8,  # LoRA rank
+        seed: int = 0,  # of the adapter's initial weights; the head begins at zero
     ):
         self._begin(Policy(base, name, r=r, seed=seed))
 
     def _begin(self, policy: Policy):
-        self.policy, self.base, self.__name__ = policy, policy.base, policy.name
+        self.policy = policy
+        self.base = policy.base
+        self.__name__ = policy.name
         size = policy.base.model.config.get_text_config().hidden_size
         self.head = torch.zeros(1, size, device=policy.base.device)  # float32 (1, hidden size)
 
@@ -55,148 +76,211 @@ class RewardModel:
     def n_bytes(self) -> int:
         "What it adds to the base in memory."
         params = [p for n, p in self.base.model.named_parameters() if f".{self.policy.name}." in n]
-        return sum(p.numel()*p.element_size() for p in [*params, self.head])
+        return sum(p.numel() * p.element_size() for p in [*params, self.head])
+
     @printable
-    def __repr__(self): return f"RewardModel({self.policy.name!r}: {self.n_bytes/1e6:.1f} MB on {self.base!r})"
+    def __repr__(self):
+        return f"RewardModel({self.policy.name!r}: {self.n_bytes / 1e6:.1f} MB on {self.base!r})"
 
 # %% ../nbs/25_reward_model.ipynb #797f6497
 @patch
-def __call__(self: RewardModel,
-    prompts: list,     # n prompts
-    completions: list, # n answers
-    truncated: list | None = None, # n times: was the answer cut off? Then it has no end token
-    **columns,         # not used
-) -> list[float]:      # n rewards; only differences on the same prompt mean something
-    """Rewards of answers. Raises `ValueError` for lists of different lengths, what is no prompt or no answer, or an
-    answer that does not fit the context."""
-    if len(prompts) != len(completions): raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: expected as many.")
+def __call__(
+    self: RewardModel,
+    prompts: list,  # n prompts
+    completions: list,  # n answers
+    truncated: list | None = None,  # n times: was the answer cut off? Then it has no end token
+    **columns,  # not used
+) -> list[float]:  # n rewards; only differences on the same prompt mean something
+    """Rewards of answers. Raises `ValueError` for lists of different lengths, what is no prompt or no answer,
+    or an answer that does not fit the context.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: expected as many.")
     given = [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)]
     _checked(given, {"prompt": _PROMPT, "completion": _ANSWER}, {})
-    cut, b = truncated or [False]*len(prompts), self.base
-    ids = [b.encode(p) + b.completion_ids(text_of(c), finished=not t) for p, c, t in zip(prompts, completions, cut)]
+    cut, b = truncated or [False] * len(prompts), self.base
+    ids = [
+        b.encode(p) + b.completion_ids(text_of(c), finished=not t)
+        for p, c, t in zip(prompts, completions, cut)
+    ]
     for i, x in enumerate(ids):
-        if len(x) > b.context_length: raise ValueError(f"prompt {i} and its answer have {len(x)} tokens: the context is {b.context_length}.")
-    out = [0.]*len(ids)
+        if len(x) > b.context_length:
+            raise ValueError(
+                f"prompt {i} and its answer have {len(x)} tokens: the context is {b.context_length}."
+            )
+    out = [0.0] * len(ids)
     with b.running(self.policy.name):
         for rows in _batches([len(x) for x in ids], 1, 0, b.max_batch_tokens // 4):
             here = [i for i, _ in rows]
-            for i, v in zip(here, _worth(b, self.head, [ids[i] for i in here]).tolist()): out[i] = v
+            for i, v in zip(here, _worth(b, self.head, [ids[i] for i in here]).tolist()):
+                out[i] = v
     return out
 
 # %% ../nbs/25_reward_model.ipynb #4d6f063a
 @dataclass(frozen=True)
 class RewardSettings(Settings):
     "What `RewardModel.train` takes, under the names of TRL's `RewardConfig`."
-    center_rewards_coefficient: float | None = None # None: rewards may drift
+
+    center_rewards_coefficient: float | None = None  # None: rewards may drift
 
     def __post_init__(self):
         super().__post_init__()
         if self.center_rewards_coefficient is not None:
             number("center_rewards_coefficient", self.center_rewards_coefficient, 0)
 
+
 REWARD = dict(learning_rate=4e-4, per_device_train_batch_size=16)
 
+# %% ../nbs/25_reward_model.ipynb #8cd47b37
 def reward_loss(
-    base: Base,         # on which a reward model's adapter is active
-    head: torch.Tensor, # (1, hidden size)
-    center: float = 0.,
+    base: Base,  # on which a reward model's adapter is active
+    head: torch.Tensor,  # (1, hidden size)
+    center: float = 0.0,
 ):
     "Bradley and Terry's, of rows with token ids; a mean over the pairs of a step."
+
     def loss(part, step):
         texts = [r["prompt_ids"] + r[f"{k}_ids"] for k in ("chosen", "rejected") for r in part]
         chosen, rejected = _worth(base, head, texts).chunk(2)
         margin = chosen - rejected
-        losses = -F.logsigmoid(margin) + center*(chosen + rejected)**2
-        told = dict(accuracy=(margin > 0).float(), margin=margin, mean_reward=(chosen + rejected)/2)
-        return losses.sum()/len(step), {k: v.detach().sum()/len(step) for k, v in told.items()}
+        losses = -F.logsigmoid(margin) + center * (chosen + rejected) ** 2
+        told = dict(accuracy=(margin > 0).float(), margin=margin, mean_reward=(chosen + rejected) / 2)
+        return losses.sum() / len(step), {k: v.detach().sum() / len(step) for k, v in told.items()}
+
     return loss
 
+# %% ../nbs/25_reward_model.ipynb #b5558056
 @patch
-def train(self: RewardModel,
-    pairs: list[dict],  # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
-    progress: Callable | None = None, # called as `progress(step, steps)` after each step
-    **settings,         # fields of `RewardSettings`, over the defaults in `REWARD`
+def train(
+    self: RewardModel,
+    # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
+    pairs: list[dict],
+    progress: Callable | None = None,  # called as `progress(step, steps)` after each step
+    **settings,  # fields of `RewardSettings`, over the defaults in `REWARD`
 ) -> UpdateResult:
     """Train adapter and head on preference pairs; nothing else on the base changes.
 
-    Raises `ValueError` for a bad setting or if no good pair is left, `FloatingPointError` if training diverged."""
+    Raises `ValueError` for a bad setting or if no good pair is left, `FloatingPointError` if training
+    diverged.
+    """
     s = settings_of(RewardSettings, COMMON | REWARD | settings)
     _, rows, dropped = tokenize_pairs(self.base, pairs)
-    loss = reward_loss(self.base, self.head, s.center_rewards_coefficient or 0.)
-    return _train(self.base, self.policy.name, rows, loss, _at_random, s, None, dropped, progress, also=[self.head])
+    loss = reward_loss(self.base, self.head, s.center_rewards_coefficient or 0.0)
+    return _train(
+        self.base, self.policy.name, rows, loss, _at_random, s, None, dropped, progress, also=[self.head]
+    )
 
 # %% ../nbs/25_reward_model.ipynb #28e27650
 @dataclass
 class Scores:
     "Rewards of both answers of n pairs, with their lengths in characters."
-    chosen: np.ndarray    # (n,)
+
+    chosen: np.ndarray  # (n,)
     rejected: np.ndarray  # (n,)
-    lengths: np.ndarray   # (n, 2): chosen, rejected
-    groups: list          # for each pair its prompt: pairs on one prompt are not independent
+    lengths: np.ndarray  # (n, 2): chosen, rejected
+    groups: list  # for each pair its prompt: pairs on one prompt are not independent
 
     @property
-    def margins(self) -> np.ndarray: return self.chosen - self.rejected
+    def margins(self) -> np.ndarray:
+        return self.chosen - self.rejected
+
     @property
     def accuracy(self) -> Rate:
-        "Share of pairs whose chosen answer has the higher reward, equal ones counted as half; the interval is by prompt."
+        """Share of pairs whose chosen answer has the higher reward, equal ones counted as half; the interval
+        is by prompt.
+        """
         m = self.margins
-        return Rate(float((m > 0).sum() + .5*(m == 0).sum()), len(m), len(set(self.groups)))
+        return Rate(float((m > 0).sum() + 0.5 * (m == 0).sum()), len(m), len(set(self.groups)))
+
     @printable
-    def __repr__(self): return f"Scores: right about {self.accuracy} of pairs on {len(set(self.groups))} prompts; mean margin {self.margins.mean():.2f}"
+    def __repr__(self):
+        return (
+            f"Scores: right about {self.accuracy} of pairs on {len(set(self.groups))} prompts; mean margin"
+            f" {self.margins.mean():.2f}"
+        )
 
 # %% ../nbs/25_reward_model.ipynb #b7693877
 @patch
-def scores(self: RewardModel,
-    pairs: list[dict], # judged pairs, best not those it was trained on
-) -> Scores:
+def scores(self: RewardModel, pairs: list[dict]) -> Scores:  # judged pairs, best not those it was trained on
     "Rewards of both answers of each pair."
     pairs = _checked(pairs, _PAIR, _PAIR_TOO, "pair")
     prompts = [p["prompt"] for p in pairs]
-    r = {k: np.array(self(prompts, [p[k] for p in pairs], [p.get(f"{k}_truncated", False) for p in pairs])) for k in ("chosen", "rejected")}
-    return Scores(r["chosen"], r["rejected"], np.array([[len(text_of(p[k])) for k in r] for p in pairs]), [json.dumps(p) for p in prompts])
+    r = {
+        k: np.array(self(prompts, [p[k] for p in pairs], [p.get(f"{k}_truncated", False) for p in pairs]))
+        for k in ("chosen", "rejected")
+    }
+    return Scores(
+        r["chosen"],
+        r["rejected"],
+        np.array([[len(text_of(p[k])) for k in r] for p in pairs]),
+        [json.dumps(p) for p in prompts],
+    )
 
 # %% ../nbs/25_reward_model.ipynb #bf8119e5
 @patch
-def calibration(self: Scores,
-    bins: int = 5, # groups of equal size
-) -> list[tuple[float, Rate]]: # for each group the mean stated probability, and how often it was right
+def calibration(
+    self: Scores,
+    bins: int = 5,  # groups of equal size
+) -> list[tuple[float, Rate]]:  # for each group the mean stated probability, and how often it was right
     "Stated against observed."
-    sure = 1/(1+np.exp(-np.abs(self.margins))); order = np.argsort(sure, kind="stable")
+    sure = 1 / (1 + np.exp(-np.abs(self.margins)))
+    order = np.argsort(sure, kind="stable")
     parts = [g for g in np.array_split(order, bins) if len(g)]
-    return [(float(sure[g].mean()), Rate(float((self.margins[g] > 0).sum() + .5*(self.margins[g] == 0).sum()), len(g))) for g in parts]
+    return [
+        (
+            float(sure[g].mean()),
+            Rate(float((self.margins[g] > 0).sum() + 0.5 * (self.margins[g] == 0).sum()), len(g)),
+        )
+        for g in parts
+    ]
 
+# %% ../nbs/25_reward_model.ipynb #a3afbf37
 @patch
 def plot(self: Scores):
     "Two panels: calibration, and margin against the difference in length. Returns the figure."
     import matplotlib.pyplot as plt
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
     said, seen = zip(*self.calibration())
-    low, high = zip(*(s.interval for s in seen)); y = np.array([s.value for s in seen])
-    left.errorbar(said, y, [y-low, np.array(high)-y], fmt="o", capsize=2); left.plot([.5, 1], [.5, 1], ":", color="0.5")
-    left.set(xlabel="stated probability", ylabel="share right (95 % interval)", ylim=(0, 1.02), title="calibration")
-    right.plot(self.lengths[:, 0] - self.lengths[:, 1], self.margins, ".", alpha=.6); right.axhline(0, ls=":", color="0.5")
-    right.set(xlabel="chosen minus rejected, characters", ylabel="margin of reward", title="reward against length")
+    low, high = zip(*(s.interval for s in seen))
+    y = np.array([s.value for s in seen])
+    left.errorbar(said, y, [y - low, np.array(high) - y], fmt="o", capsize=2)
+    left.plot([0.5, 1], [0.5, 1], ":", color="0.5")
+    left.set(
+        xlabel="stated probability", ylabel="share right (95 % interval)", ylim=(0, 1.02), title="calibration"
+    )
+    right.plot(self.lengths[:, 0] - self.lengths[:, 1], self.margins, ".", alpha=0.6)
+    right.axhline(0, ls=":", color="0.5")
+    right.set(
+        xlabel="chosen minus rejected, characters", ylabel="margin of reward", title="reward against length"
+    )
     return fig
 
 # %% ../nbs/25_reward_model.ipynb #f2380a0b
 @patch
 def save(self: RewardModel, folder: str | Path) -> Path:
-    "Write the adapter as a PEFT folder, with the head beside it; such a folder that is there already is replaced. Raises as `Policy.save` does."
+    """Write the adapter as a PEFT folder, with the head beside it; such a folder that is there already is
+    replaced. Raises as `Policy.save` does.
+    """
     return self.policy._save(folder, head={"score.weight": self.head.detach().cpu().contiguous()})
 
+# %% ../nbs/25_reward_model.ipynb #697dcc12
 @patch(cls_method=True)
-def load(cls: RewardModel,
-    base: Base,         # what it stands on
-    folder: str | Path, # as `save` writes it
-    name: str | None = None, # the adapter's name; by default the folder's
+def load(
+    cls: RewardModel,
+    base: Base,  # what it stands on
+    folder: str | Path,  # as `save` writes it
+    name: str | None = None,  # the adapter's name; by default the folder's
 ) -> RewardModel:
     "Load a reward model; raises `ValueError` for a folder that is none."
-    if not (Path(folder)/"head.safetensors").exists(): raise ValueError(f"{folder} has no head.safetensors: expected a folder written by RewardModel.save.")
+    if not (Path(folder) / "head.safetensors").exists():
+        raise ValueError(f"{folder} has no head.safetensors: expected a folder written by RewardModel.save.")
     self = cls.__new__(cls)
     self._begin(Policy.load(base, folder, name))
-    self.head.copy_(load_file(Path(folder)/"head.safetensors")["score.weight"])
+    self.head.copy_(load_file(Path(folder) / "head.safetensors")["score.weight"])
     return self
 
+# %% ../nbs/25_reward_model.ipynb #46869c5b
 @patch
 def delete(self: RewardModel):
     "Remove the adapter from the base; the reward model cannot be used afterwards."

@@ -33,57 +33,91 @@ from .tasks import held_out
 @dataclass
 class Experience:
     "Rows to learn from, and what there is to say of how they were made."
-    pairs: list[dict] = field(default_factory=list)   # in TRL's preference form, with provenance
-    answers: list[dict] = field(default_factory=list) # `prompt`, `completion`, `advantage`, and where known `reward`, `completion_ids`, `truncated`
-    metrics: dict = field(default_factory=dict)       # plain numbers
-    advice: str = ""                                  # why there are few rows, and which setting would change that
-    by_reference: bool = False # are the pairs' log-probabilities those of the reference, if the student is still what that is?
+
+    pairs: list[dict] = field(default_factory=list)  # in TRL's preference form, with provenance
+    # `prompt`, `completion`, `advantage`, and where known `reward`, `completion_ids`, `truncated`
+    answers: list[dict] = field(default_factory=list)
+    metrics: dict = field(default_factory=dict)  # plain numbers
+    # why there are few rows, and which setting would change that
+    advice: str = ""
+    # are the pairs' log-probabilities those of the reference, if the student is still what that is?
+    by_reference: bool = False
 
     def __add__(self, other: "Experience") -> "Experience":
         "Both together: rows and counts add up; of a rate that both have, the first one's stays."
-        both = {k: v + other.metrics[k] for k, v in self.metrics.items() if type(v) is int and k in other.metrics}
-        return Experience(self.pairs + other.pairs, self.answers + other.answers, other.metrics | self.metrics | both,
-                          self.advice or other.advice, self.by_reference and other.by_reference)
+        both = {
+            k: v + other.metrics[k] for k, v in self.metrics.items() if type(v) is int and k in other.metrics
+        }
+        return Experience(
+            self.pairs + other.pairs,
+            self.answers + other.answers,
+            other.metrics | self.metrics | both,
+            self.advice or other.advice,
+            self.by_reference and other.by_reference,
+        )
 
-    def __len__(self): return len(self.pairs) + len(self.answers)
+    def __len__(self):
+        return len(self.pairs) + len(self.answers)
+
     @printable
-    def __repr__(self): return f"Experience({len(self.pairs)} pairs, {len(self.answers)} answers)"
+    def __repr__(self):
+        return f"Experience({len(self.pairs)} pairs, {len(self.answers)} answers)"
 
 # %% ../nbs/40_rounds.ipynb #4d52a1d1
 class Collector(Protocol):
     "Where a round's experience comes from."
-    def collect(self,
-        run,                  # the `SelfPlayTrainer`
-        problems: list[dict], # of this round, with `prompt` and columns
-    ) -> Experience:
-        ...
+
+    def collect(
+        self,
+        run,
+        problems: list[dict],  # the `SelfPlayTrainer`  # of this round, with `prompt` and columns
+    ) -> Experience: ...
 
 # %% ../nbs/40_rounds.ipynb #be768603
 class Compete:
     "The student against its opponent on each problem (see `CompetitiveSelfPlay`)."
-    def __init__(self,
-        n_samples: int = 8,        # answers a side and problem
-        pairs_per_prompt: int = 4, # at most
+
+    def __init__(
+        self,
+        n_samples: int = 8,
+        pairs_per_prompt: int = 4,  # answers a side and problem  # at most
     ):
         self.n_samples, self.pairs_per_prompt = n_samples, pairs_per_prompt
 
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
-        match = CompetitiveSelfPlay(run.student, run.reference, run.reward, self.n_samples, self.pairs_per_prompt, **run.sampling)
+        match = CompetitiveSelfPlay(
+            run.student, run.reference, run.reward, self.n_samples, self.pairs_per_prompt, **run.sampling
+        )
         step = run.league.train_step if run.league else CompetitiveSelfPlay.train_step
         made = step(match, problems, seed=run.seed("matches"), round=run.round + 1, progress=run.progress)
         longer = f"raise max_new_tokens (now {run.sampling['max_new_tokens']})"
         _warn_of_cut_answers(run, made, longer)
-        return Experience(list(made), metrics=_figures(run, made), advice=_why_no_pairs(made, longer), by_reference=run.league is None)
+        return Experience(
+            list(made),
+            metrics=_figures(run, made),
+            advice=_why_no_pairs(made, longer),
+            by_reference=run.league is None,
+        )
 
+# %% ../nbs/40_rounds.ipynb #6f0104af
 def _figures(run, made: Preferences) -> dict:
     "Metrics of a step of competitive play."
     cut = sum(r["rejected_truncated"] for r in made)
-    figures = {"win_rate": made.win_rate.to_dict(), "wins": made.wins, "draws": made.draws, "losses": made.losses,
-               "reward": made.mean_reward, "pairs": len(made), "pairs_with_cut_rejected": cut, "dropped": dict(made.dropped),
-               "tokens_per_second": made.tokens_per_second}
+    figures = {
+        "win_rate": made.win_rate.to_dict(),
+        "wins": made.wins,
+        "draws": made.draws,
+        "losses": made.losses,
+        "reward": made.mean_reward,
+        "pairs": len(made),
+        "pairs_with_cut_rejected": cut,
+        "dropped": dict(made.dropped),
+        "tokens_per_second": made.tokens_per_second,
+    }
     return figures | ({"opponents": _met(run)} if run.league else {})
 
+# %% ../nbs/40_rounds.ipynb #73232d7b
 def _met(run) -> dict:
     "How many games of this round each member of the league played."
     return dict(Counter(r["b"] for r in run.league.rows if r.get("round") == run.round + 1))
@@ -91,9 +125,14 @@ def _met(run) -> dict:
 # %% ../nbs/40_rounds.ipynb #b406fcb3
 def _warn_of_cut_answers(run, made: Preferences, longer: str):
     cut, decided = made.dropped["truncated"], made.wins + made.losses
-    if 2*cut > decided:
-        run.warn("cut", f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided): {longer}.")
+    if 2 * cut > decided:
+        run.warn(
+            "cut",
+            f"{cut} pairs were dropped, since the better answer was cut off ({decided} matches were decided):"
+            f" {longer}.",
+        )
 
+# %% ../nbs/40_rounds.ipynb #8a9c0818
 def _why_no_pairs(made: Preferences, longer: str) -> str:
     known = {r for row in made.rewards for r in row}
     if made.draws and not made.wins + made.losses:
@@ -104,17 +143,20 @@ def _why_no_pairs(made: Preferences, longer: str) -> str:
 # %% ../nbs/40_rounds.ipynb #3261d8cb
 class Refine:
     "The student's refinements of an answer to each problem (see `IterativeRefiner`)."
-    def __init__(self,
-        iterations: int = 1, # critiques and new answers, at most
-    ):
+
+    def __init__(self, iterations: int = 1):  # critiques and new answers, at most
         self.iterations = iterations
 
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("refining")
         critique = {"max_new_tokens": max(48, run.sampling["max_new_tokens"])}
         refiner = IterativeRefiner(run.student, reward=run.reward, critique_sampling=critique, **run.sampling)
-        traces = refiner.refine_batch(problems, self.iterations, seed=run.seed("refinement"),
-                                      progress=lambda n, tokens: run.progress(0, tokens))
+        traces = refiner.refine_batch(
+            problems,
+            self.iterations,
+            seed=run.seed("refinement"),
+            progress=lambda n, tokens: run.progress(0, tokens),
+        )
         pairs, dropped = traces.pairs(run.round + 1)
         return Experience(pairs, metrics={"refined_pairs": len(pairs), "refined_dropped": dict(dropped)})
 
@@ -122,72 +164,100 @@ class Refine:
 def _known(rewards: list) -> list[float]:
     return [float(r) for r in rewards if not _abstains(r)]
 
-def _abstains(reward: float | None) -> bool: return reward is None or not math.isfinite(reward)
+
+def _abstains(reward: float | None) -> bool:
+    return reward is None or not math.isfinite(reward)
+
 
 def _are_equal(values: list[float]) -> bool:
     "Up to a millionth, or none at all?"
-    return not values or max(values) - min(values) <= 1e-6*max(1., *map(abs, values))
+    return not values or max(values) - min(values) <= 1e-6 * max(1.0, *map(abs, values))
 
+# %% ../nbs/40_rounds.ipynb #907053b5
 def group_advantages(
-    rewards: list[list[float | None]], # for each prompt the rewards of its answers
+    rewards: list[list[float | None]],  # for each prompt the rewards of its answers
 ) -> list[list[float]]:
-    """(r - mean)/std within each group (population std, plus 1e-6); zeros for a group of equal rewards, up to a millionth.
+    """(r - mean)/std within each group (population std, plus 1e-6); zeros for a group of equal rewards, up to
+    a millionth.
 
-    A reward that is None or not finite abstains: it counts in neither mean nor std, and its answer has 0."""
+    A reward that is None or not finite abstains: it counts in neither mean nor std, and its answer has 0.
+    """
     return [_normalized(row) for row in rewards]
 
+# %% ../nbs/40_rounds.ipynb #a6c61c87
 def _normalized(row: list[float | None]) -> list[float]:
     known = _known(row)
-    if _are_equal(known): return [0.]*len(row)
+    if _are_equal(known):
+        return [0.0] * len(row)
     mean, std = fmean(known), pstdev(known)
-    return [0. if _abstains(r) else (r - mean)/(std + 1e-6) for r in row]
+    return [0.0 if _abstains(r) else (r - mean) / (std + 1e-6) for r in row]
 
+# %% ../nbs/40_rounds.ipynb #c1034db0
 def leave_one_out(
-    rewards: list[list[float | None]], # for each prompt the rewards of its answers
+    rewards: list[list[float | None]],  # for each prompt the rewards of its answers
 ) -> list[list[float]]:
-    "r less the mean of the group's other rewards; zeros for a group of equal rewards, and where a reward abstains (None, or not finite)."
+    """r less the mean of the group's other rewards; zeros for a group of equal rewards, and where a reward
+    abstains (None, or not finite).
+    """
     return [_less_the_others(row) for row in rewards]
 
+# %% ../nbs/40_rounds.ipynb #f595171d
 def _less_the_others(row: list[float | None]) -> list[float]:
     known = _known(row)
-    if _are_equal(known): return [0.]*len(row)
+    if _are_equal(known):
+        return [0.0] * len(row)
     n, total = len(known), sum(known)
-    return [0. if _abstains(r) else n/(n - 1)*(r - total/n) for r in row]
+    return [0.0 if _abstains(r) else n / (n - 1) * (r - total / n) for r in row]
 
 # %% ../nbs/40_rounds.ipynb #088e75d4
 class Groups:
     "Several answers of the student to each problem, with an advantage over one another."
-    def __init__(self,
-        n_samples: int = 8,                              # answers to each problem, at least two
-        advantage: Callable[[list], list] = group_advantages, # rewards by group -> advantages by group
+
+    def __init__(
+        self,
+        n_samples: int = 8,  # answers to each problem, at least two
+        advantage: Callable[[list], list] = group_advantages,  # rewards by group -> advantages by group
     ):
         self.n_samples, self.advantage = n_samples, advantage
 
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
         prompts, columns = columns_of(problems)
-        said = run.student.sample(prompts, n_samples=self.n_samples, seed=run.seed("groups"), progress=run.progress, **run.sampling)
+        said = run.student.sample(
+            prompts, n_samples=self.n_samples, seed=run.seed("groups"), progress=run.progress, **run.sampling
+        )
         rewards = group_rewards(run.reward, prompts, said, columns)
         rows = answer_rows(prompts, said, rewards, self.advantage(rewards))
         return Experience(answers=rows, metrics=_group_figures(rows, said), advice=_why_no_advantage(rows))
 
+# %% ../nbs/40_rounds.ipynb #d3e1506d
 def group_rewards(
-    reward,        # in TRL's convention; or a judge
-    prompts: list, # n prompts
-    said: list,    # for each its answers, with `text` and `truncated`
-    columns: dict, # lists of n values
+    reward,  # in TRL's convention; or a judge
+    prompts: list,  # n prompts
+    said: list,  # for each its answers, with `text` and `truncated`
+    columns: dict,  # lists of n values
 ) -> list[list[float | None]]:
-    "Rewards by group, None where the reward abstains; with a judge the share of the group's other answers that an answer beats."
+    """Rewards by group, None where the reward abstains; with a judge the share of the group's other answers
+    that an answer beats.
+    """
     if is_judge(reward):
-        return [_shares(reward, prompt, row, {k: v[i] for k, v in columns.items()}) for i, (prompt, row) in enumerate(zip(prompts, said))]
+        return [
+            _shares(reward, prompt, row, {k: v[i] for k, v in columns.items()})
+            for i, (prompt, row) in enumerate(zip(prompts, said))
+        ]
     scores = score_samples(reward, prompts, said, **columns)
     return [[None if _abstains(r) else r for r in row] for row in scores]
 
+# %% ../nbs/40_rounds.ipynb #dac83afe
 def _shares(judge, prompt, answers: list, columns: dict) -> list[float | None]:
     texts = [text_of(a.text) for a in answers]
     games = [(i, j) for i in range(len(texts)) for j in range(i)]
-    verdicts = judge.compare([prompt]*len(games), [texts[i] for i, _ in games], [texts[j] for _, j in games],
-                             **{k: [v]*len(games) for k, v in columns.items()})
+    verdicts = judge.compare(
+        [prompt] * len(games),
+        [texts[i] for i, _ in games],
+        [texts[j] for _, j in games],
+        **{k: [v] * len(games) for k, v in columns.items()},
+    )
     won = [[] for _ in texts]
     for (i, j), p in zip(games, verdicts):
         if not _abstains(p):
@@ -197,61 +267,112 @@ def _shares(judge, prompt, answers: list, columns: dict) -> list[float | None]:
 
 # %% ../nbs/40_rounds.ipynb #c403e0de
 def answer_rows(
-    prompts: list,             # n prompts
-    said: list,                # for each its answers, as a `Policy` gives them
-    rewards: list[list],       # likewise; None where the reward abstains
-    advantages: list[list],    # likewise
-    source: str = "group",     # written to the rows
+    prompts: list,  # n prompts
+    said: list,  # for each its answers, as a `Policy` gives them
+    rewards: list[list],  # likewise; None where the reward abstains
+    advantages: list[list],  # likewise
+    source: str = "group",  # written to the rows
 ) -> list[dict]:
     "A row for each answer, as `update.reinforce` takes them."
     out = []
     for prompt, answers, r, a in zip(prompts, said, rewards, advantages):
         for s, reward, advantage in zip(answers, r, a):
-            out.append(dict(prompt=prompt, completion=s.text, completion_ids=s.token_ids, truncated=s.truncated,
-                            reward=reward, advantage=advantage, source=source))
+            out.append(
+                dict(
+                    prompt=prompt,
+                    completion=s.text,
+                    completion_ids=s.token_ids,
+                    truncated=s.truncated,
+                    reward=reward,
+                    advantage=advantage,
+                    source=source,
+                )
+            )
     return out
 
+# %% ../nbs/40_rounds.ipynb #5eb59d3d
 def _group_figures(rows: list[dict], said) -> dict:
     known = [r["reward"] for r in rows if r["reward"] is not None]
-    return {"answers": len(rows), "reward": fmean(known) if known else None, "abstained": len(rows) - len(known),
-            "with_advantage": sum(bool(r["advantage"]) for r in rows), "cut": sum(r["truncated"] for r in rows),
-            "tokens_per_second": said.n_tokens/said.seconds if said.seconds else 0.}
+    return {
+        "answers": len(rows),
+        "reward": fmean(known) if known else None,
+        "abstained": len(rows) - len(known),
+        "with_advantage": sum(bool(r["advantage"]) for r in rows),
+        "cut": sum(r["truncated"] for r in rows),
+        "tokens_per_second": said.n_tokens / said.seconds if said.seconds else 0.0,
+    }
 
+# %% ../nbs/40_rounds.ipynb #ef62a941
 def _why_no_advantage(rows: list[dict]) -> str:
-    if any(r["advantage"] for r in rows): return ""
-    return ("in no group did the rewards differ: give a reward that tells answers apart (partial credit), prompts that are neither always nor "
-            "never solved, or a higher temperature")
+    if any(r["advantage"] for r in rows):
+        return ""
+    return (
+        "in no group did the rewards differ: give a reward that tells answers apart (partial credit), prompts"
+        " that are neither always nor never solved, or a higher temperature"
+    )
 
 # %% ../nbs/40_rounds.ipynb #941b4cee
 class Demonstrate:
     "The demonstration in the column `completion` of each problem is preferred to an answer of the student."
+
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
         lacks = [p for p in problems if not isinstance(p.get("completion"), str)]
         if lacks:
-            raise ValueError(f"the method spin imitates the column 'completion', which {lacks[0]['prompt']!r:.60} has not: give demonstrations.")
-        said = run.student.sample([p["prompt"] for p in problems], seed=run.seed("demonstrations"), progress=run.progress, **run.sampling)
+            raise ValueError(
+                f"the method spin imitates the column 'completion', which {lacks[0]['prompt']!r:.60} has not:"
+                " give demonstrations."
+            )
+        said = run.student.sample(
+            [p["prompt"] for p in problems],
+            seed=run.seed("demonstrations"),
+            progress=run.progress,
+            **run.sampling,
+        )
         pairs = [_demonstrated(run, problem, answers[0]) for problem, answers in zip(problems, said)]
         pairs = [p for p in pairs if p["chosen"].strip() and p["chosen"] != p["rejected"]]
-        return Experience(pairs, metrics={"pairs": len(pairs), "tokens_per_second": said.n_tokens/said.seconds if said.seconds else 0.},
-                          advice="the student says what the demonstrations say")
+        return Experience(
+            pairs,
+            metrics={
+                "pairs": len(pairs),
+                "tokens_per_second": said.n_tokens / said.seconds if said.seconds else 0.0,
+            },
+            advice="the student says what the demonstrations say",
+        )
 
+# %% ../nbs/40_rounds.ipynb #4dfd0743
 def _demonstrated(run, problem: dict, answer) -> dict:
     "A pair of demonstration and answer."
-    return dict(prompt=problem["prompt"], chosen=problem["completion"], rejected=answer.text, rejected_ids=answer.token_ids,
-                rejected_truncated=answer.truncated, source="spin", round=run.round + 1, opponent="student", judge="none")
+    return dict(
+        prompt=problem["prompt"],
+        chosen=problem["completion"],
+        rejected=answer.text,
+        rejected_ids=answer.token_ids,
+        rejected_truncated=answer.truncated,
+        source="spin",
+        round=run.round + 1,
+        opponent="student",
+        judge="none",
+    )
 
 # %% ../nbs/40_rounds.ipynb #dd60b13c
 class GameTask:
     "A game as a task: a problem is a start."
+
     verifier = reward = None  # who wins, says the game
-    def __init__(self,
-        game,                  # with `seats`, `start(seed)` and a `name`, see the chapter on games
-        illegal: str = "lose", # an illegal answer: "retry" (with the reason), "lose", or "random" (a random legal move)
+
+    def __init__(
+        self,
+        game,  # with `seats`, `start(seed)` and a `name`, see the chapter on games
+        # an illegal answer: "retry" (with the reason), "lose", or "random" (a random legal move)
+        illegal: str = "lose",
     ):
         "Raises `ValueError` for a game that is not for two."
         if getattr(game, "seats", None) != 2:
-            raise ValueError(f"{name_of(game)} has {getattr(game, 'seats', 'no')} seats: self-play on a game takes one for two.")
+            raise ValueError(
+                f"{name_of(game)} has {getattr(game, 'seats', 'no')} seats: self-play on a game takes one for"
+                " two."
+            )
         self.game, self.illegal, self.name = as_game(game), illegal, game.name
 
     def problems(self, split: str, n: int, seed: int = 0) -> list[dict]:
@@ -264,96 +385,140 @@ class GameTask:
                 out.append(dict(prompt=f"{self.name}, start {start}", start=start))
         return out
 
-    def play(self,
-        players: list,        # two
-        problems: list[dict], # starts; each is played in both seatings
-        **settings,           # `progress(finished games, games)`, and the players' sampling
+    def play(
+        self,
+        players: list,  # two
+        problems: list[dict],  # starts; each is played in both seatings
+        **settings,  # `progress(finished games, games)`, and the players' sampling
     ) -> Played:
         "Play each start twice."
         seed = seed_of("starts", *(p["start"] for p in problems))
         return play(self.game, players, len(problems), seed=seed, illegal=self.illegal, **settings)
 
     @printable
-    def __repr__(self): return f"GameTask({self.name})"
+    def __repr__(self):
+        return f"GameTask({self.name})"
 
 # %% ../nbs/40_rounds.ipynb #38f5c333
 def as_game(
-    game, # a game, or the name of one: "sticks", of OpenSpiel ("tic_tac_toe", "nim(pile_sizes=7)"), or of TextArena ("TicTacToe-v0")
-):        # with `seats`, `start(seed)` and `name`
+    # a game, or the name of one: "sticks", of OpenSpiel ("tic_tac_toe", "nim(pile_sizes=7)"), or of TextArena
+    # ("TicTacToe-v0")
+    game,
+):  # with `seats`, `start(seed)` and `name`
     "A game, whatever it came as. Raises `ValueError` for an unknown name and for what is no game."
-    if game == Sticks.name: return Sticks()
-    if isinstance(game, str): return TextArenaGame(game) if "-v" in game else _of_open_spiel(game)
+    if game == Sticks.name:
+        return Sticks()
+    if isinstance(game, str):
+        return TextArenaGame(game) if "-v" in game else _of_open_spiel(game)
     lacks = [a for a in ("seats", "start", "name") if not hasattr(game, a)]
     if lacks or isinstance(game, type):
-        raise ValueError(f"{game!r:.60} is no game: expected one with `seats`, `start(seed)` and `name`, or a name of OpenSpiel's or TextArena's.")
-    try: position = game.start(0)
-    except TypeError as e: raise ValueError(f"{name_of(game)} cannot be started by start(seed): {e}.") from None
+        raise ValueError(
+            f"{game!r:.60} is no game: expected one with `seats`, `start(seed)` and `name`, or a name of"
+            " OpenSpiel's or TextArena's."
+        )
+    try:
+        position = game.start(0)
+    except TypeError as e:
+        raise ValueError(f"{name_of(game)} cannot be started by start(seed): {e}.") from None
     lacks = [a for a in ("seat", "legal", "prompt", "move", "copy") if not hasattr(position, a)]
-    if lacks: raise ValueError(f"a position of {name_of(game)} has no {', no '.join(lacks)}: `legal` is a list of moves, or None for free text.")
+    if lacks:
+        raise ValueError(
+            f"a position of {name_of(game)} has no {', no '.join(lacks)}: `legal` is a list of moves, or None"
+            " for free text."
+        )
     return game
 
+# %% ../nbs/40_rounds.ipynb #6e74e745
 def _of_open_spiel(text: str) -> OpenSpielGame:
     "A game by its name, with settings in brackets, each of the kind that the game's default has."
     name, _, rest = text.partition("(")
     given = dict(part.split("=", 1) for part in rest.rstrip(")").split(",") if "=" in part)
-    try: game = OpenSpielGame(name.strip())
-    except ValueError as e: raise ValueError(f"{e} Or {Sticks.name!r}, or a game of TextArena's, such as 'TicTacToe-v0'.") from None
-    if not given: return game
+    try:
+        game = OpenSpielGame(name.strip())
+    except ValueError as e:
+        raise ValueError(
+            f"{e} Or {Sticks.name!r}, or a game of TextArena's, such as 'TicTacToe-v0'."
+        ) from None
+    if not given:
+        return game
     defaults = game.kind.parameter_specification
-    return OpenSpielGame(name.strip(), **{k.strip(): _like(defaults.get(k.strip()), v.strip()) for k, v in given.items()})
+    return OpenSpielGame(
+        name.strip(), **{k.strip(): _like(defaults.get(k.strip()), v.strip()) for k, v in given.items()}
+    )
 
+# %% ../nbs/40_rounds.ipynb #e39cb6ae
 def _like(default, text: str):
     "A setting's text as a value of its default's kind."
-    if isinstance(default, bool): return text.lower() in ("true", "1")
-    try: return type(default)(text) if isinstance(default, int | float) else text
-    except ValueError: return text
+    if isinstance(default, bool):
+        return text.lower() in ("true", "1")
+    try:
+        return type(default)(text) if isinstance(default, int | float) else text
+    except ValueError:
+        return text
 
 # %% ../nbs/40_rounds.ipynb #8dd3d283
 class PlayGames:
     "Games of the student against its opponent, in both seats; a subclass says what is learned from them."
+
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("playing")
-        games = Played([g for opponent, some in _opponents(run, problems) for g in _against(run, opponent, some)])
+        games = Played(
+            [g for opponent, some in _opponents(run, problems) for g in _against(run, opponent, some)]
+        )
         return self.learn_from(run, games)
 
     def learn_from(self, run, games: Played) -> Experience:
         "The rows of a round's games."
         raise NotImplementedError
 
+# %% ../nbs/40_rounds.ipynb #d6999734
 def _opponents(run, problems: list[dict]) -> list[tuple]:
     "Who is met at which starts: the reference, or members that the league draws."
-    if not run.league: return [(run.reference, problems)]
+    if not run.league:
+        return [(run.reference, problems)]
     drawn = [run.league.sample_opponent() for _ in range(min(4, len(problems)))]
-    return [(member, problems[i::len(drawn)]) for i, member in enumerate(drawn)]
+    return [(member, problems[i :: len(drawn)]) for i, member in enumerate(drawn)]
 
+# %% ../nbs/40_rounds.ipynb #72290d34
 def _against(run, opponent, problems: list[dict]) -> Played:
     games = _games(run, [run.student, opponent], problems)
     if run.league:
-        rows = [dict(a="main", b=opponent.name, prompt=p["prompt"], score=fmean(s), round=run.round + 1)
-                for p, s in zip(problems, games.scores(0))]
+        rows = [
+            dict(a="main", b=opponent.name, prompt=p["prompt"], score=fmean(s), round=run.round + 1)
+            for p, s in zip(problems, games.scores(0))
+        ]
         run.league.record(rows)
     run.progress(len(games), 0)
     return games
 
+# %% ../nbs/40_rounds.ipynb #5fb7d7aa
 def _games(run, players: list, problems: list[dict]) -> Played:
     "Games of two players; in a control coins decide who won, new ones for new starts."
     games = run.task.play(players, problems, **run.sampling)
     if run.config.judge == "coin":
         coins = random.Random(seed_of("coins", run.config.seed, *(p["start"] for p in problems)))
         for g in games:
-            won = float(coins.random() < .5)
+            won = float(coins.random() < 0.5)
             g.outcome = [won, 1 - won]
     return games
 
+# %% ../nbs/40_rounds.ipynb #53fdc943
 def _game_figures(run, games: Played) -> dict:
     "Metrics of a round's games, from the student's side."
     scores = [s for row in _by_start(games) for s in row]
-    count = {k: sum(k == (s > .5) - (s < .5) for s in scores) for k in (1, 0, -1)}
+    count = {k: sum(k == (s > 0.5) - (s < 0.5) for s in scores) for k in (1, 0, -1)}
     mine = [t for g in games for t in g.turns if g.players[t.seat] == run.student.name]
-    return {"win_rate": win_rate(_by_start(games)).to_dict(), "wins": count[1], "draws": count[0], "losses": count[-1],
-            "reward": fmean(scores), "turns": len(mine), "illegal": sum(not t.legal for t in mine)} | (
-            {"opponents": _met(run)} if run.league else {})
+    return {
+        "win_rate": win_rate(_by_start(games)).to_dict(),
+        "wins": count[1],
+        "draws": count[0],
+        "losses": count[-1],
+        "reward": fmean(scores),
+        "turns": len(mine),
+        "illegal": sum(not t.legal for t in mine),
+    } | ({"opponents": _met(run)} if run.league else {})
 
+# %% ../nbs/40_rounds.ipynb #e17bc822
 def _by_start(games: Played) -> list[list[float]]:
     "The student's outcomes, by start; it is the first of the players."
     starts = {}
@@ -364,122 +529,192 @@ def _by_start(games: Played) -> list[list[float]]:
 # %% ../nbs/40_rounds.ipynb #738c38b5
 class GameMoves(PlayGames):
     "Every move of the student with its advantage (see `advantages`)."
-    def __init__(self,
-        baseline=None,     # as `advantages` takes it; by default the mean over the other games in the same position
-        entropy: float = 0., # likewise
+
+    def __init__(
+        self,
+        # as `advantages` takes it; by default the mean over the other games in the same position
+        baseline=None,
+        entropy: float = 0.0,  # likewise
     ):
         self.baseline, self.entropy = baseline or position_baseline, entropy
 
     def learn_from(self, run, games: Played) -> Experience:
         rows = advantages(games, run.student.name, self.baseline, self.entropy)
         known = sum(bool(r["advantage"]) for r in rows)
-        advice = "" if known else "every game ended as was to be expected: play more of them a round, or with a higher temperature"
-        return Experience(answers=rows, metrics=_game_figures(run, games) | {"with_advantage": known}, advice=advice)
+        advice = (
+            ""
+            if known
+            else (
+                "every game ended as was to be expected: play more of them a round, or with a higher"
+                " temperature"
+            )
+        )
+        return Experience(
+            answers=rows, metrics=_game_figures(run, games) | {"with_advantage": known}, advice=advice
+        )
 
+# %% ../nbs/40_rounds.ipynb #1cb1ec5e
 class GamePairs(PlayGames):
-    "Moves in the same position, of either player: the one whose games ended better is preferred (see `position_pairs`)."
+    """Moves in the same position, of either player: the one whose games ended better is preferred (see
+    `position_pairs`).
+    """
+
     def learn_from(self, run, games: Played) -> Experience:
         pairs, dropped = position_pairs(games, round=run.round + 1)
         pairs = [p | dict(opponent="self-play") for p in pairs]
         figures = _game_figures(run, games) | {"pairs": len(pairs), "dropped": dict(dropped)}
-        return Experience(pairs, metrics=figures, advice="no position was played in two ways that ended differently: play more games a round")
+        return Experience(
+            pairs,
+            metrics=figures,
+            advice="no position was played in two ways that ended differently: play more games a round",
+        )
 
 # %% ../nbs/40_rounds.ipynb #465b2bf7
 class Method(Protocol):
     "How the student learns from a round's experience."
-    takes: str # "pairs" or "answers"
-    def learn(self,
-        run,                    # the `SelfPlayTrainer`
-        experience: Experience, # with at least one row of what it takes
-    ):                          # an `UpdateResult`
+
+    takes: str  # "pairs" or "answers"
+
+    def learn(
+        self,
+        run,
+        experience: Experience,  # the `SelfPlayTrainer`  # with at least one row of what it takes
+    ):  # an `UpdateResult`
         ...
 
+# %% ../nbs/40_rounds.ipynb #ecc6102b
 @dataclass
 class PairMethod:
     "A loss on preference pairs against the reference."
-    loss: str # "dpo", "ipo", "sppo" or "spin"
+
+    loss: str  # "dpo", "ipo", "sppo" or "spin"
     takes = "pairs"
 
     def learn(self, run, experience: Experience):
         from selfplay_nb.update import dpo
+
         c = run.config
         known = experience.by_reference and run.fresh_reference
-        settings = {"dpo": dict(loss_weights=[1., c.sft_weight]),
-                    "ipo": dict(loss_type=["ipo"], loss_weights=None),
-                    "sppo": dict(loss_type=["sppo"], loss_weights=None),
-                    "spin": dict(loss_type=["sigmoid"], loss_weights=None)}[self.loss]
-        return dpo(run.student, experience.pairs, run.reference, beta=c.beta, sampled_by_reference=known,
-                   **settings, **run.update_settings)
+        settings = {
+            "dpo": dict(loss_weights=[1.0, c.sft_weight]),
+            "ipo": dict(loss_type=["ipo"], loss_weights=None),
+            "sppo": dict(loss_type=["sppo"], loss_weights=None),
+            "spin": dict(loss_type=["sigmoid"], loss_weights=None),
+        }[self.loss]
+        return dpo(
+            run.student,
+            experience.pairs,
+            run.reference,
+            beta=c.beta,
+            sampled_by_reference=known,
+            **settings,
+            **run.update_settings,
+        )
 
+# %% ../nbs/40_rounds.ipynb #c369e3b9
 @dataclass
 class SFTMethod:
     "Likelihood of the chosen answers, each once."
+
     takes = "pairs"
+
     def learn(self, run, experience: Experience):
         from selfplay_nb.update import sft
+
         chosen = {(repr(p["prompt"]), p["chosen"]): p for p in experience.pairs}.values()
         ids = [{"completion_ids": p["chosen_ids"]} if p.get("chosen_ids") else {} for p in chosen]
         rows = [dict(prompt=p["prompt"], completion=p["chosen"]) | more for p, more in zip(chosen, ids)]
         return sft(run.student, rows, **run.update_settings)
 
+# %% ../nbs/40_rounds.ipynb #1edc50bf
 @dataclass
 class GradientMethod:
     "Policy gradient on answers with advantages."
-    per_token: bool # GRPO's mean over an answer's tokens; else REINFORCE's sum
+
+    per_token: bool  # GRPO's mean over an answer's tokens; else REINFORCE's sum
     takes = "answers"
 
     def learn(self, run, experience: Experience):
         from selfplay_nb.update import reinforce
+
         kl = run.config.kl
         rows = weighed(experience.answers, kl, self.per_token)
-        return reinforce(run.student, rows, reference=run.reference if kl else None, kl=kl, **run.update_settings) if rows else None
+        return (
+            reinforce(
+                run.student, rows, reference=run.reference if kl else None, kl=kl, **run.update_settings
+            )
+            if rows
+            else None
+        )
 
+# %% ../nbs/40_rounds.ipynb #c995923f
 def weighed(
-    rows: list[dict],       # with `reward` (None where it abstained) and `advantage`
-    kl: float = 0.,         # with which also rows without advantage count
-    per_token: bool = True, # divide by the answer's tokens?
+    rows: list[dict],  # with `reward` (None where it abstained) and `advantage`
+    kl: float = 0.0,  # with which also rows without advantage count
+    per_token: bool = True,  # divide by the answer's tokens?
 ) -> list[dict]:
     "The rows that teach something, weighed for `reinforce`; none if no answer has an advantage."
-    scored = [r for r in rows if r.get("reward", 0.) is not None]
-    if not any(r["advantage"] for r in scored): return []
+    scored = [r for r in rows if r.get("reward", 0.0) is not None]
+    if not any(r["advantage"] for r in scored):
+        return []
     live = [r for r in scored if r["advantage"] or kl]
-    share = len(live)/len(scored)
-    return [r | {"weight": share/(len(r["completion_ids"]) if per_token else 1)} for r in live]
+    share = len(live) / len(scored)
+    return [r | {"weight": share / (len(r["completion_ids"]) if per_token else 1)} for r in live]
 
 # %% ../nbs/40_rounds.ipynb #3c4cc528
-METHODS = {"dpo": PairMethod("dpo"), "ipo": PairMethod("ipo"), "sppo": PairMethod("sppo"), "spin": PairMethod("spin"), "sft": SFTMethod(),
-           "grpo": GradientMethod(per_token=True), "reinforce": GradientMethod(per_token=False)}
+METHODS = {
+    "dpo": PairMethod("dpo"),
+    "ipo": PairMethod("ipo"),
+    "sppo": PairMethod("sppo"),
+    "spin": PairMethod("spin"),
+    "sft": SFTMethod(),
+    "grpo": GradientMethod(per_token=True),
+    "reinforce": GradientMethod(per_token=False),
+}
 
 # %% ../nbs/40_rounds.ipynb #02a730f5
 class Gate(Protocol):
     "Whether the student replaces the reference."
-    def decide(self,
-        run,     # the `SelfPlayTrainer`
-    ) -> dict:   # with a `verdict`: "accept", "reject" or "undecided"; the rest is for the metrics, as plain numbers
-        ...
+
+    def decide(
+        self,
+        run,  # the `SelfPlayTrainer`
+        # with a `verdict`: "accept", "reject" or "undecided"; the rest is for the metrics, as plain numbers
+    ) -> dict: ...
 
 # %% ../nbs/40_rounds.ipynb #df7c5f8c
 class Prompts:
     "Answers to a task's prompts."
-    def __init__(self, task): self.task, self.measure = task, "right" if task.verifier else "better than before training"
+
+    def __init__(self, task):
+        self.task = task
+        self.measure = "right" if task.verifier else "better than before training"
 
     def collectors(self, config) -> list[Collector]:
         "What a configuration means."
-        if config.method == "spin": return [Demonstrate()]
-        if config.method == "grpo": return [Groups(config.n_samples)]
-        if config.method == "reinforce": return [Groups(config.n_samples, leave_one_out)]
+        if config.method == "spin":
+            return [Demonstrate()]
+        if config.method == "grpo":
+            return [Groups(config.n_samples)]
+        if config.method == "reinforce":
+            return [Groups(config.n_samples, leave_one_out)]
         found = [Compete(config.n_samples, config.pairs_per_prompt)] if config.compete else []
         return found + ([Refine(config.refine_iterations)] if config.refine_iterations else [])
 
     def duel(self, run, problems: list[dict], seed: int) -> list[list[float]]:
         "One answer a side to each problem: for each, P(the student wins)."
         match = CompetitiveSelfPlay(run.student, run.reference, run.referee, n_samples=1, **run.sampling)
-        return match.train_step(problems, seed=seed, progress=lambda n, tokens: run.progress(0, tokens)).scores
+        return match.train_step(
+            problems, seed=seed, progress=lambda n, tokens: run.progress(0, tokens)
+        ).scores
 
     def exam(self, run, policy) -> tuple[Exam, dict]:
         "Greedy answers to the held-out problems, and further figures."
-        told = dict(max_new_tokens=run.config.max_new_tokens, progress=lambda n, tokens: run.progress(0, tokens))
-        if self.task.verifier: return examine(policy, run.exam_problems, self.task.verifier, **told), {}
+        told = dict(
+            max_new_tokens=run.config.max_new_tokens, progress=lambda n, tokens: run.progress(0, tokens)
+        )
+        if self.task.verifier:
+            return examine(policy, run.exam_problems, self.task.verifier, **told), {}
         said = examine(policy, run.exam_problems, _nothing, **told)
         return compared_with(run.first_exam or said, said, run.exam_problems, self.task.reward), {}
 
@@ -489,30 +724,46 @@ class Prompts:
 
     def against_base(self, run, base, problems: list[dict]) -> dict:
         "The student against the bare base, one sampled answer a side."
-        match = CompetitiveSelfPlay(run.student, base, self.task.verifier or run.reward, n_samples=1, **run.sampling)
-        return match.train_step(problems, seed=seed_of("against the base", run.config.seed)).win_rate.to_dict()
+        match = CompetitiveSelfPlay(
+            run.student, base, self.task.verifier or run.reward, n_samples=1, **run.sampling
+        )
+        return match.train_step(
+            problems, seed=seed_of("against the base", run.config.seed)
+        ).win_rate.to_dict()
 
-def _nothing(prompts, completions, **columns) -> list[float]: return [0.]*len(completions)
+# %% ../nbs/40_rounds.ipynb #d700c047
+def _nothing(prompts, completions, **columns) -> list[float]:
+    return [0.0] * len(completions)
 
+# %% ../nbs/40_rounds.ipynb #cae409fa
 def compared_with(
-    before: Exam,         # answers to the same problems
-    after: Exam,          # the answers to score
-    problems: list[dict], # with the judge's columns
-    judge,                # a judge or a reward
+    before: Exam,  # answers to the same problems
+    after: Exam,  # the answers to score
+    problems: list[dict],  # with the judge's columns
+    judge,  # a judge or a reward
 ) -> Exam:
-    "`after`, with P(its answer beats the one before) as how right each is; an answer that was cut off loses against one that was not."
+    """`after`, with P(its answer beats the one before) as how right each is; an answer that was cut off loses
+    against one that was not.
+    """
     prompts, columns = columns_of(problems)
-    verdicts = as_judge(judge).compare(prompts, [r["answer"] for r in after.rows], [r["answer"] for r in before.rows], **columns)
+    verdicts = as_judge(judge).compare(
+        prompts, [r["answer"] for r in after.rows], [r["answer"] for r in before.rows], **columns
+    )
+
     def score(old, new, p):
-        if old["truncated"] or new["truncated"]: return .5 + .5*(old["truncated"] - new["truncated"])
-        return .5 if _abstains(p) else float(p)
+        if old["truncated"] or new["truncated"]:
+            return 0.5 + 0.5 * (old["truncated"] - new["truncated"])
+        return 0.5 if _abstains(p) else float(p)
+
     rows = zip(before.rows, after.rows, verdicts, strict=True)
     return Exam([new | {"right": score(old, new, p)} for old, new, p in rows])
 
 # %% ../nbs/40_rounds.ipynb #214a0861
 class Matches:
     "Games of a `GameTask`."
+
     measure = "of the points against a random player"
+
     def __init__(self, task: GameTask):
         self.task = task
         solvable = solver(task.game).value(task.game.start(0)) is not None
@@ -533,11 +784,19 @@ class Matches:
         *others, new = run.league.members
         for other in others:
             scores = _games(run, [new, other], problems).scores(0)
-            run.league.record([dict(a=new.name, b=other.name, prompt=p["prompt"], score=fmean(s)) for p, s in zip(problems, scores)])
+            run.league.record(
+                [
+                    dict(a=new.name, b=other.name, prompt=p["prompt"], score=fmean(s))
+                    for p, s in zip(problems, scores)
+                ]
+            )
 
     def exam(self, run, policy) -> tuple[Exam, dict]:
         "Greedy games on held-out starts against the fixed players, and the mean outcome against each."
-        played = {o.name: self.task.play([policy, o], run.exam_problems, **run.sampling | {"temperature": 0}) for o in self.fixed}
+        played = {
+            o.name: self.task.play([policy, o], run.exam_problems, **run.sampling | {"temperature": 0})
+            for o in self.fixed
+        }
         exam = Exam(_start_rows(played[self.fixed[0].name]))
         return exam, {"against": {name: games.win_rate(0).to_dict() for name, games in played.items()}}
 
@@ -545,21 +804,26 @@ class Matches:
         "The student against the bare base in both seats."
         return self.task.play([run.student, base], problems, **run.sampling).win_rate(0).to_dict()
 
+# %% ../nbs/40_rounds.ipynb #d500891b
 def _start_rows(games: Played) -> list[dict]:
     "A row of an exam for each start: the first player's mean outcome, and what was played in either seat."
     starts = {}
-    for g in games: starts.setdefault(g.start, []).append(g)
+    for g in games:
+        starts.setdefault(g.start, []).append(g)
     rows = []
     for number, both in starts.items():
         seats = [g.order.index(0) for g in both]
-        rows.append(dict(prompt=f"{both[0].game}, start {number}, against {both[0].players[1 - seats[0]]}",
-                         answer=" | ".join(" ".join(g.moves) for g in both),
-                         right=fmean(g.outcome[seat] for g, seat in zip(both, seats)),
-                         truncated=any(g.truncated[seat] for g, seat in zip(both, seats))))
+        rows.append(
+            dict(
+                prompt=f"{both[0].game}, start {number}, against {both[0].players[1 - seats[0]]}",
+                answer=" | ".join(" ".join(g.moves) for g in both),
+                right=fmean(g.outcome[seat] for g, seat in zip(both, seats)),
+                truncated=any(g.truncated[seat] for g, seat in zip(both, seats)),
+            )
+        )
     return rows
 
-def arena(
-    task, # with `problems`, `reward` and `verifier`; or a `GameTask`
-):
+# %% ../nbs/40_rounds.ipynb #62390ec0
+def arena(task):  # with `problems`, `reward` and `verifier`; or a `GameTask`
     "Where the task is played: `Prompts` or `Matches`."
     return Matches(task) if isinstance(task, GameTask) else Prompts(task)

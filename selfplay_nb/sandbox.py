@@ -28,9 +28,17 @@ from .checks import escape, printable
 def _limit(cpu, memory, files, file_size, tasks):
     "Set the kernel's limits for this process and all that it starts; they cannot be raised again."
     import resource as r
-    for what, n in ((r.RLIMIT_CPU, cpu), (r.RLIMIT_AS, memory), (r.RLIMIT_NOFILE, files), (r.RLIMIT_FSIZE, file_size), (r.RLIMIT_CORE, 0),
-                    (r.RLIMIT_NPROC, tasks)):
-        if n is None: continue
+
+    for what, n in (
+        (r.RLIMIT_CPU, cpu),
+        (r.RLIMIT_AS, memory),
+        (r.RLIMIT_NOFILE, files),
+        (r.RLIMIT_FSIZE, file_size),
+        (r.RLIMIT_CORE, 0),
+        (r.RLIMIT_NPROC, tasks),
+    ):
+        if n is None:
+            continue
         hard = r.getrlimit(what)[1]
         n = n if hard == r.RLIM_INFINITY else min(n, hard)
         r.setrlimit(what, (n, n))
@@ -60,44 +68,71 @@ _CALLS = """
     getpgrp=111/ getpgid=121/155 getsid=124/156 setpgid=109/154 setsid=112/157 getrlimit=97/163
     setrlimit=160/164 getrusage=98/165 times=100/153 uname=63/160 sysinfo=99/179 sched_yield=24/124
     getcpu=309/168 getrandom=318/278 arch_prctl=158/ capget=125/90 landlock_create_ruleset=444/444
-    landlock_add_rule=445/445 landlock_restrict_self=446/446 mmap=9/222 clone=56/220 clone3=435/435 prctl=157/167 fcntl=72/25
+    landlock_add_rule=445/445 landlock_restrict_self=446/446 mmap=9/222 clone=56/220 clone3=435/435 \
+prctl=157/167 fcntl=72/25
     ioctl=16/29 prlimit64=302/261 sendto=44/206 socketpair=53/199 sched_getaffinity=204/123
-"""   # name=number on x86_64/number on aarch64, which has no second form of some calls
+"""  # name=number on x86_64/number on aarch64, which has no second form of some calls
 
 _ANY = 0xFFFFFFFF
-_RULES = {   # call: (half of an argument, bits, values, whether they are the allowed or the refused ones); argument n has halves 2n, 2n + 1
-    "mmap": [(6, 0x21, [0x21], False), (6, 0x40000, [0x40000], False)],         # no shared anonymous memory, no huge pages: in no count
-    "clone": [(0, 0x7E02A000, [0], True), (0, 0x10400, [0x10000], False)],      # no namespaces; threads share their files
-    "prctl": [(0, _ANY, [3, 15, 16, 23, 39], True)],                            # names, and what only asks
-    "fcntl": [(2, _ANY, [*range(8), 1030, 1032], True)],                        # duplicates, flags, locks; no owner, lease or pipe size
-    "ioctl": [(2, _ANY, [0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451], True)],   # is it a terminal, how much is there
-    "prlimit64": [(0, _ANY, [0], True)],                                        # of itself
+# call: (half of an argument, bits, values, whether they are the allowed or the refused ones); argument n has
+# halves 2n, 2n + 1
+_RULES = {
+    # no shared anonymous memory, no huge pages: in no count
+    "mmap": [(6, 0x21, [0x21], False), (6, 0x40000, [0x40000], False)],
+    # no namespaces; threads share their files
+    "clone": [(0, 0x7E02A000, [0], True), (0, 0x10400, [0x10000], False)],
+    "prctl": [(0, _ANY, [3, 15, 16, 23, 39], True)],  # names, and what only asks
+    # duplicates, flags, locks; no owner, lease or pipe size
+    "fcntl": [(2, _ANY, [*range(8), 1030, 1032], True)],
+    # is it a terminal, how much is there
+    "ioctl": [(2, _ANY, [0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451], True)],
+    "prlimit64": [(0, _ANY, [0], True)],  # of itself
     "sched_getaffinity": [(0, _ANY, [0], True)],
-    "kill": [(0, _ANY, [_ANY], False)],                                         # not everybody at once
-    "socketpair": [(0, _ANY, [1], True), (2, 0xF, [1], True)],                  # a pipe in both directions, which has no address
-    "sendto": [(8, _ANY, [0], True), (9, _ANY, [0], True)],                     # along that pipe, to no address
+    "kill": [(0, _ANY, [_ANY], False)],  # not everybody at once
+    # a pipe in both directions, which has no address
+    "socketpair": [(0, _ANY, [1], True), (2, 0xF, [1], True)],
+    # along that pipe, to no address
+    "sendto": [(8, _ANY, [0], True), (9, _ANY, [0], True)],
 }
 
 # %% ../nbs/13_sandbox.ipynb #a5bcfa75
 def _filter(
-    machine, # "x86_64" or "aarch64"
-    scopes,  # whether the kernel has Landlock's scopes; without them the process with the tests has to hide itself by `prctl`
+    machine,  # "x86_64" or "aarch64"
+    # whether the kernel has Landlock's scopes; without them the process with the tests has to hide itself by
+    # `prctl`
+    scopes,
 ):
     "The filter for a machine in the kernel's form, 8 bytes an instruction, as hexadecimal text."
     rules = _RULES if scopes else _RULES | {"prctl": [(0, _ANY, [3, 4, 15, 16, 23, 39], True)]}
-    load, equal, mask, give = 0x20, 0x15, 0x54, 0x06
-    allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+    load = 0x20
+    equal = 0x15
+    mask = 0x54
+    give = 0x06
+    allow = 0x7FFF0000
+    refuse = 0x00050001
+    absent = 0x00050026
+    kill = 0x80000000
     column = ["x86_64", "aarch64"].index(machine)
-    code = [(load, 0, 0, 4), (equal, 1, 0, [0xC000003E, 0xC00000B7][column]), (give, 0, 0, kill), (load, 0, 0, 0)]
+    code = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, [0xC000003E, 0xC00000B7][column]),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),
+    ]
     for call in _CALLS.split():
         name, numbers = call.split("=")
         number = numbers.split("/")[column]
-        if not number: continue
+        if not number:
+            continue
         block = []
         for half, bits, values, allowed in rules.get(name, []):
-            block += [(load, 0, 0, 16 + 4*half), (mask, 0, 0, bits)]
-            if allowed: block += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)] + [(give, 0, 0, refuse)]
-            else: block += [step for v in values for step in ((equal, 0, 1, v), (give, 0, 0, refuse))]
+            block += [(load, 0, 0, 16 + 4 * half), (mask, 0, 0, bits)]
+            if allowed:
+                block += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)] + [
+                    (give, 0, 0, refuse)
+                ]
+            else:
+                block += [step for v in values for step in ((equal, 0, 1, v), (give, 0, 0, refuse))]
         block.append((give, 0, 0, absent if name == "clone3" else allow))
         code += [(equal, 0, len(block), int(number)), *block]
     code.append((give, 0, 0, refuse))
@@ -105,24 +140,36 @@ def _filter(
 
 # %% ../nbs/13_sandbox.ipynb #39e6fcfd
 def _enclose(listed, readable, writable):
-    "Give up all of the file system but `listed` (names only), `readable` and `writable`, all TCP, and all signals to the outside."
+    """Give up all of the file system but `listed` (names only), `readable` and `writable`, all TCP, and all
+    signals to the outside.
+    """
     import ctypes
     import os
     import struct
+
     libc = ctypes.CDLL(None, use_errno=True)
-    execute, write, read, names, cut, all_ = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 14, (1 << 16) - 1
-    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13      # remove and make folders, files and symlinks; move them
+    execute = 1
+    write = 1 << 1
+    read = 1 << 2
+    names = 1 << 3
+    cut = 1 << 14
+    all_ = (1 << 16) - 1
+    # remove and make folders, files and symlinks; move them
+    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13
     rules = libc.syscall(444, struct.pack("=QQQ", all_, 3, 3), 24, 0)
-    if rules < 0: raise OSError(ctypes.get_errno(), "Landlock: refused")
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), "Landlock: refused")
     rights = [(path, names) for path in listed] + [(path, execute | read | names) for path in readable]
     rights += [(path, write | read | names | cut | changes) for path in writable]
     for path, right in rights:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        if not os.path.isdir(path): right &= execute | write | read | cut
+        if not os.path.isdir(path):
+            right &= execute | write | read | cut
         if libc.syscall(445, rules, 1, struct.pack("=Qi", right, place), 0):
             raise OSError(ctypes.get_errno(), f"Landlock refused a rule: {path}")
         os.close(place)
-    if libc.syscall(446, rules, 0): raise OSError(ctypes.get_errno(), "Landlock: refused")
+    if libc.syscall(446, rules, 0):
+        raise OSError(ctypes.get_errno(), "Landlock: refused")
     os.close(rules)
 
 # %% ../nbs/13_sandbox.ipynb #5ee85755
@@ -132,7 +179,8 @@ def _layout(python):
     look = """
 import ctypes, glob, json, os, sys, sysconfig
 folders = [d for d in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")} if os.path.isdir(d)]
-def ours(name): return name.split(".")[0] in {*sys.stdlib_module_names, "lib-dynload", "__pycache__"} or name.startswith("_sysconfigdata")
+def ours(name): return name.split(".")[0] in {*sys.stdlib_module_names, "lib-dynload", "__pycache__"} or \
+name.startswith("_sysconfigdata")
 read = [os.path.join(d, name) for d in folders for name in os.listdir(d) if ours(name)]
 for extension in [*(f for d in folders for f in glob.glob(d + "/lib-dynload/*.so")), "libgcc_s.so.1"]:
     try: ctypes.CDLL(extension)
@@ -142,66 +190,95 @@ here = os.path.dirname(sys.executable)
 read += [sys.executable, here + "/pyvenv.cfg", here + "/../pyvenv.cfg", "/etc/ld.so.cache", "/dev/urandom"]
 print(json.dumps([folders, [p for p in read if os.path.exists(p)]]))
 """
-    shown = subprocess.run([python, "-I", "-S", "-c", look], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [python, "-I", "-S", "-c", look], capture_output=True, text=True, check=True
+    ).stdout
     return json.loads(shown)
 
 # %% ../nbs/13_sandbox.ipynb #43260b50
 def _settle(q, tasks, uid):
-    "In the program's process, before the program: take all from it that request `q` says, then write the word that all of it holds."
+    """In the program's process, before the program: take all from it that request `q` says, then write the
+    word that all of it holds.
+    """
     import ctypes
     import os
+
     libc = ctypes.CDLL(None, use_errno=True)
+
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
     code = bytes.fromhex(q["filter"])
-    filter_ = Program(len(code)//8, code)
-    if libc.prctl(1, 9, 0, 0, 0): raise OSError(ctypes.get_errno(), "to die with the supervisor: refused")
-    if libc.prctl(38, 1, 0, 0, 0): raise OSError(ctypes.get_errno(), "no new privileges: refused")
-    if q["enclose"]: _enclose(*q["enclose"])
-    if uid: os.setresuid(uid, -1, -1)       # a real user number of its own: the kernel never limits how many processes root may have
+    filter_ = Program(len(code) // 8, code)
+    if libc.prctl(1, 9, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "to die with the supervisor: refused")
+    if libc.prctl(38, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no new privileges: refused")
+    if q["enclose"]:
+        _enclose(*q["enclose"])
+    # a real user number of its own: the kernel never limits how many processes root may have
+    if uid:
+        os.setresuid(uid, -1, -1)
     _limit(*q["limits"], tasks)
-    if libc.prctl(22, 2, ctypes.byref(filter_), 0, 0): raise OSError(ctypes.get_errno(), "seccomp: refused")
+    if libc.prctl(22, 2, ctypes.byref(filter_), 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp: refused")
     os.write(1, q["word"].encode())
 
 # %% ../nbs/13_sandbox.ipynb #eb7430a9
 def _descendants(pid):
     "All processes below `pid`, by the kernel's own lists of children."
     import os
+
     found, todo = [], [pid]
     while todo:
         p = todo.pop()
         try:
             for thread in os.listdir(f"/proc/{p}/task"):
-                with open(f"/proc/{p}/task/{thread}/children") as f: todo += map(int, f.read().split())
-        except OSError: pass            # it ended while we looked
-        if p != pid: found.append(p)
+                with open(f"/proc/{p}/task/{thread}/children") as f:
+                    todo += map(int, f.read().split())
+        except OSError:
+            pass  # it ended while we looked
+        if p != pid:
+            found.append(p)
     return found
 
+# %% ../nbs/13_sandbox.ipynb #3e21b6bf
 def _kill_all(seconds=5):
     "Kill whatever lives below this process, again and again until nothing does."
     import os
     import time
+
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for p in _descendants(os.getpid()):
-            for kill in (os.killpg, os.kill):   # a group at one blow, where it leads one: a fork bomb cannot outrun that
-                try: kill(p, 9)
-                except OSError: pass
+            # a group at one blow, where it leads one: a fork bomb cannot outrun that
+            for kill in (os.killpg, os.kill):
+                try:
+                    kill(p, 9)
+                except OSError:
+                    pass
         try:
-            while os.waitpid(-1, os.WNOHANG)[0]: pass
-        except ChildProcessError: return True
-        time.sleep(.002)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return True
+        time.sleep(0.002)
     return False
 
+# %% ../nbs/13_sandbox.ipynb #4827b1d0
 def _remove(folder):
     "Remove a folder that a program has left, however deep or locked it is."
     import os
     import shutil
     import subprocess
-    try: shutil.rmtree(folder)
-    except FileNotFoundError: pass
+
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
     except (OSError, RecursionError):
-        if not os.path.islink(folder): subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        if not os.path.islink(folder):
+            subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
 # %% ../nbs/13_sandbox.ipynb #2bb6ba5e
@@ -209,84 +286,129 @@ def _start(q):
     "Start the program of request `q`."
     import os
     import subprocess
-    tasks = 4*q["processes"] + 32               # a hard stop for bombs that are faster than the watch
-    with open("/proc/self/uid_map") as f: everybody = "4294967295" in f.read()
+
+    tasks = 4 * q["processes"] + 32  # a hard stop for bombs that are faster than the watch
+    with open("/proc/self/uid_map") as f:
+        everybody = "4294967295" in f.read()
     uid = 2_000_000_000 + os.getpid() if everybody and not os.geteuid() else None
-    if uid is None:                             # the kernel counts all tasks of a user together
+    if uid is None:  # the kernel counts all tasks of a user together
         for p in filter(str.isdigit, os.listdir("/proc")):
-            try: tasks += len(os.listdir(f"/proc/{p}/task")) if os.stat(f"/proc/{p}").st_uid == os.geteuid() else 0
-            except OSError: pass
+            try:
+                tasks += (
+                    len(os.listdir(f"/proc/{p}/task")) if os.stat(f"/proc/{p}").st_uid == os.geteuid() else 0
+                )
+            except OSError:
+                pass
 
     def ready():
-        try: _settle(q, tasks, uid)
+        try:
+            _settle(q, tasks, uid)
         except BaseException as e:
             os.write(2, f"{type(e).__name__}: {e}".encode())
             os._exit(1)
 
-    return subprocess.Popen(q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={}, start_new_session=True, preexec_fn=ready)
+    return subprocess.Popen(
+        q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={}, start_new_session=True, preexec_fn=ready
+    )
 
 # %% ../nbs/13_sandbox.ipynb #f3ae2b55
 def _held(pid, file_size):
-    "What a process holds: tasks, bytes of resident memory, and the sizes of its files without a name, by file."
+    """What a process holds: tasks, bytes of resident memory, and the sizes of its files without a name, by
+    file.
+    """
     import os
     import stat
+
     hidden, resident, tasks = {}, 0, []
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         for task in tasks:
             here = f"/proc/{pid}/task/{task}"
-            with open(f"{here}/statm") as f: resident = int(f.read().split()[1])*os.sysconf("SC_PAGE_SIZE")
-            if resident: break
-        else: return len(tasks), 0, {}
-        with open(f"{here}/maps") as f: mapped = [line.split() for line in f if line.endswith("(deleted)\n")]
+            with open(f"{here}/statm") as f:
+                resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            if resident:
+                break
+        else:
+            return len(tasks), 0, {}
+        with open(f"{here}/maps") as f:
+            mapped = [line.split() for line in f if line.endswith("(deleted)\n")]
         for _, _, _, device, inode, *_ in mapped:
             major, minor = (int(n, 16) for n in device.split(":"))
-            hidden[os.makedev(major, minor), int(inode)] = file_size      # at most: a part of it may be mapped
+            # at most: a part of it may be mapped
+            hidden[os.makedev(major, minor), int(inode)] = file_size
         for fd in os.listdir(f"{here}/fd"):
             s = os.stat(f"{here}/fd/{fd}")
-            if stat.S_ISREG(s.st_mode) and not s.st_nlink: hidden[s.st_dev, s.st_ino] = s.st_blocks*512
-    except OSError: pass                                                  # it ended, or closed a file, while we looked
+            if stat.S_ISREG(s.st_mode) and not s.st_nlink:
+                hidden[s.st_dev, s.st_ino] = s.st_blocks * 512
+    # it ended, or closed a file, while we looked
+    except OSError:
+        pass
     return len(tasks), resident, hidden
 
+# %% ../nbs/13_sandbox.ipynb #510b6920
 def _kept(folder, most):
     "How many names are in a folder, up to a few more than `most`, and their bytes."
     import os
+
     names, size, todo = 0, 0, [folder]
     while todo and names <= most:
         try:
             with os.scandir(todo.pop()) as entries:
                 for e in entries:
                     names += 1
-                    if names > most: break
-                    size += e.stat(follow_symlinks=False).st_blocks*512
-                    if e.is_dir(follow_symlinks=False): todo.append(e.path)
-        except FileNotFoundError: pass                                    # removed while we looked
-        except OSError: return most + 1, size                             # too deep to be looked into, or locked
+                    if names > most:
+                        break
+                    size += e.stat(follow_symlinks=False).st_blocks * 512
+                    if e.is_dir(follow_symlinks=False):
+                        todo.append(e.path)
+        except FileNotFoundError:
+            pass  # removed while we looked
+        # too deep to be looked into, or locked
+        except OSError:
+            return most + 1, size
     return names, size
 
 # %% ../nbs/13_sandbox.ipynb #73bb6703
 def _watch(q, pid, pipes):
-    "Watch the program until it ends or breaks a limit: status, reason, exit code and the bytes of both pipes."
+    """Watch the program until it ends or breaks a limit: status, reason, exit code and the bytes of both
+    pipes.
+    """
     import os
     import select
     import sys
     import time
-    deadline, tick, most, word = time.monotonic() + q["seconds"], 0, 1000, q["word"].encode()
-    poll, data, status, why, code = select.poll(), {fd: b"" for fd in pipes}, None, "", None
-    ended = os.pidfd_open(pid)
-    for fd in (*pipes, ended): poll.register(fd, select.POLLIN)
-    for fd in pipes: os.set_blocking(fd, False)
 
-    def too_much(): return sum(map(len, data.values())) > q["output"] + len(word)
+    deadline = time.monotonic() + q["seconds"]
+    tick = 0
+    most = 1000
+    word = q["word"].encode()
+    poll = select.poll()
+    data = {fd: b"" for fd in pipes}
+    status = None
+    why = ""
+    code = None
+    ended = os.pidfd_open(pid)
+    for fd in (*pipes, ended):
+        poll.register(fd, select.POLLIN)
+    for fd in pipes:
+        os.set_blocking(fd, False)
+
+    def too_much():
+        return sum(map(len, data.values())) > q["output"] + len(word)
+
     def read(fd):
-        try: new = os.read(fd, 1 << 16)
-        except BlockingIOError: return False
+        try:
+            new = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
         data[fd] += new
         return bool(new) and not too_much()
+
     def broken():
         "The limit that is broken, as status and reason, or None."
         below = _descendants(os.getpid())
-        if len(below) > q["processes"]: return "killed", f"more than {q['processes']} processes"
+        if len(below) > q["processes"]:
+            return "killed", f"more than {q['processes']} processes"
         tasks, resident, hidden = 0, 0, {}
         for p in below:
             more, bytes_, files = _held(p, q["limits"][3])
@@ -294,28 +416,38 @@ def _watch(q, pid, pipes):
             resident += bytes_
             hidden |= files
         names, size = _kept(q["folder"], most)
-        if tasks > 4*q["processes"] + 32: return "killed", f"more than {4*q['processes'] + 32} threads"
-        if resident + size + sum(hidden.values()) > q["limits"][1]: return "memory", f"more than {q['limits'][1] >> 20} MB"
-        if names > most: return "killed", f"more than {most} files, or folders that cannot be looked into"
+        if tasks > 4 * q["processes"] + 32:
+            return "killed", f"more than {4 * q['processes'] + 32} threads"
+        if resident + size + sum(hidden.values()) > q["limits"][1]:
+            return "memory", f"more than {q['limits'][1] >> 20} MB"
+        if names > most:
+            return "killed", f"more than {most} files, or folders that cannot be looked into"
 
     while status is None:
         now = time.monotonic()
-        if now > deadline: status, why = "timeout", f"more than {q['seconds']:g} s"
+        if now > deadline:
+            status, why = "timeout", f"more than {q['seconds']:g} s"
         elif now > tick:
-            if os.getppid() != q["parent"]: sys.exit(1)
+            if os.getppid() != q["parent"]:
+                sys.exit(1)
             status, why = broken() or (None, "")
-            tick = time.monotonic() + .02
+            tick = time.monotonic() + 0.02
         ready = [fd for fd, _ in poll.poll(20)]
         for fd in ready:
-            if fd != ended and not read(fd): poll.unregister(fd)
-        if too_much(): status, why = "output", f"more than {q['output']} bytes"
+            if fd != ended and not read(fd):
+                poll.unregister(fd)
+        if too_much():
+            status, why = "output", f"more than {q['output']} bytes"
         elif ended in ready and status is None:
             end = os.waitid(os.P_PIDFD, ended, os.WEXITED | os.WNOWAIT)
-            status, code = "ended", end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+            status = "ended"
+            code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
     _kill_all()
     for fd in pipes:
-        while read(fd): pass
-    if status == "ended" and too_much(): status, why = "output", f"more than {q['output']} bytes"
+        while read(fd):
+            pass
+    if status == "ended" and too_much():
+        status, why = "output", f"more than {q['output']} bytes"
     return status, why, code, *data.values()
 
 # %% ../nbs/13_sandbox.ipynb #e3b78896
@@ -328,6 +460,7 @@ def _supervise():
     import signal
     import sys
     import time
+
     q = json.load(sys.stdin)
     libc = ctypes.CDLL(None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -339,84 +472,139 @@ def _supervise():
 
     def refused():
         "The first protection of this process that the kernel refuses, or None."
-        if libc.prctl(36, 1, 0, 0, 0): return "PR_SET_CHILD_SUBREAPER"   # all orphans below come to this process
-        if libc.prctl(4, 0, 0, 0, 0): return "PR_SET_DUMPABLE"           # nobody looks into it
-        for capability in range(64): libc.prctl(24, capability, 0, 0, 0)
+        # all orphans below come to this process
+        if libc.prctl(36, 1, 0, 0, 0):
+            return "PR_SET_CHILD_SUBREAPER"
+        if libc.prctl(4, 0, 0, 0, 0):
+            return "PR_SET_DUMPABLE"  # nobody looks into it
+        for capability in range(64):
+            libc.prctl(24, capability, 0, 0, 0)
         libc.prctl(47, 4, 0, 0, 0)
-        with open("/proc/self/status") as f: status = dict(line.split(":", 1) for line in f)
-        handed_on = "CapAmb" if os.geteuid() else "CapBnd"               # root's program keeps no capability, nor can it raise a limit
-        if int(status[handed_on], 16): return f"capabilities would be handed on: {handed_on} {status[handed_on].strip()}"
+        with open("/proc/self/status") as f:
+            status = dict(line.split(":", 1) for line in f)
+        # root's program keeps no capability, nor can it raise a limit
+        handed_on = "CapAmb" if os.geteuid() else "CapBnd"
+        if int(status[handed_on], 16):
+            return f"capabilities would be handed on: {handed_on} {status[handed_on].strip()}"
 
     try:
         t = time.monotonic()
         try:
-            if why := refused(): raise OSError(why)
+            if why := refused():
+                raise OSError(why)
             p = _start(q)
-        except Exception as e: return print(json.dumps({"unavailable": f"{type(e).__name__}: {e}"}))
+        except Exception as e:
+            return print(json.dumps({"unavailable": f"{type(e).__name__}: {e}"}))
         status, why, code, out, err = _watch(q, p.pid, (p.stdout.fileno(), p.stderr.fileno()))
         seconds = time.monotonic() - t
     finally:
         clean = _kill_all()
-        if os.getppid() != q["parent"]: _remove(q["folder"])             # the caller is gone, and cannot clean up
+        # the caller is gone, and cannot clean up
+        if os.getppid() != q["parent"]:
+            _remove(q["folder"])
     word = q["word"].encode()
     settled, out = out.startswith(word), out.removeprefix(word)
-    out, err = ((s[:q["output"]]).decode(errors="replace").replace(q["folder"] + "/", "") for s in (out, err))
+    out, err = (
+        (s[: q["output"]]).decode(errors="replace").replace(q["folder"] + "/", "") for s in (out, err)
+    )
     if status == "ended" and not settled:
         last = err.strip().rsplit("\n", 1)[-1]
-        return print(json.dumps({"unavailable": f"the program's process could not be confined: {last or f'exit code {code}'}"}))
+        return print(
+            json.dumps(
+                {"unavailable": f"the program's process could not be confined: {last or f'exit code {code}'}"}
+            )
+        )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     if status == "ended":
-        if code == 0: status = "ok"
-        elif err.rstrip().rsplit("\n", 1)[-1].startswith("MemoryError"): status, why = "memory", f"more than {q['limits'][1] >> 20} MB"
-        elif code in (-9, -24) and used.ru_utime + used.ru_stime > q["limits"][0] - .2: status, why = "timeout", f"more than {q['limits'][0]} s of CPU"
-        elif code < 0: status, why = "killed", "by " + next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-        else: status = "error"
-    if not clean: status, why = "killed", "but processes are left behind"
+        if code == 0:
+            status = "ok"
+        elif err.rstrip().rsplit("\n", 1)[-1].startswith("MemoryError"):
+            status, why = "memory", f"more than {q['limits'][1] >> 20} MB"
+        elif code in (-9, -24) and used.ru_utime + used.ru_stime > q["limits"][0] - 0.2:
+            status, why = "timeout", f"more than {q['limits'][0]} s of CPU"
+        elif code < 0:
+            status = "killed"
+            why = "by " + next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+        else:
+            status = "error"
+    if not clean:
+        status, why = "killed", "but processes are left behind"
     print(json.dumps(dict(status=status, why=why, code=code, stdout=out, stderr=err, seconds=seconds)))
-    sys.stdout.flush(); os._exit(0)
+    sys.stdout.flush()
+    os._exit(0)
 
 # %% ../nbs/13_sandbox.ipynb #8698d315
 @dataclass(frozen=True)
 class Result:
     "What became of a program."
-    status: str      # "ok", "error" (ended with another exit code than 0), or what was broken: "timeout", "memory", "output", "killed"
-    code: int | None # exit code; minus the signal's number if one ended it; None if the sandbox did
-    stdout: str      # cut at the limit on output
+
+    # "ok", "error" (ended with another exit code than 0), or what was broken: "timeout", "memory", "output",
+    # "killed"
+    status: str
+    code: int | None  # exit code; minus the signal's number if one ended it; None if the sandbox did
+    stdout: str  # cut at the limit on output
     stderr: str
-    seconds: float   # of wall time
-    why: str = ""    # which limit, or which signal
-    tier: str = ""   # what it ran in
+    seconds: float  # of wall time
+    why: str = ""  # which limit, or which signal
+    tier: str = ""  # what it ran in
 
     @property
-    def ok(self) -> bool: return self.status == "ok"
-    def __str__(self): return f"{self.status}{self.why and f' ({self.why})'} after {self.seconds:.2f} s, exit code {self.code}, {self.tier} tier"
-    def _texts(self): return [(n, t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}")
-                              for n, t in (("stdout", self.stdout), ("stderr", self.stderr)) if t]
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    def __str__(self):
+        return (
+            f"{self.status}{self.why and f' ({self.why})'} after {self.seconds:.2f} s, exit code {self.code},"
+            f" {self.tier} tier"
+        )
+
+    def _texts(self):
+        return [
+            (n, t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}")
+            for n, t in (("stdout", self.stdout), ("stderr", self.stderr))
+            if t
+        ]
+
     @printable
-    def __repr__(self): return "\n".join([str(self), *(f"{n}: {t.rstrip()}" for n, t in self._texts())])
+    def __repr__(self):
+        return "\n".join([str(self), *(f"{n}: {t.rstrip()}" for n, t in self._texts())])
+
     def _repr_html_(self):
-        return f"<b>{escape(str(self))}</b>" + "".join(f"<br>{n}<pre style='font-family:monospace'>{escape(t)}</pre>" for n, t in self._texts())
+        return f"<b>{escape(str(self))}</b>" + "".join(
+            f"<br>{n}<pre style='font-family:monospace'>{escape(t)}</pre>" for n, t in self._texts()
+        )
 
 # %% ../nbs/13_sandbox.ipynb #59a95dd9
 class SandboxUnavailable(RuntimeError):
     "The tier that was asked for cannot be had here."
 
+
 TIERS = ("strong", "process")
+
 
 def _landlock():
     "The kernel's version of Landlock, or -1."
     return ctypes.CDLL(None).syscall(444, None, 0, 1)
 
+# %% ../nbs/13_sandbox.ipynb #be0790ba
 def _lacks(tier):
     "The first thing that is plainly missing for a tier, or None."
-    if tier not in TIERS: raise ValueError(f"tier {tier!r}: expected one of {TIERS}.")
-    if sys.platform != "linux": return f"the sandbox needs Linux; this is {sys.platform}"
+    if tier not in TIERS:
+        raise ValueError(f"tier {tier!r}: expected one of {TIERS}.")
+    if sys.platform != "linux":
+        return f"the sandbox needs Linux; this is {sys.platform}"
     machine = os.uname().machine
-    if machine not in ("x86_64", "aarch64"): return f"the list of system calls is for x86_64 and aarch64; this is {machine}"
-    if not hasattr(os, "pidfd_open") or not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
+    if machine not in ("x86_64", "aarch64"):
+        return f"the list of system calls is for x86_64 and aarch64; this is {machine}"
+    if not hasattr(os, "pidfd_open") or not os.path.exists(
+        f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    ):
         return "the sandbox needs pidfds and /proc/PID/task/TID/children of the Linux kernel (5.3 or newer)"
     if tier == "strong" and (abi := _landlock()) < 6:
-        return f"the strong tier needs version 6 of Landlock (Linux 6.12, and Landlock among its security modules); this kernel has {max(abi, 0) or 'none'}"
+        return (
+            "the strong tier needs version 6 of Landlock (Linux 6.12, and Landlock among its security"
+            f" modules); this kernel has {max(abi, 0) or 'none'}"
+        )
 
 # %% ../nbs/13_sandbox.ipynb #e60b4c97
 @lru_cache
@@ -426,30 +614,80 @@ def source_of(*functions) -> str:
 
 # %% ../nbs/13_sandbox.ipynb #fa73c16a
 def _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin):
-    if lacks := _lacks(tier): raise SandboxUnavailable(f"No {tier!r} tier: {lacks}.")
-    source = source_of(_limit, _enclose, _settle, _descendants, _kill_all, _remove, _start, _held, _kept, _watch, _supervise) + "\n_supervise()"
+    if lacks := _lacks(tier):
+        raise SandboxUnavailable(f"No {tier!r} tier: {lacks}.")
+    source = (
+        source_of(
+            _limit,
+            _enclose,
+            _settle,
+            _descendants,
+            _kill_all,
+            _remove,
+            _start,
+            _held,
+            _kept,
+            _watch,
+            _supervise,
+        )
+        + "\n_supervise()"
+    )
     python = os.path.realpath(sys.executable)
     folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
     try:
-        with open(f"{folder}/main.py", "w", encoding="utf-8", errors="surrogatepass") as f: f.write(program)
+        with open(f"{folder}/main.py", "w", encoding="utf-8", errors="surrogatepass") as f:
+            f.write(program)
         scopes = _landlock() >= 6
-        enclose = [*_layout(python), [folder, "/dev/null"]] if tier == "strong" else [[], ["/"], ["/"]] if scopes else None
-        q = dict(tier=tier, folder=folder, command=[python, "-I", "-S", "main.py"], seconds=seconds, processes=processes, output=output,
-                 limits=[cpu or math.ceil(seconds), memory << 20, files, file_size << 20], stdin=stdin, parent=os.getpid(),
-                 filter=_filter(os.uname().machine, scopes), word=secrets.token_hex(16), enclose=enclose)
+        enclose = (
+            [*_layout(python), [folder, "/dev/null"]]
+            if tier == "strong"
+            else [[], ["/"], ["/"]]
+            if scopes
+            else None
+        )
+        q = dict(
+            tier=tier,
+            folder=folder,
+            command=[python, "-I", "-S", "main.py"],
+            seconds=seconds,
+            processes=processes,
+            output=output,
+            limits=[cpu or math.ceil(seconds), memory << 20, files, file_size << 20],
+            stdin=stdin,
+            parent=os.getpid(),
+            filter=_filter(os.uname().machine, scopes),
+            word=secrets.token_hex(16),
+            enclose=enclose,
+        )
         t = time.monotonic()
-        p = subprocess.Popen([python, "-I", "-S", "-c", source], stdin=-1, stdout=-1, stderr=-1, cwd="/", env={}, start_new_session=True, text=True)
-        try: report, errors = p.communicate(json.dumps(q), timeout=seconds + 10)
-        except subprocess.TimeoutExpired: report, errors = "", "it did not answer"
+        p = subprocess.Popen(
+            [python, "-I", "-S", "-c", source],
+            stdin=-1,
+            stdout=-1,
+            stderr=-1,
+            cwd="/",
+            env={},
+            start_new_session=True,
+            text=True,
+        )
+        try:
+            report, errors = p.communicate(json.dumps(q), timeout=seconds + 10)
+        except subprocess.TimeoutExpired:
+            report, errors = "", "it did not answer"
         finally:
             if p.poll() is None:
                 p.terminate()
-                try: p.wait(6)
-                except subprocess.TimeoutExpired: p.kill()
-    finally: _remove(folder)
-    if not report: return Result("killed", None, "", errors[-2000:], time.monotonic() - t, "the supervisor was", tier)
+                try:
+                    p.wait(6)
+                except subprocess.TimeoutExpired:
+                    p.kill()
+    finally:
+        _remove(folder)
+    if not report:
+        return Result("killed", None, "", errors[-2000:], time.monotonic() - t, "the supervisor was", tier)
     report = json.loads(report)
-    if "unavailable" in report: raise SandboxUnavailable(f"No {tier!r} tier here: {report['unavailable']}")
+    if "unavailable" in report:
+        raise SandboxUnavailable(f"No {tier!r} tier here: {report['unavailable']}")
     return Result(**report, tier=tier)
 
 # %% ../nbs/13_sandbox.ipynb #a4d792f0
@@ -464,61 +702,85 @@ for name, attempt in tries.items():
 print("end")
 """
 
+# %% ../nbs/13_sandbox.ipynb #273a4cf7
 @lru_cache
 def missing(
-    tier: str = "strong", # "strong" or "process"
-) -> str | None:          # why the tier cannot be had here, or None
+    tier: str = "strong",  # "strong" or "process"
+) -> str | None:  # why the tier cannot be had here, or None
     "What this system lacks for a tier; found out by trying, once."
-    if lacks := _lacks(tier): return lacks
+    if lacks := _lacks(tier):
+        return lacks
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as f:
-        f.write("secret"); f.flush()
-        try: r = _run(_TRIAL.format(path=os.path.realpath(f.name)), tier, 10, None, 256, 8, 64, 10, 10_000, "")
-        except SandboxUnavailable as e: return str(e)
-    if not r.ok or not r.stdout.endswith("end\n"): return f"a program could not start: {r.stderr or r}"
+        f.write("secret")
+        f.flush()
+        try:
+            r = _run(_TRIAL.format(path=os.path.realpath(f.name)), tier, 10, None, 256, 8, 64, 10, 10_000, "")
+        except SandboxUnavailable as e:
+            return str(e)
+    if not r.ok or not r.stdout.endswith("end\n"):
+        return f"a program could not start: {r.stderr or r}"
     reached = set(r.stdout.split()) - {"end"} - ({"file"} if tier == "process" else set())
-    if reached: return f"a program could reach what it must not: {', '.join(sorted(reached))}"
+    if reached:
+        return f"a program could reach what it must not: {', '.join(sorted(reached))}"
 
 # %% ../nbs/13_sandbox.ipynb #6a2d634d
 def run(
-    program: str,            # Python source; the standard library is all it can import
-    tier: str = "strong",    # "strong" or, weaker, "process"
-    seconds: float = 5.,     # of wall time
+    program: str,  # Python source; the standard library is all it can import
+    tier: str = "strong",  # "strong" or, weaker, "process"
+    seconds: float = 5.0,  # of wall time
     cpu: int | None = None,  # seconds of CPU time for each process; None: as many as of wall time, rounded up
-    memory: int = 256,       # MB of address space for each process; for all, of resident memory and files together
-    processes: int = 8,      # at a time
-    files: int = 64,         # open at a time, for each process
-    file_size: int = 10,     # MB a file
-    output: int = 64_000,    # bytes of stdout and stderr together
-    stdin: str = "",         # what it can read on standard input
+    # MB of address space for each process; for all, of resident memory and files together
+    memory: int = 256,
+    processes: int = 8,  # at a time
+    files: int = 64,  # open at a time, for each process
+    file_size: int = 10,  # MB a file
+    output: int = 64_000,  # bytes of stdout and stderr together
+    stdin: str = "",  # what it can read on standard input
 ) -> Result:
-    """Run a program in a temporary folder that is removed afterwards, with an empty environment, and leave no process behind.
+    """Run a program in a temporary folder that is removed afterwards, with an empty environment, and leave no
+    process behind.
 
-    In both tiers a program has no network, cannot change the limits or the memory of other processes, and holds no memory that is not counted.
-    The "strong" tier (Landlock) also keeps it from reading or writing outside its folder and Python's standard library, and
-    from signalling other processes. The "process" tier does NOT: there a program can read and write whatever you can, the solutions of a
-    data set too; on kernels before 6.12 it can also kill your processes.
-    Raises `SandboxUnavailable` where the tier cannot be had or a protection is refused, and never runs in a weaker one."""
-    if not isinstance(program, str): raise TypeError(f"program is a {type(program).__name__}: expected Python source as a string.")
-    for name, n in dict(seconds=seconds, cpu=cpu or 1, memory=memory, processes=processes, files=files, file_size=file_size, output=output).items():
+    In both tiers a program has no network, cannot change the limits or the memory of other processes, and
+    holds no memory that is not counted. The "strong" tier (Landlock) also keeps it from reading or writing
+    outside its folder and Python's standard library, and from signalling other processes. The "process"
+    tier does NOT: there a program can read and write whatever you can, the solutions of a data set too; on
+    kernels before 6.12 it can also kill your processes. Raises `SandboxUnavailable` where the tier cannot
+    be had or a protection is refused, and never runs in a weaker one.
+    """
+    if not isinstance(program, str):
+        raise TypeError(f"program is a {type(program).__name__}: expected Python source as a string.")
+    for name, n in dict(
+        seconds=seconds,
+        cpu=cpu or 1,
+        memory=memory,
+        processes=processes,
+        files=files,
+        file_size=file_size,
+        output=output,
+    ).items():
         kind = (int, float) if name == "seconds" else int
-        if not isinstance(n, kind) or not 0 < n < math.inf: raise ValueError(f"{name} is {n!r}: expected a number above 0" + " (whole)."*(kind is int))
+        if not isinstance(n, kind) or not 0 < n < math.inf:
+            raise ValueError(f"{name} is {n!r}: expected a number above 0" + " (whole)." * (kind is int))
     if lacks := missing(tier):
         hint = " tier='process' is weaker: it does not stop a program from reading and writing files."
-        raise SandboxUnavailable(f"No {tier!r} tier: {lacks}." + hint*(tier == "strong"))
+        raise SandboxUnavailable(f"No {tier!r} tier: {lacks}." + hint * (tier == "strong"))
     return _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin)
 
 # %% ../nbs/13_sandbox.ipynb #7b3b8bfe
 def run_many(
-    programs: Iterable, # sources, or dicts of `run`'s arguments
-    workers: int = 2,   # programs that run at a time
-    progress=None,      # called as `progress(finished, total)`
-    **limits,           # handed to `run`; a program's own dict comes first
-) -> list[Result]:      # in the programs' order
+    programs: Iterable,  # sources, or dicts of `run`'s arguments
+    workers: int = 2,  # programs that run at a time
+    progress=None,  # called as `progress(finished, total)`
+    **limits,  # handed to `run`; a program's own dict comes first
+) -> list[Result]:  # in the programs' order
     "Run programs side by side."
-    if not isinstance(workers, int) or workers < 1: raise ValueError(f"workers is {workers!r}: expected a whole number of at least 1.")
-    programs, results = [limits | (p if isinstance(p, dict) else {"program": p}) for p in programs], []
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers is {workers!r}: expected a whole number of at least 1.")
+    programs = [limits | (p if isinstance(p, dict) else {"program": p}) for p in programs]
+    results = []
     with ThreadPoolExecutor(workers) as pool:
         for r in pool.map(lambda p: run(**p), programs):
             results.append(r)
-            if progress: progress(len(results), len(programs))
+            if progress:
+                progress(len(results), len(programs))
     return results

@@ -16,18 +16,22 @@ from .ratings import MOST, Games, Ratings, bradley_terry, cycles, spaced
 def plot_rating_curve(
     ratings: Ratings,  # of all players
     order: list[str],  # those that are points of the curve, oldest first; the others are drawn as lines
-    ax=None,           # a matplotlib axes; by default a new figure
-):                     # the axes
+    ax=None,  # a matplotlib axes; by default a new figure
+):  # the axes
     "Ratings of successive snapshots with 95 % bands. Raises `ValueError` for a player without a rating."
     missing = [p for p in order if p not in ratings.players]
-    if missing or not order: raise ValueError(f"order has {missing or 'no players'}: expected some of {ratings.players}.")
+    if missing or not order:
+        raise ValueError(f"order has {missing or 'no players'}: expected some of {ratings.players}.")
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    interval = dict(zip(ratings.players, ratings.intervals.tolist())); x = range(len(order))
+    interval = dict(zip(ratings.players, ratings.intervals.tolist()))
+    x = range(len(order))
     ax.plot(x, [ratings[p] for p in order], "k-o", ms=4 if len(order) <= MOST else 1)
     ax.fill_between(x, *zip(*[interval[p] for p in order]), color="0.85", label="95 % interval")
     for p in [p for p in ratings.players if p not in set(order)][:MOST]:
-        ax.axhline(ratings[p], ls=":", color="0.45"); ax.annotate(p, (len(order)-1, ratings[p]), fontsize=8, ha="right", va="bottom")
+        ax.axhline(ratings[p], ls=":", color="0.45")
+        ax.annotate(p, (len(order) - 1, ratings[p]), fontsize=8, ha="right", va="bottom")
     ax.set_xticks(*spaced(order), rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("rating (Elo scale)")
     ax.legend(fontsize=8)
@@ -36,27 +40,42 @@ def plot_rating_curve(
 # %% ../nbs/31_scoreboard.ipynb #810db1d1
 class Scoreboard:
     "Games, ratings and any further records on one page: prints as text, shows as HTML, draws as a figure."
-    def __init__(self,
-        games: Games,                # of all players
-        order: list[str] | None = None, # snapshots, oldest first, for the rating curve; by default all players
-        anchors: dict | None = None, # player to rating, as in `bradley_terry`
-        diversity: list | None = None, # a `Diversity` for each snapshot in `order`
-        seed: int = 0,               # of the resamples
-        **records,                   # further records by title, such as `retention=…`, `judge=…`, `humans=…`
+
+    def __init__(
+        self,
+        games: Games,  # of all players
+        # snapshots, oldest first, for the rating curve; by default all players
+        order: list[str] | None = None,
+        anchors: dict | None = None,  # player to rating, as in `bradley_terry`
+        diversity: list | None = None,  # a `Diversity` for each snapshot in `order`
+        seed: int = 0,  # of the resamples
+        **records,  # further records by title, such as `retention=…`, `judge=…`, `humans=…`
     ):
-        self.games, self.anchors, self.diversity, self.records = games, anchors or {}, diversity or [], records
-        self.ratings, self.cycles = bradley_terry(games, anchors, seed=seed), cycles(games, seed=seed)
+        self.games = games
+        self.anchors = anchors or {}
+        self.diversity = diversity or []
+        self.records = records
+        self.ratings = bradley_terry(games, anchors, seed=seed)
+        self.cycles = cycles(games, seed=seed)
         self.order = order or games.players
         unknown = [p for p in self.order if p not in games.players]
-        if unknown: raise ValueError(f"order names {unknown}, who did not play: expected some of {games.players}.")
+        if unknown:
+            raise ValueError(f"order names {unknown}, who did not play: expected some of {games.players}.")
         if self.diversity and len(self.diversity) != len(self.order):
-            raise ValueError(f"{len(self.diversity)} records of diversity for {len(self.order)} snapshots: expected one for each.")
+            raise ValueError(
+                f"{len(self.diversity)} records of diversity for {len(self.order)} snapshots: expected one"
+                " for each."
+            )
 
     @property
     def sections(self) -> dict:
         "Title to record, in the order of the page."
         parts = {"ratings": self.ratings, "cycles": self.cycles, "games": self.games}
-        if self.diversity: parts |= {f"diversity of {self.order[0]}": self.diversity[0], f"diversity of {self.order[-1]}": self.diversity[-1]}
+        if self.diversity:
+            parts |= {
+                f"diversity of {self.order[0]}": self.diversity[0],
+                f"diversity of {self.order[-1]}": self.diversity[-1],
+            }
         return parts | self.records
 
 # %% ../nbs/31_scoreboard.ipynb #5c5889f9
@@ -65,20 +84,29 @@ class Scoreboard:
 def __repr__(self: Scoreboard):
     return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in self.sections.items())
 
+
 @patch
 def _repr_html_(self: Scoreboard):
     body = lambda r: r._repr_html_() if hasattr(r, "_repr_html_") else f"<pre>{escape(repr(r))}</pre>"
-    return "".join(f"<section><h4>{escape(title)}</h4>{body(record)}</section>" for title, record in self.sections.items())
+    return "".join(
+        f"<section><h4>{escape(title)}</h4>{body(record)}</section>"
+        for title, record in self.sections.items()
+    )
 
 # %% ../nbs/31_scoreboard.ipynb #a5807a9e
 @patch
 def plot(self: Scoreboard):
     "Rating curve, payoff heat map and, if there are records of it, diversity; returns the figure."
     import matplotlib.pyplot as plt
+
     strip = bool(self.diversity)
-    fig = plt.figure(figsize=(9, 3.4 + 2.2*strip), layout="constrained")
+    fig = plt.figure(figsize=(9, 3.4 + 2.2 * strip), layout="constrained")
     top, *bottom = fig.subfigures(2, 1, height_ratios=[3.4, 2.2]) if strip else [fig]
     left, right = top.subplots(1, 2)
-    plot_rating_curve(self.ratings, self.order, left); self.games.plot(ax=right)
-    if strip: plot_strip(self.diversity, ("self-BLEU", "distinct-2"), axes=bottom[0].subplots(2, 1, sharex=True))[-1].set_xticklabels(self.order, fontsize=8)
+    plot_rating_curve(self.ratings, self.order, left)
+    self.games.plot(ax=right)
+    if strip:
+        plot_strip(self.diversity, ("self-BLEU", "distinct-2"), axes=bottom[0].subplots(2, 1, sharex=True))[
+            -1
+        ].set_xticklabels(self.order, fontsize=8)
     return fig

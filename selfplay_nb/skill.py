@@ -25,223 +25,340 @@ from .reward import as_reward, rows_of, score_samples
 # %% ../nbs/28_skill.ipynb #b2b487c9
 SKILLS = "<novice>", "<intermediate>", "<expert>"
 
+
 def _turn(prompt):
     "Where the level stands: the index of the last user message."
     turns = [i for i, m in enumerate(prompt) if m["role"] == "user"]
-    if not turns: raise ValueError(f"no user message in {prompt!r:.80}: expected one, for the level to stand in front of.")
+    if not turns:
+        raise ValueError(
+            f"no user message in {prompt!r:.80}: expected one, for the level to stand in front of."
+        )
     return turns[-1]
 
 # %% ../nbs/28_skill.ipynb #15f22d8d
 def at_level(
-    prompt,     # a string or a list of messages
-    level: str, # a level's token, usually one of `SKILLS`
-):              # the prompt, in the same form
-    "Put `level` in front of a prompt, or of its last user message. Raises `ValueError` if a level is there already."
+    prompt,
+    level: str,  # a string or a list of messages  # a level's token, usually one of `SKILLS`
+):  # the prompt, in the same form
+    """Put `level` in front of a prompt, or of its last user message.
+
+    Raises `ValueError` if a level is there already.
+    """
     text = prompt if isinstance(prompt, str) else prompt[i := _turn(prompt)]["content"]
-    if text.startswith((level, *SKILLS)): raise ValueError(f"{text!r:.60} has a level already; take it away with without_level.")
-    return level + text if isinstance(prompt, str) else [*prompt[:i], prompt[i] | {"content": level + text}, *prompt[i+1:]]
+    if text.startswith((level, *SKILLS)):
+        raise ValueError(f"{text!r:.60} has a level already; take it away with without_level.")
+    return (
+        level + text
+        if isinstance(prompt, str)
+        else [*prompt[:i], prompt[i] | {"content": level + text}, *prompt[i + 1 :]]
+    )
 
 # %% ../nbs/28_skill.ipynb #ce5ff45e
 def without_level(
-    prompt,          # a string or a list of messages
-    levels=SKILLS,   # the tokens
-):                   # the prompt as it was before `at_level`
+    prompt,
+    levels=SKILLS,  # a string or a list of messages  # the tokens
+):  # the prompt as it was before `at_level`
     "Take a level away, if there is one."
     text = prompt if isinstance(prompt, str) else prompt[i := _turn(prompt)]["content"]
     for level in levels:
-        if text.startswith(level): text = text[len(level):]; break
-    return text if isinstance(prompt, str) else [*prompt[:i], prompt[i] | {"content": text}, *prompt[i+1:]]
+        if text.startswith(level):
+            text = text[len(level) :]
+            break
+    return text if isinstance(prompt, str) else [*prompt[:i], prompt[i] | {"content": text}, *prompt[i + 1 :]]
 
 # %% ../nbs/28_skill.ipynb #3f260bdf
 class AtLevel:
     "A player that is asked at a level."
-    def __init__(self,
-        policy,     # anything with `generate`
-        level: str, # put in front of each prompt
-    ):
-        self.policy, self.level, self.name = policy, level, f"{getattr(policy, 'name', type(policy).__name__)} {level}"
+
+    def __init__(self, policy, level: str):  # anything with `generate`  # put in front of each prompt
+        self.policy = policy
+        self.level = level
+        self.name = f"{getattr(policy, 'name', type(policy).__name__)} {level}"
         self.takes_seeds = getattr(policy, "takes_seeds", False)
-        if hasattr(policy, "sample"): self.sample = lambda prompts, *args, **kwargs: policy.sample(self._levelled(prompts), *args, **kwargs)
+        if hasattr(policy, "sample"):
+            self.sample = lambda prompts, *args, **kwargs: policy.sample(
+                self._levelled(prompts), *args, **kwargs
+            )
 
     def _levelled(self, prompts):
-        prompts, single = as_prompts(prompts); prompts = [at_level(p, self.level) for p in prompts]
+        prompts, single = as_prompts(prompts)
+        prompts = [at_level(p, self.level) for p in prompts]
         return prompts[0] if single else prompts
-    def generate(self, prompts, *args, **kwargs): return self.policy.generate(self._levelled(prompts), *args, **kwargs)
+
+    def generate(self, prompts, *args, **kwargs):
+        return self.policy.generate(self._levelled(prompts), *args, **kwargs)
+
     @printable
-    def __repr__(self): return f"AtLevel({self.policy!r}, {self.level!r})"
+    def __repr__(self):
+        return f"AtLevel({self.policy!r}, {self.level!r})"
 
 # %% ../nbs/28_skill.ipynb #f8bf80fc
-def _known(rewards) -> list: return [r for r in rewards if r is not None and r == r]
+def _known(rewards) -> list:
+    return [r for r in rewards if r is not None and r == r]
 
+# %% ../nbs/28_skill.ipynb #18ab4534
 def by_quantile(
-    rewards: list[float], # of the answers to one prompt
-    n_levels: int = 3,    # equal shares of the ranks
-) -> list[int | None]:    # for each answer its level, 0 the lowest; None for one without a reward, and for all if the rewards are all equal
+    rewards: list[float],  # of the answers to one prompt
+    n_levels: int = 3,  # equal shares of the ranks
+    # the level of each answer, 0 the lowest; None without a reward, and for all if all rewards are equal
+) -> list[int | None]:
     "Level of each answer among the answers to its prompt; ties share their middle rank."
     known = _known(rewards)
-    if len(set(known)) < 2: return [None]*len(rewards)
+    if len(set(known)) < 2:
+        return [None] * len(rewards)
+
     def level(r):
-        rank = sum(q < r for q in known) + sum(q == r for q in known)/2
-        return int(n_levels*rank/len(known))
+        rank = sum(q < r for q in known) + sum(q == r for q in known) / 2
+        return int(n_levels * rank / len(known))
+
     return [level(r) if _known([r]) else None for r in rewards]
 
 # %% ../nbs/28_skill.ipynb #b2c297ee
 def by_grade(
-    cuts, # rising; a reward below the first is level 0, from the last on the highest level
-):        # a function of the rewards of one prompt, as `by_quantile`
+    cuts,  # rising; a reward below the first is level 0, from the last on the highest level
+):  # a function of the rewards of one prompt, as `by_quantile`
     "Levels by fixed boundaries of the reward."
-    if list(cuts) != sorted(set(cuts)) or not len(cuts): raise ValueError(f"cuts are {cuts!r}: expected rising numbers.")
+    if list(cuts) != sorted(set(cuts)) or not len(cuts):
+        raise ValueError(f"cuts are {cuts!r}: expected rising numbers.")
     return lambda rewards: [bisect_right(cuts, r) if _known([r]) else None for r in rewards]
 
 # %% ../nbs/28_skill.ipynb #b8b877da
 def by_rating(
-    ratings: dict[str, float], # player to rating
-    n_levels: int = 3,
-) -> dict[str, int]:           # player to level, 0 the lowest
-    "Levels of players by their rank among all; equal ratings share their level. Raises `ValueError` for fewer players than levels."
-    if len(ratings) < n_levels: raise ValueError(f"{len(ratings)} players for {n_levels} levels: expected at least as many.")
+    ratings: dict[str, float],
+    n_levels: int = 3,  # player to rating
+) -> dict[str, int]:  # player to level, 0 the lowest
+    """Levels of players by their rank among all; equal ratings share their level.
+
+    Raises `ValueError` for fewer players than levels.
+    """
+    if len(ratings) < n_levels:
+        raise ValueError(f"{len(ratings)} players for {n_levels} levels: expected at least as many.")
     levels = by_quantile(list(ratings.values()), n_levels)
     return {p: 0 if l is None else l for p, l in zip(ratings, levels)}
 
 # %% ../nbs/28_skill.ipynb #c5fd0123
 class SkillRows(list):
-    "Rows `{\"prompt\", \"completion\", \"level\", ...}` for `update.sft`, with the number of what was left out."
-    def __init__(self, rows, dropped=()): super().__init__(rows); self.dropped = Counter(dropped)
+    """Rows `{"prompt", "completion", "level", ...}` for `update.sft`, and the number of what was left out."""
+
+    def __init__(self, rows, dropped=()):
+        super().__init__(rows)
+        self.dropped = Counter(dropped)
+
     @printable
     def __repr__(self):
-        counts = sorted(Counter(r["level"] for r in self).items(), key=lambda ln: SKILLS.index(ln[0]) if ln[0] in SKILLS else -1)
-        return (f"{len(self)} rows: {', '.join(f'{n} {l}' for l, n in counts)}"
-                f"\nleft out: {', '.join(f'{n} {why}' for why, n in self.dropped.items()) or 'none'}")
+        counts = sorted(
+            Counter(r["level"] for r in self).items(),
+            key=lambda ln: SKILLS.index(ln[0]) if ln[0] in SKILLS else -1,
+        )
+        return (
+            f"{len(self)} rows: {', '.join(f'{n} {l}' for l, n in counts)}"
+            f"\nleft out: {', '.join(f'{n} {why}' for why, n in self.dropped.items()) or 'none'}"
+        )
 
 # %% ../nbs/28_skill.ipynb #3773d3bf
 def skill_rows(
-    prompts: list,         # n prompts, without a level
-    answers: list,         # for each prompt its answers: texts, or records with `text` and `truncated`
-    labels: list,          # for each prompt the level of each answer: an index into `levels`, or None
-    levels=SKILLS,         # the tokens, lowest first
-    per_level: int | None = None, # rows a level at most
-    seed: int = 0,         # of the choice
-    unjudged: int = 0,     # further answers that had no reward: they are counted
-    **about,               # written to each row, such as `round`
-) -> SkillRows:            # equally many of each level, shuffled
+    prompts: list,  # n prompts, without a level
+    answers: list,  # for each prompt its answers: texts, or records with `text` and `truncated`
+    labels: list,  # for each prompt the level of each answer: an index into `levels`, or None
+    levels=SKILLS,  # the tokens, lowest first
+    per_level: int | None = None,  # rows a level at most
+    seed: int = 0,  # of the choice
+    unjudged: int = 0,  # further answers that had no reward: they are counted
+    **about,  # written to each row, such as `round`
+) -> SkillRows:  # equally many of each level, shuffled
     "Make balanced rows. Raises `ValueError` if a level has none, or the shapes differ."
     shapes = [[len(r) for r in x] for x in (answers, labels)]
     if shapes[0] != shapes[1] or len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} lists of answers, {len(labels)} of labels: "
-                         "expected one for each prompt, a label for each answer.")
-    found, dropped, rng = {l: {} for l in levels}, Counter({"unjudged": unjudged} if unjudged else {}), random.Random(seed)
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(answers)} lists of answers, {len(labels)} of labels: "
+            "expected one for each prompt, a label for each answer."
+        )
+    found = {l: {} for l in levels}
+    dropped = Counter({"unjudged": unjudged} if unjudged else {})
+    rng = random.Random(seed)
     for i, (p, said, its) in enumerate(zip(prompts, answers, labels)):
         for a, l in zip(said, its):
             text = a if isinstance(a, str) else text_of(a.text)
-            fault = "of no level" if l is None else "truncated" if getattr(a, "truncated", False) else "empty" if not text.strip() else None
-            if not fault and (i, text) in found[levels[l]]: fault = "twice"
-            if fault: dropped[fault] += 1; continue
-            found[levels[l]][i, text] = {"prompt": at_level(p, levels[l]), "completion": text, "level": levels[l], "source": "skill"} | about
+            fault = (
+                "of no level"
+                if l is None
+                else "truncated"
+                if getattr(a, "truncated", False)
+                else "empty"
+                if not text.strip()
+                else None
+            )
+            if not fault and (i, text) in found[levels[l]]:
+                fault = "twice"
+            if fault:
+                dropped[fault] += 1
+                continue
+            found[levels[l]][i, text] = {
+                "prompt": at_level(p, levels[l]),
+                "completion": text,
+                "level": levels[l],
+                "source": "skill",
+            } | about
     n = min([len(rows) for rows in found.values()] + [per_level or math.inf])
     if not n:
-        raise ValueError(f"a level has no answers: {({l: len(r) for l, r in found.items()})}; left out {dict(dropped)}. Sample more, or set other boundaries.")
+        raise ValueError(
+            f"a level has no answers: { ({l: len(r) for l, r in found.items()}) }; left out {dict(dropped)}."
+            " Sample more, or set other boundaries."
+        )
     dropped["to balance"] += sum(len(r) - n for r in found.values())
-    out = [r for rows in found.values() for r in rng.sample(list(rows.values()), n)]; rng.shuffle(out)
+    out = [r for rows in found.values() for r in rng.sample(list(rows.values()), n)]
+    rng.shuffle(out)
     return SkillRows(out, +dropped)
 
 # %% ../nbs/28_skill.ipynb #fbd7657a
 class SkillConditioning:
-    "Makes training rows for levels from a policy's own answers, as Quark does with reward tokens (Lu et al., 2022, arXiv 2205.13636)."
-    def __init__(self,
-        policy,               # anything with `generate`; after a first training also `AtLevel(policy, "<expert>")`
-        reward_fn,            # a reward in TRL's convention, or `(prompt, response) -> float`
-        label=by_quantile,    # known rewards of one prompt -> levels
-        levels=SKILLS,        # the tokens, lowest first
-        n_samples: int = 8,   # answers a prompt
-        **sampling,           # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
+    """Makes training rows for levels from a policy's own answers, as Quark does with reward tokens (Lu et
+    al., 2022, arXiv 2205.13636).
+    """
+
+    def __init__(
+        self,
+        # anything with `generate`; after a first training also `AtLevel(policy, "<expert>")`
+        policy,
+        reward_fn,  # a reward in TRL's convention, or `(prompt, response) -> float`
+        label=by_quantile,  # known rewards of one prompt -> levels
+        levels=SKILLS,  # the tokens, lowest first
+        n_samples: int = 8,  # answers a prompt
+        **sampling,  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
         whole("n_samples", n_samples)
-        if len(set(levels)) != len(levels) or len(levels) < 2: raise ValueError(f"levels are {levels!r}: expected at least two different tokens.")
-        self.policy, self.reward_fn, self.label, self.levels = policy, as_reward(reward_fn), label, tuple(levels)
+        if len(set(levels)) != len(levels) or len(levels) < 2:
+            raise ValueError(f"levels are {levels!r}: expected at least two different tokens.")
+        self.policy = policy
+        self.reward_fn = as_reward(reward_fn)
+        self.label = label
+        self.levels = tuple(levels)
         self.n_samples, self.sampling = n_samples, sampling
 
 # %% ../nbs/28_skill.ipynb #5513429a
 @patch
-def collect(self: SkillConditioning,
-    prompts: list,       # n prompts without a level, or rows: dicts with `prompt` and the reward's columns
-    seed: int = 0,       # of the answers and of the choice
-    per_level: int | None = None, # rows a level at most
-    round: int = 0,      # written to the rows
-    progress=None,       # called as `progress(finished answers, new tokens)`
-    **columns,           # lists of n values for the reward, such as `answer`
+def collect(
+    self: SkillConditioning,
+    prompts: list,  # n prompts without a level, or rows: dicts with `prompt` and the reward's columns
+    seed: int = 0,  # of the answers and of the choice
+    per_level: int | None = None,  # rows a level at most
+    round: int = 0,  # written to the rows
+    progress=None,  # called as `progress(finished answers, new tokens)`
+    **columns,  # lists of n values for the reward, such as `answer`
 ) -> SkillRows:
-    "Sample, score, label; raises as `skill_rows` and `rewards_of` do. Answers that the reward abstains from are left out, and counted as unjudged."
+    """Sample, score, label; raises as `skill_rows` and `rewards_of` do.
+
+    Answers that the reward abstains from are left out, and counted as unjudged.
+    """
     prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
-    answers, _, _ = answers_of(self.policy, prompts, self.n_samples, seed=seed, progress=progress, **self.sampling)
+    answers, _, _ = answers_of(
+        self.policy, prompts, self.n_samples, seed=seed, progress=progress, **self.sampling
+    )
     rewards = score_samples(self.reward_fn, prompts, answers, **columns)
     judged = [[(x, r) for x, r in zip(row, rs) if _known([r])] for row, rs in zip(answers, rewards)]
     unjudged = sum(len(row) for row in answers) - sum(len(row) for row in judged)
-    said, labels = [[x for x, _ in row] for row in judged], [self.label([r for _, r in row]) if row else [] for row in judged]
+    said = [[x for x, _ in row] for row in judged]
+    labels = [self.label([r for _, r in row]) if row else [] for row in judged]
     return skill_rows(prompts, said, labels, self.levels, per_level, seed, unjudged, round=round)
 
 # %% ../nbs/28_skill.ipynb #57f61fbf
 def shuffled(
-    rows: list[dict], # of `skill_rows`
-    seed: int = 0,
-) -> SkillRows:       # the same answers and as many of each level, but not together
+    rows: list[dict],
+    seed: int = 0,  # of `skill_rows`
+) -> SkillRows:  # the same answers and as many of each level, but not together
     "Rows whose levels were dealt out anew, evenly among the rows of each level: a control."
-    known, rng, new = tuple(dict.fromkeys(r["level"] for r in rows)), random.Random(seed), {}
+    known = tuple(dict.fromkeys(r["level"] for r in rows))
+    rng = random.Random(seed)
+    new = {}
     for level in known:
-        mine = [i for i, r in enumerate(rows) if r["level"] == level]; rng.shuffle(mine)
-        for i in mine: new[i] = known[len(new) % len(known)]
-    return SkillRows([r | {"prompt": at_level(without_level(r["prompt"], known), new[i]), "level": new[i]} for i, r in enumerate(rows)])
+        mine = [i for i, r in enumerate(rows) if r["level"] == level]
+        rng.shuffle(mine)
+        for i in mine:
+            new[i] = known[len(new) % len(known)]
+    return SkillRows(
+        [
+            r | {"prompt": at_level(without_level(r["prompt"], known), new[i]), "level": new[i]}
+            for i, r in enumerate(rows)
+        ]
+    )
 
 # %% ../nbs/28_skill.ipynb #9fafd44d
 @dataclass(frozen=True)
 class Trend:
     "Does a score rise with the level?"
-    rise: float # score at the last level minus the first, on the line fitted to each prompt; mean over prompts
+
+    # score at the last level minus the first, on the line fitted to each prompt; mean over prompts
+    rise: float
     low: float  # 95 % interval of the rise
     high: float
-    p: float    # of so large a rise by chance, if levels mean nothing (one-sided)
-    p_down: float # of so small a one
-    n: int      # prompts
+    p: float  # of so large a rise by chance, if levels mean nothing (one-sided)
+    p_down: float  # of so small a one
+    n: int  # prompts
 
     @printable
-    def __repr__(self): return f"rise {self.rise:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n={self.n}), p {'< 0.0001' if self.p < 1e-4 else f'= {self.p:.4f}'}"
+    def __repr__(self):
+        return (
+            f"rise {self.rise:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n={self.n}), p"
+            f" {'< 0.0001' if self.p < 1e-4 else f'= {self.p:.4f}'}"
+        )
 
 # %% ../nbs/28_skill.ipynb #e2c13bbd
-def trend(
-    scores, # (n, k): a row a prompt, a column a level, lowest first; in [0, 1]
-) -> Trend:
-    """Test for rising scores within prompts: Mantel's (1963) trend test with prompts as strata, exact variance, normal with continuity correction.
+def trend(scores) -> Trend:  # (n, k): a row a prompt, a column a level, lowest first; in [0, 1]
+    """Test for rising scores within prompts: Mantel's (1963) trend test with prompts as strata, exact
+    variance, normal with continuity correction.
 
-    The interval is over prompts, with half an observation of each extreme and one of no change added, which for two levels and right or
-    wrong is Agresti and Min's (2005, doi:10.1002/sim.1781). Raises `ValueError` for a wrong shape or scores outside [0, 1]."""
+    The interval is over prompts, with half an observation of each extreme and one of no change added,
+    which for two levels and right or wrong is Agresti and Min's (2005, doi:10.1002/sim.1781). Raises
+    `ValueError` for a wrong shape or scores outside [0, 1].
+    """
     x = np.asarray(scores, float)
     if x.ndim != 2 or x.shape[1] < 2 or not len(x) or not ((x >= 0) & (x <= 1)).all():
-        raise ValueError(f"scores of shape {x.shape}: expected (prompts, at least two levels), all in [0, 1].")
-    n, k = x.shape; c = np.arange(k) - (k-1)/2; c *= (k-1)/(c @ c)
-    d, var = x @ c, c @ c*x.var(1, ddof=1).sum()                      # rises, and the variance of their sum over all orders
-    gaps = np.diff(np.sort(x, 1), axis=1); gaps = gaps[gaps > 1e-9]
-    step = (c[1] - c[0])*gaps.min() if len(gaps) else 0               # the sum moves in steps of this size
-    tail = lambda total: 1 - NormalDist().cdf((total - step/2)/math.sqrt(var)) if var > 1e-12 else 1.
-    value, weight = np.r_[d, -c[c > 0].sum(), 0, c[c > 0].sum()], np.r_[np.ones(n), .5, 1, .5]
-    mean = value @ weight/weight.sum(); half = 1.96*math.sqrt((value - mean)**2 @ weight)/weight.sum()
-    return Trend(float(d.mean()), float(mean - half), float(mean + half), float(tail(d.sum())), float(tail(-d.sum())), n)
+        raise ValueError(
+            f"scores of shape {x.shape}: expected (prompts, at least two levels), all in [0, 1]."
+        )
+    n, k = x.shape
+    c = np.arange(k) - (k - 1) / 2
+    c *= (k - 1) / (c @ c)
+    # rises, and the variance of their sum over all orders
+    d, var = x @ c, c @ c * x.var(1, ddof=1).sum()
+    gaps = np.diff(np.sort(x, 1), axis=1)
+    gaps = gaps[gaps > 1e-9]
+    step = (c[1] - c[0]) * gaps.min() if len(gaps) else 0  # the sum moves in steps of this size
+    tail = lambda total: 1 - NormalDist().cdf((total - step / 2) / math.sqrt(var)) if var > 1e-12 else 1.0
+    value = np.r_[d, -c[c > 0].sum(), 0, c[c > 0].sum()]
+    weight = np.r_[np.ones(n), 0.5, 1, 0.5]
+    mean = value @ weight / weight.sum()
+    half = 1.96 * math.sqrt((value - mean) ** 2 @ weight) / weight.sum()
+    return Trend(
+        float(d.mean()),
+        float(mean - half),
+        float(mean + half),
+        float(tail(d.sum())),
+        float(tail(-d.sum())),
+        n,
+    )
 
 # %% ../nbs/28_skill.ipynb #cd45bca6
 @dataclass
 class SkillCheck:
     "What a policy does at each level on the same held-out prompts."
+
     levels: tuple[str, ...]
     prompts: list
-    scores: list   # for each prompt and level the scores of its answers, in [0, 1]; NaN where the verifier abstained
+    # for each prompt and level the scores of its answers, in [0, 1]; NaN where the verifier abstained
+    scores: list
     answers: list  # likewise the texts
 
     @property
-    def unjudged(self) -> int: return sum(len(s) - len(_known(s)) for row in self.scores for s in row)
+    def unjudged(self) -> int:
+        return sum(len(s) - len(_known(s)) for row in self.scores for s in row)
 
 # %% ../nbs/28_skill.ipynb #069330a5
 @patch(as_prop=True)
 def rates(self: SkillCheck) -> dict[str, Rate]:
     "For each level the mean score, with an interval over prompts."
     return {l: win_rate([_known(row[i]) for row in self.scores]) for i, l in enumerate(self.levels)}
+
 
 @patch(as_prop=True)
 def table(self: SkillCheck) -> np.ndarray:
@@ -251,53 +368,77 @@ def table(self: SkillCheck) -> np.ndarray:
 
 # %% ../nbs/28_skill.ipynb #ef5d185d
 @patch(as_prop=True)
-def trend(self: SkillCheck) -> Trend: return trend(self.table)
+def trend(self: SkillCheck) -> Trend:
+    return trend(self.table)
+
 
 @patch(as_prop=True)
 def steps(self: SkillCheck) -> list[Trend]:
     "From each level to the next."
-    return [trend(self.table[:, i:i+2]) for i in range(len(self.levels) - 1)]
+    return [trend(self.table[:, i : i + 2]) for i in range(len(self.levels) - 1)]
 
 # %% ../nbs/28_skill.ipynb #91ba4bdd
 @patch(as_prop=True)
 def verdict(self: SkillCheck) -> str:
-    "ordered: each step rises; trend: all together do; uneven: they do, but a step falls; reversed: they fall; no trend. Each at 5 %."
+    """ordered: each step rises; trend: all together do; uneven: they do, but a step falls; reversed: they
+    fall; no trend. Each at 5 %.
+    """
     t, steps = self.trend, self.steps
-    if t.p >= .05: return "reversed" if t.p_down < .05 else "no trend"
-    return "ordered" if all(s.p < .05 for s in steps) else "uneven" if any(s.p_down < .05 for s in steps) else "trend"
+    if t.p >= 0.05:
+        return "reversed" if t.p_down < 0.05 else "no trend"
+    return (
+        "ordered"
+        if all(s.p < 0.05 for s in steps)
+        else "uneven"
+        if any(s.p_down < 0.05 for s in steps)
+        else "trend"
+    )
 
 # %% ../nbs/28_skill.ipynb #38994655
 @patch
 def _cells(self: SkillCheck):
     steps = [f"{a} to {b}" for a, b in zip(self.levels, self.levels[1:])]
     left_out = [("left out", f"{self.unjudged} answers without a score")] if self.unjudged else []
-    rates, tests = [(l, str(r)) for l, r in self.rates.items()], zip(steps, map(str, self.steps))
+    rates = [(l, str(r)) for l, r in self.rates.items()]
+    tests = zip(steps, map(str, self.steps))
     return [*rates, *tests, ("all levels", str(self.trend)), ("verdict", self.verdict), *left_out]
+
 
 @patch
 @printable
-def __repr__(self: SkillCheck): return "\n".join(f"{a:30} {b}" for a, b in self._cells())
+def __repr__(self: SkillCheck):
+    return "\n".join(f"{a:30} {b}" for a, b in self._cells())
 
+# %% ../nbs/28_skill.ipynb #8e195353
 @patch
 def _repr_html_(self: SkillCheck):
-    return "<table>" + "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in self._cells()) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in self._cells())
+        + "</table>"
+    )
 
 # %% ../nbs/28_skill.ipynb #21ca47e8
 def check_levels(
-    policy,               # anything with `generate`
-    problems: list[dict], # held-out, with `prompt` and the verifier's columns
-    verifier,             # a reward in [0, 1], or `(prompt, response) -> float`
-    levels=SKILLS,        # lowest first
-    n_samples: int = 1,   # answers a prompt and level
-    seed: int = 0,        # of the answers
-    progress=None,        # called as `progress(finished answers, new tokens)`
-    **sampling,           # handed to `generate`: `temperature=0` for greedy answers
+    policy,  # anything with `generate`
+    problems: list[dict],  # held-out, with `prompt` and the verifier's columns
+    verifier,  # a reward in [0, 1], or `(prompt, response) -> float`
+    levels=SKILLS,  # lowest first
+    n_samples: int = 1,  # answers a prompt and level
+    seed: int = 0,  # of the answers
+    progress=None,  # called as `progress(finished answers, new tokens)`
+    **sampling,  # handed to `generate`: `temperature=0` for greedy answers
 ) -> SkillCheck:
-    "Ask for each level on the same problems. Raises `ValueError` for no problems, or a verifier that leaves [0, 1]."
+    """Ask for each level on the same problems.
+
+    Raises `ValueError` for no problems, or a verifier that leaves [0, 1].
+    """
     prompts, columns = rows_of(problems, {}, seed=seed)
     verifier, scores, texts = as_reward(verifier), [], []
     for level in levels:
-        answers, _, _ = answers_of(AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling)
+        answers, _, _ = answers_of(
+            AtLevel(policy, level), prompts, n_samples, seed=seed, progress=progress, **sampling
+        )
         scores.append(score_samples(verifier, prompts, answers, **columns))
         texts.append([[text_of(a.text) for a in row] for row in answers])
         if not all(0 <= s <= 1 for row in scores[-1] for s in _known(row)):
@@ -307,81 +448,136 @@ def check_levels(
 # %% ../nbs/28_skill.ipynb #61116914
 class Guided:
     "A `Policy` whose next-token logits are taken from two levels: low + scale*(high - low)."
-    takes_seeds = True # one for each prompt, if `seed` is a list
-    def __init__(self,
-        policy,                # a `Policy`
+
+    takes_seeds = True  # one for each prompt, if `seed` is a list
+
+    def __init__(
+        self,
+        policy,  # a `Policy`
         low: str = SKILLS[0],
         high: str = SKILLS[-1],
-        scale: float = 2.,     # 0: the low level, 1: the high one, above: beyond it
+        scale: float = 2.0,  # 0: the low level, 1: the high one, above: beyond it
     ):
-        if not hasattr(policy, "base"): raise ValueError(f"{type(policy).__name__} has no logits to guide: expected a Policy.")
-        if not math.isfinite(scale): raise ValueError(f"scale is {scale!r}: expected a finite number.")
-        self.policy, self.low, self.high, self.scale, self.name = policy, low, high, scale, f"{policy.name} {low}{high}×{scale:g}"
+        if not hasattr(policy, "base"):
+            raise ValueError(f"{type(policy).__name__} has no logits to guide: expected a Policy.")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale is {scale!r}: expected a finite number.")
+        self.policy = policy
+        self.low = low
+        self.high = high
+        self.scale = scale
+        self.name = f"{policy.name} {low}{high}×{scale:g}"
 
 # %% ../nbs/28_skill.ipynb #2828eb26
 @patch
 def _decode(self: Guided, model, prompts, uniforms, temperature, top_p, tick):
-    "Token ids and log-probabilities of an answer to each of `prompts`, pairs of token lists: at the high level and at the low one."
+    """Token ids and log-probabilities of an answer to each of `prompts`, pairs of token lists: at the high
+    level and at the low one.
+    """
     import torch
     from selfplay_nb.policy import _choose, _positions, _read, _with
-    base, distinct = self.policy.base, {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-    logits, cache, mask = _read(model, [list(p[side]) for side in (0, 1) for p in distinct], base.tokenizer.pad_token_id)
-    keep = torch.tensor([side*len(distinct) + distinct[p] for side in (0, 1) for p in prompts], device=model.device)
-    logits, mask = logits[keep], mask[keep]; cache.batch_select_indices(keep)
+
+    base = self.policy.base
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    logits, cache, mask = _read(
+        model, [list(p[side]) for side in (0, 1) for p in distinct], base.tokenizer.pad_token_id
+    )
+    keep = torch.tensor(
+        [side * len(distinct) + distinct[p] for side in (0, 1) for p in prompts], device=model.device
+    )
+    logits, mask = logits[keep], mask[keep]
+    cache.batch_select_indices(keep)
     u, stops = (torch.as_tensor(x, device=model.device) for x in (uniforms, sorted(base.eos_ids)))
-    alive, tokens, logprobs = torch.arange(len(prompts), device=model.device), [[] for _ in prompts], [[] for _ in prompts]
+    alive = torch.arange(len(prompts), device=model.device)
+    tokens = [[] for _ in prompts]
+    logprobs = [[] for _ in prompts]
     for step in range(u.shape[1]):
         h, l = logits.float().log_softmax(-1).chunk(2)
-        token, lp = _choose(l + self.scale*(h - l), u[alive, step].float(), temperature, top_p)
-        for i, t, p in zip(alive.tolist(), token.tolist(), lp.tolist()): tokens[i].append(t); logprobs[i].append(p)
+        token, lp = _choose(l + self.scale * (h - l), u[alive, step].float(), temperature, top_p)
+        for i, t, p in zip(alive.tolist(), token.tolist(), lp.tolist()):
+            tokens[i].append(t)
+            logprobs[i].append(p)
         going = (~torch.isin(token, stops)).nonzero()[:, 0]
         tick(len(token) - len(going), len(token))
-        if not len(going) or step == u.shape[1] - 1: tick(len(going), 0); break
+        if not len(going) or step == u.shape[1] - 1:
+            tick(len(going), 0)
+            break
         both = torch.cat([going, going + len(token)])
-        if len(going) < len(token): cache.batch_select_indices(both); mask = mask[both]
+        if len(going) < len(token):
+            cache.batch_select_indices(both)
+            mask = mask[both]
         alive, token = alive[going], token[going].repeat(2)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=_positions(mask)[:, -1:],
-                       **_with(model, cache)).logits[:, -1]
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, -1:],
+            **_with(model, cache),
+        ).logits[:, -1]
     return tokens, logprobs
 
 # %% ../nbs/28_skill.ipynb #07409dd4
 @patch
-def sample(self: Guided,
-    prompts,                  # a string, a conversation, or a list of either; without a level
-    n_samples: int = 1,       # answers for each prompt
-    max_new_tokens: int = 64, # an answer is cut off here
-    temperature: float = 1.0, # 0 is greedy
-    top_p: float = 1.0,       # nucleus sampling
-    seed: int | list[int] = 0, # of the random streams; a list has one for each prompt
-    progress=None,            # called as `progress(finished answers, new tokens)`
+def sample(
+    self: Guided,
+    prompts,  # a string, a conversation, or a list of either; without a level
+    n_samples: int = 1,  # answers for each prompt
+    max_new_tokens: int = 64,  # an answer is cut off here
+    temperature: float = 1.0,  # 0 is greedy
+    top_p: float = 1.0,  # nucleus sampling
+    seed: int | list[int] = 0,  # of the random streams; a list has one for each prompt
+    progress=None,  # called as `progress(finished answers, new tokens)`
 ):
-    "Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution. With scale 1, to rounding, those of the high level."
+    """Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution.
+
+    With scale 1, to rounding, those of the high level.
+    """
     import time
     from selfplay_nb.policy import Samples, _batches, _check_sampling, _uniforms
+
     _check_sampling(n_samples, max_new_tokens, temperature, top_p)
-    prompts, _ = as_prompts(prompts); base, start, seen = self.policy.base, time.perf_counter(), Counter()
-    high, low = (base._encode_all([at_level(p, l) for p in prompts], max_new_tokens) for l in (self.high, self.low))
-    results, streams, seeds = [[None]*n_samples for _ in prompts], [], seed if isinstance(seed, list) else [seed]*len(prompts)
-    if len(seeds) != len(prompts): raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one for each.")
+    prompts, _ = as_prompts(prompts)
+    base, start, seen = self.policy.base, time.perf_counter(), Counter()
+    high, low = (
+        base._encode_all([at_level(p, l) for p in prompts], max_new_tokens) for l in (self.high, self.low)
+    )
+    results = [[None] * n_samples for _ in prompts]
+    streams = []
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one for each.")
     for s, ids in zip(seeds, high):
         streams.append(seen[s, tuple(ids)])
         seen[s, tuple(ids)] += n_samples
     with base.running(self.policy.name) as model:
-        for rows in _batches([len(h) + len(l) for h, l in zip(high, low)], n_samples, 2*max_new_tokens, base.max_batch_tokens):
+        for rows in _batches(
+            [len(h) + len(l) for h, l in zip(high, low)], n_samples, 2 * max_new_tokens, base.max_batch_tokens
+        ):
             u = np.stack([_uniforms(seeds[i], high[i], streams[i] + k, max_new_tokens) for i, k in rows])
-            out = self._decode(model, [(tuple(high[i]), tuple(low[i])) for i, _ in rows], u, temperature, top_p, progress or (lambda *a: None))
-            for (i, k), ids, lps in zip(rows, *out): results[i][k] = base._sample(ids, lps)
+            out = self._decode(
+                model,
+                [(tuple(high[i]), tuple(low[i])) for i, _ in rows],
+                u,
+                temperature,
+                top_p,
+                progress or (lambda *a: None),
+            )
+            for (i, k), ids, lps in zip(rows, *out):
+                results[i][k] = base._sample(ids, lps)
     return Samples(results, time.perf_counter() - start, seed)
 
 # %% ../nbs/28_skill.ipynb #c1152b53
 @patch
 def generate(self: Guided, prompts, n_samples: int = 1, **sampling):
     "Answer `prompts` with text, in their shape; see `sample`."
-    single, rows = as_prompts(prompts)[1], self.sample(prompts, n_samples, **sampling).texts
-    if n_samples == 1: rows = [row[0] for row in rows]
+    single = as_prompts(prompts)[1]
+    rows = self.sample(prompts, n_samples, **sampling).texts
+    if n_samples == 1:
+        rows = [row[0] for row in rows]
     return rows[0] if single else rows
+
 
 @patch
 @printable
-def __repr__(self: Guided): return f"Guided({self.policy!r}, {self.low} + {self.scale:g}·({self.high} - {self.low}))"
+def __repr__(self: Guided):
+    return f"Guided({self.policy!r}, {self.low} + {self.scale:g}·({self.high} - {self.low}))"

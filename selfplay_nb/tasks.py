@@ -19,46 +19,67 @@ from .judge import as_judge
 from .pairs import load_rows, question_key, same_questions
 from .players import name_of, places
 from selfplay_nb.reward import (
-    WeightedReward, as_reward, check_columns, exact_number, finished, is_judge, near_number, rewards_of, rows_of,
+    WeightedReward,
+    as_reward,
+    check_columns,
+    exact_number,
+    finished,
+    is_judge,
+    near_number,
+    rewards_of,
+    rows_of,
 )
 
 # %% ../nbs/10_tasks.ipynb #2bee04ee
 def held_out(
-    key: str,             # a canonical text of the problem
-    share: float = 0.2,   # of all problems that are held out
+    key: str,
+    share: float = 0.2,  # a canonical text of the problem  # of all problems that are held out
 ) -> bool:
     "Whether the problem belongs to the held-out split; the same answer everywhere and always."
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4]) < share * 2**32
 
 # %% ../nbs/10_tasks.ipynb #6a56fa1e
-LEVELS = { # level: (operation, range of the first number, range of the second)
+LEVELS = {  # level: (operation, range of the first number, range of the second)
     1: ("+", (0, 9), (0, 9)),
     2: ("+", (10, 99), (10, 99)),
     3: ("-", (10, 99), (10, 99)),
     4: ("+", (100, 999), (100, 999)),
     5: ("*", (10, 99), (2, 9)),
 }
-SHOTS = {"+": ((3, 4), (20, 15)), "-": ((9, 4), (50, 20)), "*": ((3, 4), (20, 3))} # solved examples, by operation
+# solved examples, by operation
+SHOTS = {"+": ((3, 4), (20, 15)), "-": ((9, 4), (50, 20)), "*": ((3, 4), (20, 3))}
 
 # %% ../nbs/10_tasks.ipynb #81ed0c83
 @dataclass(frozen=True)
 class ArithmeticTask:
     "Sums, differences and products, by level (see `LEVELS`); level 2 is two-digit addition."
+
     level: int = 2
-    system: str = "You add numbers." # the system message of each prompt
-    shots: int = 2                   # solved examples in front of each problem, at most two
+    system: str = "You add numbers."  # the system message of each prompt
+    shots: int = 2  # solved examples in front of each problem, at most two
 
     def __post_init__(self):
-        if type(self.level) is not int or self.level not in LEVELS: raise ValueError(f"level {self.level!r}: expected one of {sorted(LEVELS)}.")
-        if type(self.shots) is not int or self.shots not in (0, 1, 2): raise ValueError(f"shots is {self.shots!r}: expected 0, 1 or 2.")
-        if not isinstance(self.system, str): raise ValueError(f"system is {self.system!r}: expected a text, the system message of each prompt.")
+        if type(self.level) is not int or self.level not in LEVELS:
+            raise ValueError(f"level {self.level!r}: expected one of {sorted(LEVELS)}.")
+        if type(self.shots) is not int or self.shots not in (0, 1, 2):
+            raise ValueError(f"shots is {self.shots!r}: expected 0, 1 or 2.")
+        if not isinstance(self.system, str):
+            raise ValueError(
+                f"system is {self.system!r}: expected a text, the system message of each prompt."
+            )
 
     @property
-    def name(self) -> str: return f"arithmetic, level {self.level}"
+    def name(self) -> str:
+        return f"arithmetic, level {self.level}"
+
     @property
     def reward(self) -> WeightedReward:
         "What to learn from: it ended, it is near, it is right."
-        return WeightedReward(dict(finished=finished, near=near_number(20), exact=exact_number), dict(finished=.1, near=.3, exact=1.))
+        return WeightedReward(
+            dict(finished=finished, near=near_number(20), exact=exact_number),
+            dict(finished=0.1, near=0.3, exact=1.0),
+        )
+
     @property
     def verifier(self):
         "What to be examined with: right or wrong."
@@ -69,51 +90,78 @@ def _solved(op: str, a: int, b: int) -> tuple[str, str, int]:
     "Canonical text, question and answer."
     return f"{min(a, b)}{op}{max(a, b)}", f"{a} {op} {b} =", {"+": a + b, "-": a - b, "*": a * b}[op]
 
-@patch
-def _shown(self: ArithmeticTask) -> list: return [_solved(LEVELS[self.level][0], *ab) for ab in SHOTS[LEVELS[self.level][0]][:self.shots]]
 
+@patch
+def _shown(self: ArithmeticTask) -> list:
+    return [_solved(LEVELS[self.level][0], *ab) for ab in SHOTS[LEVELS[self.level][0]][: self.shots]]
+
+# %% ../nbs/10_tasks.ipynb #6bccf72c
 @patch
 def _problem(self: ArithmeticTask, rng: random.Random) -> tuple[str, dict]:
     op, a, b = LEVELS[self.level]
     a, b = rng.randint(*a), rng.randint(*b)
-    if op == "-": a, b = max(a, b), min(a, b)
+    if op == "-":
+        a, b = max(a, b), min(a, b)
     key, question, answer = _solved(op, a, b)
-    examples = [m for _, q, x in self._shown() for m in ({"role": "user", "content": q}, {"role": "assistant", "content": str(x)})]
-    return key, {"prompt": [{"role": "system", "content": self.system}, *examples, {"role": "user", "content": question}], "answer": answer}
+    examples = [
+        m
+        for _, q, x in self._shown()
+        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": str(x)})
+    ]
+    return key, {
+        "prompt": [
+            {"role": "system", "content": self.system},
+            *examples,
+            {"role": "user", "content": question},
+        ],
+        "answer": answer,
+    }
 
 # %% ../nbs/10_tasks.ipynb #724b323c
 @patch
-def problems(self: ArithmeticTask,
-    split: str,    # "train" or "held-out"
-    n: int,        # how many, all different
-    seed: int = 0, # which ones
-) -> list[dict]:   # rows with `prompt` (messages) and `answer` (int)
+def problems(
+    self: ArithmeticTask,
+    split: str,  # "train" or "held-out"
+    n: int,  # how many, all different
+    seed: int = 0,  # which ones
+) -> list[dict]:  # rows with `prompt` (messages) and `answer` (int)
     "Draw `n` different problems of a split. Raises `ValueError` if the level does not have so many."
-    if split not in ("train", "held-out"): raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
+    if split not in ("train", "held-out"):
+        raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
     whole("n", n)
-    rng, found, shown = random.Random(f"{self.level} {split} {seed}"), {}, {key for key, _, _ in self._shown()}
-    for _ in range(200*n + 2000):
+    rng = random.Random(f"{self.level} {split} {seed}")
+    found = {}
+    shown = {key for key, _, _ in self._shown()}
+    for _ in range(200 * n + 2000):
         key, problem = self._problem(rng)
-        if key not in shown and held_out(key) == (split == "held-out"): found.setdefault(key, problem)
-        if len(found) == n: return list(found.values())
-    raise ValueError(f"{self.name} has fewer than {n} different {split} problems; found {len(found)}. Ask for fewer, or take another level.")
+        if key not in shown and held_out(key) == (split == "held-out"):
+            found.setdefault(key, problem)
+        if len(found) == n:
+            return list(found.values())
+    raise ValueError(
+        f"{self.name} has fewer than {n} different {split} problems; found {len(found)}. Ask for fewer, or"
+        " take another level."
+    )
 
 # %% ../nbs/10_tasks.ipynb #3c6323cf
 class PromptTask:
     "A list of prompts as a task: split into training and held-out ones, with what answers are scored by."
-    def __init__(self,
-        prompts,            # anything that `pairs.load_rows` reads as prompts
-        reward,             # a reward, or a judge with `compare`: what is learned from
-        verifier=None,      # right or wrong, a reward in TRL's convention; None: there is no such thing
-        held_out=0.2,       # share of the prompts; or the held-out prompts themselves, in the same forms
-        name: str = "prompts", # in reports
+
+    def __init__(
+        self,
+        prompts,  # anything that `pairs.load_rows` reads as prompts
+        reward,  # a reward, or a judge with `compare`: what is learned from
+        verifier=None,  # right or wrong, a reward in TRL's convention; None: there is no such thing
+        held_out=0.2,  # share of the prompts; or the held-out prompts themselves, in the same forms
+        name: str = "prompts",  # in reports
     ):
         "Raises `ValueError` for bad rows, too few of them, and columns that the reward cannot read."
         self.reward = reward if is_judge(reward) else as_reward(reward)
         self.verifier = None if verifier is None else as_reward(verifier)
         self.name = name
         rows = _distinct(load_rows(prompts, "prompts"))
-        if not rows: raise ValueError("there are no prompts: expected a list or file with some.")
+        if not rows:
+            raise ValueError("there are no prompts: expected a list or file with some.")
         if isinstance(held_out, Real):
             train, kept = _split(rows, held_out)
         else:
@@ -127,73 +175,106 @@ class PromptTask:
         sizes = " and ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
         return f"PromptTask({self.name!r}: {sizes} prompts)"
 
+# %% ../nbs/10_tasks.ipynb #148e7903
 def _distinct(rows: list[dict]) -> list[dict]:
     "The first of the rows that ask the same."
     return list({question_key(r): r for r in reversed(rows)}.values())[::-1]
+
 
 def _split(rows: list[dict], share: float) -> tuple[list[dict], list[dict]]:
     "Training and held-out rows; those whose hash is smallest are held out, at least one."
     if not 0 < share < 1:
         raise ValueError(f"held_out is {share!r}: expected a share between 0 and 1, or the held-out prompts.")
-    n = max(1, round(share*len(rows)))
+    n = max(1, round(share * len(rows)))
     kept = set(sorted(map(question_key, rows))[:n])
     return [r for r in rows if question_key(r) not in kept], [r for r in rows if question_key(r) in kept]
 
 # %% ../nbs/10_tasks.ipynb #531ef5f4
 @patch
 def _check(self: PromptTask, n_train: int):
-    "Raise `ValueError` for a split without prompts, unequal columns, or ones that the reward cannot read; say what was left out."
+    """Raise `ValueError` for a split without prompts, unequal columns, or ones that the reward cannot read;
+    say what was left out.
+    """
     train, kept = self.splits["train"], self.splits["held-out"]
     if not (train and kept):
-        raise ValueError(f"{len(train)} training and {len(kept)} held-out prompts: expected at least one of each that ask different things.")
+        raise ValueError(
+            f"{len(train)} training and {len(kept)} held-out prompts: expected at least one of each that ask"
+            " different things."
+        )
     prompts, columns = rows_of([*train, *kept], {})
     for scorer in self.reward, self.verifier:
         if scorer is not None:
             check_columns(scorer, **columns)
             _try(scorer, prompts[:1], {k: v[:1] for k, v in columns.items()})
     if len(train) < n_train:
-        warnings.warn(f"{n_train - len(train)} training prompts were left out: they ask what a held-out one asks.", stacklevel=4)
+        warnings.warn(
+            f"{n_train - len(train)} training prompts were left out: they ask what a held-out one asks.",
+            stacklevel=4,
+        )
 
+# %% ../nbs/10_tasks.ipynb #3c4fde7d
 def _try(scorer, prompt: list, columns: dict):
-    "Score an answer that nobody gave. Raises `ValueError` for what breaks the convention; what else may go wrong with so odd an answer is no matter."
-    try:
-        if is_judge(scorer): scorer.compare(prompt, ["One answer."], ["Another answer, which is longer."], **columns)
-        else: rewards_of(scorer, prompt, ["One answer."], truncated=[False], **columns)
-    except (TypeError, NameError, AttributeError, LookupError) as e:
-        raise ValueError(f"{name_of(scorer)!r} failed on a first trial, with the prompt {prompt[0]!r:.60}, an answer and "
-                         f"the columns {sorted(columns) or 'none'}: {type(e).__name__}: {e}") from e
-    except ArithmeticError: pass
+    """Score an answer that nobody gave.
 
+    Raises `ValueError` for what breaks the convention; what else may go wrong with so odd an answer is no
+    matter.
+    """
+    try:
+        if is_judge(scorer):
+            scorer.compare(prompt, ["One answer."], ["Another answer, which is longer."], **columns)
+        else:
+            rewards_of(scorer, prompt, ["One answer."], truncated=[False], **columns)
+    except (TypeError, NameError, AttributeError, LookupError) as e:
+        raise ValueError(
+            f"{name_of(scorer)!r} failed on a first trial, with the prompt {prompt[0]!r:.60}, an answer and "
+            f"the columns {sorted(columns) or 'none'}: {type(e).__name__}: {e}"
+        ) from e
+    except ArithmeticError:
+        pass
+
+# %% ../nbs/10_tasks.ipynb #02c918bc
 @patch
-def problems(self: PromptTask,
-    split: str,    # "train" or "held-out"
-    n: int,        # how many, at most
-    seed: int = 0, # which ones
-) -> list[dict]:   # rows with `prompt` and the columns
+def problems(
+    self: PromptTask,
+    split: str,  # "train" or "held-out"
+    n: int,  # how many, at most
+    seed: int = 0,  # which ones
+) -> list[dict]:  # rows with `prompt` and the columns
     "Draw different prompts of a split, all that there are if they are fewer than `n`."
-    if split not in self.splits: raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
+    if split not in self.splits:
+        raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
     whole("n", n)
     rows = self.splits[split]
     return random.Random(f"{split} {seed}").sample(rows, min(n, len(rows)))
 
 # %% ../nbs/10_tasks.ipynb #c89f7a9f
 def as_task(
-    prompts,            # a task, or prompts: a list, a `.jsonl` or `.parquet` file, a `datasets.Dataset`, a hub name
-    reward=None,        # `(prompt, answer) -> float`, or in TRL's convention
-    judge=None,         # instead of a reward: `compare(prompts, a, b, **columns)`, or `(prompt, a, b) -> P(a beats b)`
-    verifier=None,      # right or wrong, as a reward: what the policy is examined with
-    held_out=0.2,       # share of the prompts that are never trained on; or those prompts
-    name: str = "prompts", # in reports
-):                      # something with `problems`, `reward` and `verifier`
+    # a task, or prompts: a list, a `.jsonl` or `.parquet` file, a `datasets.Dataset`, a hub name
+    prompts,
+    reward=None,  # `(prompt, answer) -> float`, or in TRL's convention
+    # instead of a reward: `compare(prompts, a, b, **columns)`, or `(prompt, a, b) -> P(a beats b)`
+    judge=None,
+    verifier=None,  # right or wrong, as a reward: what the policy is examined with
+    held_out=0.2,  # share of the prompts that are never trained on; or those prompts
+    name: str = "prompts",  # in reports
+):  # something with `problems`, `reward` and `verifier`
     "A task, whatever it came as. Raises `ValueError` for what is none."
     if hasattr(prompts, "problems"):
         lacks = [a for a in ("reward", "verifier") if not hasattr(prompts, a)]
-        if lacks: raise ValueError(f"the task {name_of(prompts)!r} has no {' and no '.join(lacks)}: a task has problems(split, n, seed), reward and verifier.")
+        if lacks:
+            raise ValueError(
+                f"the task {name_of(prompts)!r} has no {' and no '.join(lacks)}: a task has problems(split,"
+                " n, seed), reward and verifier."
+            )
         return prompts
     if (reward is None) == (judge is None):
-        raise ValueError(f"got {'both' if reward is not None else 'neither'} of reward and judge: expected one of them, to learn from, "
-                         "as in as_task(prompts, reward=...) or as_task(prompts, judge=...).")
+        raise ValueError(
+            f"got {'both' if reward is not None else 'neither'} of reward and judge: expected one of them, to"
+            " learn from, as in as_task(prompts, reward=...) or as_task(prompts, judge=...)."
+        )
     if callable(judge) and not hasattr(judge, "compare") and len(places(judge)) < 3:
-        raise ValueError(f"judge {name_of(judge)!r} takes {len(places(judge))} arguments: expected (prompt, a, b). "
-                         "What scores single answers is a reward: as_task(prompts, reward=...).")
+        raise ValueError(
+            f"judge {name_of(judge)!r} takes {len(places(judge))} arguments: expected (prompt, a, b). "
+            "What scores single answers is a reward: as_task(prompts, reward=...)."
+        )
     return PromptTask(prompts, reward if judge is None else as_judge(judge), verifier, held_out, name)

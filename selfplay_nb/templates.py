@@ -12,72 +12,112 @@ from collections import Counter
 from string import Formatter
 
 # %% ../nbs/07_templates.ipynb #556c7b7a
-SPECIAL = re.compile(r"<(?=\|[^<>|\s]{0,40}\|>|/?s>|/?(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>|｜|</?SYS>>)"
-                     r"|\[(?=/?INST\]|/?SYSTEM_PROMPT\])")
+SPECIAL = re.compile(
+    r"<(?=\|[^<>|\s]{0,40}\|>|/?s>|/?(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>|｜|</?SYS>>)"
+    r"|\[(?=/?INST\]|/?SYSTEM_PROMPT\])"
+)
+
 
 def fence_mark(*texts: str) -> str:
     "A mark of 16 hexadecimal digits that depends on all `texts`."
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
-def escape_special(
-    text: str,     # anything
-    tokens=(),     # the tokenizer's special tokens, as strings
-) -> str:
+# %% ../nbs/07_templates.ipynb #eb282321
+def escape_special(text: str, tokens=()) -> str:  # anything  # the tokenizer's special tokens, as strings
     "Break what a tokenizer would read as a special token, with a space after its first character."
     text = text.encode("utf-8", "replace").decode()  # lone surrogates have no tokens
-    for t in sorted(tokens, key=len, reverse=True): text = text.replace(t, t[0] + " " + t[1:])
+    for t in sorted(tokens, key=len, reverse=True):
+        text = text.replace(t, t[0] + " " + t[1:])
     return SPECIAL.sub(lambda m: m[0] + " ", text)
 
 # %% ../nbs/07_templates.ipynb #82050f01
-def clip(
-    text: str, # anything
-    limit: int, # characters
-) -> str:
+def clip(text: str, limit: int) -> str:  # anything  # characters
     "`text`, or its beginning and end with a note of what was left out."
     cut = len(text) - limit
-    return text if cut <= 0 else f"{text[:limit//2]} [... {cut} characters left out ...] {text[len(text)-limit//2:]}"
+    return (
+        text
+        if cut <= 0
+        else f"{text[: limit // 2]} [... {cut} characters left out ...] {text[len(text) - limit // 2 :]}"
+    )
 
 # %% ../nbs/07_templates.ipynb #4de61191
 def control_tokens(tokenizer) -> tuple[str, ...]:
-    "What a tokenizer reads as a token of its own that is no text: its special tokens, and added ones that look like a turn's; longest first."
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or SPECIAL.match(t.content)]
+    """What a tokenizer reads as a token of its own that is no text: its special tokens, and added ones that
+    look like a turn's; longest first.
+    """
+    added = [
+        t.content for t in tokenizer.added_tokens_decoder.values() if t.special or SPECIAL.match(t.content)
+    ]
     return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda t: (-len(t), t)))
+
 
 def special_tokens(reader) -> tuple[str, ...]:
     "Control tokens of a `Policy`'s tokenizer; none for other players."
     tokenizer = getattr(getattr(reader, "base", None), "tokenizer", None)
     return control_tokens(tokenizer) if tokenizer else ()
 
+# %% ../nbs/07_templates.ipynb #d79ecd05
 def fill(
-    template: str,     # with a field for each of `trusted` and `texts`; `{mark}` stands for the mark itself
-    tokens=(),         # special tokens of the reader's tokenizer
-    max_chars: int | None = None, # of each text; the middle of longer ones is left out
-    trusted: dict | None = None, # what goes in as it is by field, such as a rubric
-    **texts,           # what others wrote, by field
+    template: str,  # with a field for each of `trusted` and `texts`; `{mark}` stands for the mark itself
+    tokens=(),  # special tokens of the reader's tokenizer
+    max_chars: int | None = None,  # of each text; the middle of longer ones is left out
+    trusted: dict | None = None,  # what goes in as it is by field, such as a rubric
+    **texts,  # what others wrote, by field
 ) -> tuple[str, str]:  # the prompt, and the mark of its fences
-    "Put each text between two lines with a mark of their own; nothing in a text can end its fence or begin a turn."
-    texts = {k: escape_special(t if max_chars is None else clip(t, max_chars), tokens) for k, t in texts.items()}
+    """Put each text between two lines with a mark of their own; nothing in a text can end its fence or begin
+    a turn.
+    """
+    texts = {
+        k: escape_special(t if max_chars is None else clip(t, max_chars), tokens) for k, t in texts.items()
+    }
     mark, out, closed = fence_mark(*texts.values()), "", False
     for words, name, *_ in Formatter().parse(template):
-        out += ("\n" if closed and words and words[0] != "\n" else "") + words  # a fence has its lines for itself
+        # a fence has its lines for itself
+        out += ("\n" if closed and words and words[0] != "\n" else "") + words
         closed = name in texts
-        if closed: out += ("\n" if out and out[-1] != "\n" else "") + f"{mark}\n{texts[name]}\n{mark}"
-        elif name: out += mark if name == "mark" else trusted[name]
+        if closed:
+            out += ("\n" if out and out[-1] != "\n" else "") + f"{mark}\n{texts[name]}\n{mark}"
+        elif name:
+            out += mark if name == "mark" else trusted[name]
     return out, mark
 
 # %% ../nbs/07_templates.ipynb #eaaadcd4
 class Template:
-    "An attribute that holds a template with these fields, once each, and takes no other; `{mark}` may be in it. Raises `ValueError`."
-    def __init__(self, *fields): self.fields = fields
-    def __set_name__(self, owner, name): self.name = name
-    def __get__(self, obj, owner=None): return self if obj is None else obj.__dict__[self.name]
+    """An attribute that holds a template with these fields, once each, and takes no other; `{mark}` may be in
+    it. Raises `ValueError`.
+    """
+
+    def __init__(self, *fields):
+        self.fields = fields
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, obj, owner=None):
+        return self if obj is None else obj.__dict__[self.name]
+
     def __set__(self, obj, template):
         fields = ", ".join("{" + f + "}" for f in self.fields)
-        expected = f"{self.name}: expected a text with {fields}, once each, and {{mark}} if you like (other braces are doubled)"
-        try: parsed = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-        except (ValueError, TypeError) as e: raise ValueError(f"{expected}; {e}: {template!r:.80}.") from None
-        found = Counter(name + (f"!{how}" if how else "") + (f":{spec}" if spec else "") for name, spec, how in parsed)
-        faults = {"lacks": [f for f in self.fields if f not in found], "has": sorted(set(found) - {*self.fields, "mark"}),
-                  "repeats": [f for f in self.fields if found[f] > 1]}
-        if any(faults.values()): raise ValueError(f"{expected}; it " + " and ".join(f"{verb} {which}" for verb, which in faults.items() if which) + ".")
+        expected = (
+            f"{self.name}: expected a text with {fields}, once each, and {{mark}} if you like (other braces"
+            " are doubled)"
+        )
+        try:
+            parsed = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{expected}; {e}: {template!r:.80}.") from None
+        found = Counter(
+            name + (f"!{how}" if how else "") + (f":{spec}" if spec else "") for name, spec, how in parsed
+        )
+        faults = {
+            "lacks": [f for f in self.fields if f not in found],
+            "has": sorted(set(found) - {*self.fields, "mark"}),
+            "repeats": [f for f in self.fields if found[f] > 1],
+        }
+        if any(faults.values()):
+            raise ValueError(
+                f"{expected}; it "
+                + " and ".join(f"{verb} {which}" for verb, which in faults.items() if which)
+                + "."
+            )
         obj.__dict__[self.name] = template

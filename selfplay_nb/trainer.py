@@ -23,8 +23,24 @@ from fastcore.basics import patch
 
 from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_exam
 from selfplay_nb.checkpoint import (
-    RECORD, brief, content, differences, discard, forget_run, locked, newest_whole, numbered, prune, random_states, run_record, set_random_states,
-    signals_interrupt, verify, weights_sum, write_record, writing,
+    RECORD,
+    brief,
+    content,
+    differences,
+    discard,
+    forget_run,
+    locked,
+    newest_whole,
+    numbered,
+    prune,
+    random_states,
+    run_record,
+    set_random_states,
+    signals_interrupt,
+    verify,
+    weights_sum,
+    write_record,
+    writing,
 )
 from .evaluation import Exam
 from .league import DISTRIBUTIONS, ROLES, LeagueTraining
@@ -43,88 +59,131 @@ from .vitals import Vitals, alarms, vitals
 @dataclass
 class SelfPlayConfig:
     "What a run does. Raises `ValueError` from `check` for values that make no sense."
-    run_dir: str = "runs/demo"     # where everything goes
-    model_name: str = DEFAULT_MODEL # a folder, a hub name, or a wheel model's name
-    level: int = 2                 # of the arithmetic task
-    shots: int = 0                 # solved examples in front of each of its problems, at most two
-    game: str = ""                 # instead of the arithmetic task: a game, as `as_game` knows it
-    judge: str = "rule"            # "rule": the task's reward; "coin": a control that must not learn
-    method: str = "dpo"            # how to learn: one of `rounds.METHODS`
-    n_rounds: int = 12             # rounds of self-play
-    prompts_per_round: int = 32    # fresh prompts each round; of a game, starts that are played in both seats
-    compete: bool = True           # play the opponent, and learn from who wins
-    n_samples: int = 8             # answers a side and prompt
-    pairs_per_prompt: int = 4      # at most
-    refine_iterations: int = 0     # critiques and refinements of an answer to each prompt, learned from where the judge likes them better
-    max_new_tokens: int = 24       # answers are cut off here
-    temperature: float = 1.0       # of the players' sampling
-    learning_rate: float = 1e-4    # of AdamW
-    beta: float = 0.1              # of dpo, ipo, sppo and spin
-    kl: float = 0.                 # of grpo and reinforce: what a nat of divergence from the reference costs, for each token
-    sft_weight: float = 0.2        # of the likelihood term on chosen answers
-    r: int = 16                    # LoRA rank
-    opponents: str = "reference"   # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of `league.DISTRIBUTIONS`
-    league_size: int = 8           # places in the league
-    renew_every: int = 3           # rounds until the reference becomes the current policy, and a snapshot of it joins the league
-    gate: bool = True              # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
-    gate_win_rate: float = 0.6     # what it has to pass: a test between 0.1 less (passes in one run of twenty at most) and 0.1 more (rejected once in twenty)
-    gate_prompts: int = 256        # at most
-    exam_every: int = 3            # rounds between exams; the last round always has one
-    exam_size: int = 200           # held-out problems
-    watch: bool = False            # vital signs with each exam
-    on_alarm: str = "warn"         # "warn", "stop", or "rollback" to the last exam without alarm, with half the learning rate
-    judge_timeout: float = 0.      # seconds that a call of the reward may take; 0 for as long as it likes
-    max_unjudged: float = 0.5      # share of answers without a reward at which the run stops
-    keep: int = 2                  # newest checkpoints that stay, beside the best and the last healthy one
-    seed: int = 0                  # of everything
+
+    run_dir: str = "runs/demo"  # where everything goes
+    model_name: str = DEFAULT_MODEL  # a folder, a hub name, or a wheel model's name
+    level: int = 2  # of the arithmetic task
+    shots: int = 0  # solved examples in front of each of its problems, at most two
+    game: str = ""  # instead of the arithmetic task: a game, as `as_game` knows it
+    judge: str = "rule"  # "rule": the task's reward; "coin": a control that must not learn
+    method: str = "dpo"  # how to learn: one of `rounds.METHODS`
+    n_rounds: int = 12  # rounds of self-play
+    prompts_per_round: int = 32  # fresh prompts each round; of a game, starts that are played in both seats
+    compete: bool = True  # play the opponent, and learn from who wins
+    n_samples: int = 8  # answers a side and prompt
+    pairs_per_prompt: int = 4  # at most
+    # critiques and refinements of an answer to each prompt, learned from where the judge likes them better
+    refine_iterations: int = 0
+    max_new_tokens: int = 24  # answers are cut off here
+    temperature: float = 1.0  # of the players' sampling
+    learning_rate: float = 1e-4  # of AdamW
+    beta: float = 0.1  # of dpo, ipo, sppo and spin
+    # of grpo and reinforce: what a nat of divergence from the reference costs, for each token
+    kl: float = 0.0
+    sft_weight: float = 0.2  # of the likelihood term on chosen answers
+    r: int = 16  # LoRA rank
+    # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of
+    # `league.DISTRIBUTIONS`
+    opponents: str = "reference"
+    league_size: int = 8  # places in the league
+    # rounds until the reference becomes the current policy, and a snapshot of it joins the league
+    renew_every: int = 3
+    # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
+    gate: bool = True
+    # what it has to pass: a test between 0.1 less (passes in one run of twenty at most) and 0.1 more
+    # (rejected once in twenty)
+    gate_win_rate: float = 0.6
+    gate_prompts: int = 256  # at most
+    exam_every: int = 3  # rounds between exams; the last round always has one
+    exam_size: int = 200  # held-out problems
+    watch: bool = False  # vital signs with each exam
+    # "warn", "stop", or "rollback" to the last exam without alarm, with half the learning rate
+    on_alarm: str = "warn"
+    judge_timeout: float = 0.0  # seconds that a call of the reward may take; 0 for as long as it likes
+    max_unjudged: float = 0.5  # share of answers without a reward at which the run stops
+    keep: int = 2  # newest checkpoints that stay, beside the best and the last healthy one
+    seed: int = 0  # of everything
 
 # %% ../nbs/42_trainer.ipynb #cd724228
 def _wrong(f, v) -> str | None:
     lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations") else 1
-    if f.type is bool and not isinstance(v, bool): return "True or False"
-    if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest): return f"a whole number of at least {lowest}"
-    if f.type is float and not (isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0): return "a number of at least 0"
-    known = dict(opponents=("reference", "league", *DISTRIBUTIONS), judge=("rule", "coin"), method=tuple(METHODS),
-                 on_alarm=("warn", "stop", "rollback")).get(f.name)
-    if known and v not in known: return f"one of {', '.join(known)}"
+    if f.type is bool and not isinstance(v, bool):
+        return "True or False"
+    if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest):
+        return f"a whole number of at least {lowest}"
+    if f.type is float and not (
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
+    ):
+        return "a number of at least 0"
+    known = dict(
+        opponents=("reference", "league", *DISTRIBUTIONS),
+        judge=("rule", "coin"),
+        method=tuple(METHODS),
+        on_alarm=("warn", "stop", "rollback"),
+    ).get(f.name)
+    if known and v not in known:
+        return f"one of {', '.join(known)}"
 
 # %% ../nbs/42_trainer.ipynb #ca866b4f
 @patch
 def check(self: SelfPlayConfig):
     "Raise `ValueError` naming all fields whose values are not accepted."
-    wrong = [f"{f.name}={v!r} (expected {why})" for f in dataclasses.fields(self) if (why := _wrong(f, v := getattr(self, f.name)))]
-    if wrong: raise ValueError("bad configuration: " + ", ".join(wrong))
-    if not (self.compete or self.refine_iterations): raise ValueError("bad configuration: compete is False and refine_iterations 0: nothing to learn from.")
-    if self.method == "grpo" and self.n_samples < 2: raise ValueError("bad configuration: n_samples=1: grpo compares an answer with others to the same prompt.")
+    wrong = [
+        f"{f.name}={v!r} (expected {why})"
+        for f in dataclasses.fields(self)
+        if (why := _wrong(f, v := getattr(self, f.name)))
+    ]
+    if wrong:
+        raise ValueError("bad configuration: " + ", ".join(wrong))
+    if not (self.compete or self.refine_iterations):
+        raise ValueError(
+            "bad configuration: compete is False and refine_iterations 0: nothing to learn from."
+        )
+    if self.method == "grpo" and self.n_samples < 2:
+        raise ValueError(
+            "bad configuration: n_samples=1: grpo compares an answer with others to the same prompt."
+        )
     if self.opponents != "reference" and self.method in ("grpo", "spin") and not self.game:
         raise ValueError(f"bad configuration: opponents={self.opponents!r}: {self.method} plays no opponent.")
     if self.game and (self.watch or self.refine_iterations):
         raise ValueError("bad configuration: on a game there is no watch and no refine_iterations.")
-    if not .1 < self.gate_win_rate < .9: raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
-    if self.on_alarm != "warn" and not self.watch: raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
+    if not 0.1 < self.gate_win_rate < 0.9:
+        raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
+    if self.on_alarm != "warn" and not self.watch:
+        raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
     ArithmeticTask(self.level, shots=self.shots)
     return self
 
 # %% ../nbs/42_trainer.ipynb #c2f89719
 class SelfPlayTrainer:
     "Self-play on a task or a game, round after round. Everything it makes is in `config.run_dir`."
-    def __init__(self,
-        config: SelfPlayConfig,   # what to do
-        base: Base | None = None, # a loaded base, whose adapters `student` and `reference` are replaced; by default `config.model_name` is loaded
-        task=None,                # a task (see `as_task`) or a game; by default what the configuration says
-        callbacks=None,           # by default `default_callbacks()`
-        collectors=None,          # where experience comes from (see `rounds.Collector`); by default what the method asks for
-        method=None,              # how to learn from it (see `rounds.Method`); by default `config.method`
-        gate=None,                # what decides at a gate (see `rounds.Gate`); by default a sequential test, if `config.gate`
+
+    def __init__(
+        self,
+        config: SelfPlayConfig,  # what to do
+        # a loaded base, whose adapters `student` and `reference` are replaced; by default `config.model_name`
+        # is loaded
+        base: Base | None = None,
+        task=None,  # a task (see `as_task`) or a game; by default what the configuration says
+        callbacks=None,  # by default `default_callbacks()`
+        # where experience comes from (see `rounds.Collector`); by default what the method asks for
+        collectors=None,
+        method=None,  # how to learn from it (see `rounds.Method`); by default `config.method`
+        # what decides at a gate (see `rounds.Gate`); by default a sequential test, if `config.gate`
+        gate=None,
     ):
-        self.given = self.config = config.check(); self.dir = Path(config.run_dir)
+        self.given = self.config = config.check()
+        self.dir = Path(config.run_dir)
         self.task, self.no_task = _task_of(config, task), task is None
-        self.arena, self.method, self.own_gate = arena(self.task), method or METHODS[config.method], gate
+        self.arena = arena(self.task)
+        self.method = method or METHODS[config.method]
+        self.own_gate = gate
         self.parts = collectors, method, gate
         self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         columns = columns_of(self.exam_problems)[1]
-        for scorer in filter(None, (self.task.reward, self.task.verifier)): check_columns(scorer, **columns)
+        for scorer in filter(None, (self.task.reward, self.task.verifier)):
+            check_columns(scorer, **columns)
         self.asks, self.pool = same_questions(self.exam_problems), None
         self.problems(config.prompts_per_round, 0)  # too few for a round, or held-out ones? Better known now
         coin = coin_flip(config.seed) if config.judge == "coin" else None
@@ -132,30 +191,50 @@ class SelfPlayTrainer:
         self.reward = Guarded(reward, config.judge_timeout or None) if reward else None
         self.referee = coin or self.task.verifier or self.task.reward
         self.callbacks = default_callbacks() if callbacks is None else callbacks
-        self.base, self.league, self.round, self.history, self.optimizer, self.interrupted = base, None, 0, [], None, False
-        self.changes, self.marks, self.stopped, self.last_pair, self.rollbacks, self.prompts = {}, {}, "", None, 0, None
-        self.trained, self.warned = set(), set()  # sums of the questions since the student was the reference; what has been warned of
+        self.base = base
+        self.league = None
+        self.round = 0
+        self.history = []
+        self.optimizer = None
+        self.interrupted = False
+        self.changes = {}
+        self.marks = {}
+        self.stopped = ""
+        self.last_pair = None
+        self.rollbacks = 0
+        self.prompts = None
+        # sums of the questions since the student was the reference; what has been warned of
+        self.trained, self.warned = set(), set()
         self.made_of = self.identity()
-        if config.gate: self.task.problems("train", min(32, config.gate_prompts))
+        if config.gate:
+            self.task.problems("train", min(32, config.gate_prompts))
         if config.refine_iterations and is_judge(self.task.reward):
-            raise ValueError("refine_iterations needs a reward that scores single answers; this task's judge compares two.")
+            raise ValueError(
+                "refine_iterations needs a reward that scores single answers; this task's judge compares two."
+            )
 
     def call(self, event: str, **kwargs):
         "Call `event` on every callback that has it."
         for c in self.callbacks:
-            if hasattr(c, event): getattr(c, event)(self, **kwargs)
+            if hasattr(c, event):
+                getattr(c, event)(self, **kwargs)
 
+# %% ../nbs/42_trainer.ipynb #b8afc514
 def _task_of(config: SelfPlayConfig, task):
     "What a run plays."
-    if task is None and config.game: task = as_game(config.game)
-    if task is None: return ArithmeticTask(config.level, shots=config.shots)
+    if task is None and config.game:
+        task = as_game(config.game)
+    if task is None:
+        return ArithmeticTask(config.level, shots=config.shots)
     return GameTask(task) if hasattr(task, "seats") else task if isinstance(task, GameTask) else as_task(task)
 
 # %% ../nbs/42_trainer.ipynb #30116754
 @patch
 def play_round(self: SelfPlayTrainer) -> dict:
     "One round of self-play; returns its metrics."
-    start, changed, self.marks_before = perf_counter(), self.apply_changes(), dict(self.marks)
+    start = perf_counter()
+    changed = self.apply_changes()
+    self.marks_before = dict(self.marks)
     problems = self.draw(self.round)
     self.trained |= set(map(question_key, problems))
     experience = self.collect(problems)
@@ -163,79 +242,123 @@ def play_round(self: SelfPlayTrainer) -> dict:
     result = self.learn(experience)
     renewed = self.maybe_renew()
     loss = {"loss": result and result.losses[-1], "train_seconds": result and result.seconds}
-    return {"round": self.round + 1, "seconds": perf_counter() - start, **experience.metrics, **loss, **self.unjudged(), **renewed, **changed}
+    return {
+        "round": self.round + 1,
+        "seconds": perf_counter() - start,
+        **experience.metrics,
+        **loss,
+        **self.unjudged(),
+        **renewed,
+        **changed,
+    }
 
 # %% ../nbs/42_trainer.ipynb #7deb6b39
 @patch
-def train(self: SelfPlayTrainer,
-    prompts=None,                      # prompts, or rows with `prompt` and columns, in anything that `load_rows` reads; by default the task's train split
-    n_iterations: int | None = None,   # rounds in all; by default `config.n_rounds`
-) -> list[dict]:                       # metrics, a dict a round
-    "Play until `n_iterations` rounds are done, going on from what `run_dir` holds. Ctrl-C leaves a readable run."
+def train(
+    self: SelfPlayTrainer,
+    # prompts, or rows with `prompt` and columns, in anything that `load_rows` reads; by default the task's
+    # train split
+    prompts=None,
+    n_iterations: int | None = None,  # rounds in all; by default `config.n_rounds`
+) -> list[dict]:  # metrics, a dict a round
+    """Play until `n_iterations` rounds are done, going on from what `run_dir` holds.
+
+    Ctrl-C leaves a readable run.
+    """
     self.prompts = self.pool = self.check_prompts(prompts)
     total = self.config.n_rounds if n_iterations is None else n_iterations
     with self.running(total):
-        if self.round == 0 and not self.history: self.finish_round({"round": 0, "seconds": 0.}, total)
+        if self.round == 0 and not self.history:
+            self.finish_round({"round": 0, "seconds": 0.0}, total)
         while self.round < total and not self.stopped:
-            self.call("on_round_begin"); (self.dir/"against_base.json").unlink(missing_ok=True)
+            self.call("on_round_begin")
+            (self.dir / "against_base.json").unlink(missing_ok=True)
             self.finish_round(self.play_round(), total)
-        if self.round and not (self.dir/"against_base.json").exists():
+        if self.round and not (self.dir / "against_base.json").exists():
             self.call("on_stage", stage="final")
-            write_whole(self.dir/"against_base.json", json.dumps(self.play_base()))
+            write_whole(self.dir / "against_base.json", json.dumps(self.play_base()))
     return self.history
 
 # %% ../nbs/42_trainer.ipynb #5dd0079a
 @patch
-def problems(self: SelfPlayTrainer,
-    n: int,    # how many, at most
-    seed: int, # which ones
-    seen=(),   # keys of questions that are not to be among them
+def problems(
+    self: SelfPlayTrainer,
+    n: int,  # how many, at most
+    seed: int,  # which ones
+    seen=(),  # keys of questions that are not to be among them
 ) -> list[dict]:
-    "Problems from where this run's prompts come from. Raises `ValueError` if a held-out question is among them."
-    if self.pool is None: rows = self.task.problems("train", n, seed)
+    """Problems from where this run's prompts come from.
+
+    Raises `ValueError` if a held-out question is among them.
+    """
+    if self.pool is None:
+        rows = self.task.problems("train", n, seed)
     else:
         left = [p for p in self.pool if not seen or question_key(p) not in seen]
         rows = random.Random(seed).sample(left, min(n, len(left)))
     leaked = [p for p in rows if self.asks(p)]
-    if leaked: raise ValueError(f"the task's train split has problems of its held-out split, such as {leaked[0]['prompt']!r:.80}: the two have to differ.")
+    if leaked:
+        raise ValueError(
+            f"the task's train split has problems of its held-out split, such as {leaked[0]['prompt']!r:.80}:"
+            " the two have to differ."
+        )
     return [p for p in rows if question_key(p) not in seen]
 
+# %% ../nbs/42_trainer.ipynb #21fd55aa
 @patch
 def draw(self: SelfPlayTrainer, round: int) -> list[dict]:
     "The problems of the round after `round` rounds."
-    n, seed = self.config.prompts_per_round, seed_of("problems", self.config.seed, round)
-    if self.prompts is self.pool: return self.problems(n, seed)
+    n = self.config.prompts_per_round
+    seed = seed_of("problems", self.config.seed, round)
+    if self.prompts is self.pool:
+        return self.problems(n, seed)
     return random.Random(seed).sample(self.prompts, min(n, len(self.prompts)))
 
 # %% ../nbs/42_trainer.ipynb #a43555ff
 @patch
 def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
-    "`prompts` as a list of rows; raises `ValueError` for none, unequal columns, held-out ones, or ones that need a task where none was given."
-    if prompts is None: return None
+    """`prompts` as a list of rows; raises `ValueError` for none, unequal columns, held-out ones, or ones that
+    need a task where none was given.
+    """
+    if prompts is None:
+        return None
     rows = load_rows(prompts, "prompts")
-    if not rows: raise ValueError("no prompts: expected a non-empty list of prompts, or of dicts with a 'prompt'.")
+    if not rows:
+        raise ValueError("no prompts: expected a non-empty list of prompts, or of dicts with a 'prompt'.")
     for i, row in enumerate(rows):
-        if set(row) != set(rows[0]): raise ValueError(f"row {i} of the prompts has {sorted(row)}: expected {sorted(rows[0])}, as the first one.")
-        if self.asks(row): raise ValueError(f"row {i} of the prompts asks a held-out problem: {row['prompt']!r:.80}. Leave it out.")
+        if set(row) != set(rows[0]):
+            raise ValueError(
+                f"row {i} of the prompts has {sorted(row)}: expected {sorted(rows[0])}, as the first one."
+            )
+        if self.asks(row):
+            raise ValueError(
+                f"row {i} of the prompts asks a held-out problem: {row['prompt']!r:.80}. Leave it out."
+            )
     if self.no_task and not set(map(form, rows)) & set(map(form, self.exam_problems)):
-        raise ValueError(f"these prompts ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is no evaluation of them: give "
-                         "SelfPlayTrainer(config, task=...) something with `problems`, `reward` and `verifier`.")
+        raise ValueError(
+            f"these prompts ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is"
+            " no evaluation of them: give SelfPlayTrainer(config, task=...) something with `problems`,"
+            " `reward` and `verifier`."
+        )
     return rows
 
 # %% ../nbs/42_trainer.ipynb #b52ceef0
 @patch
 def collect(self: SelfPlayTrainer, problems: list[dict]) -> Experience:
     "What all collectors make of `problems`. Raises `RuntimeError` if the reward failed on too many answers."
-    if self.reward: self.reward.reset()
+    if self.reward:
+        self.reward.reset()
     made = [c.collect(self, problems) for c in self.collectors]
     self.check_survivors()
     return sum(made[1:], made[0])
 
+# %% ../nbs/42_trainer.ipynb #ee6afdff
 @patch
 def keep(self: SelfPlayTrainer, experience: Experience):
     "Write what is about to be learned from to the run's ledgers."
     self.ledger.append(experience.pairs)
-    if experience.answers: self.samples.append([r | {"round": self.round + 1} for r in experience.answers])
+    if experience.answers:
+        self.samples.append([r | {"round": self.round + 1} for r in experience.answers])
 
 # %% ../nbs/42_trainer.ipynb #073c4b57
 @patch
@@ -243,21 +366,29 @@ def seed(self: SelfPlayTrainer, what: str) -> int:
     "A seed for `what` in this round."
     return seed_of(what, self.config.seed, self.round)
 
+
 @patch(as_prop=True)
 def sampling(self: SelfPlayTrainer) -> dict:
     "How the players sample."
     return dict(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
 
+# %% ../nbs/42_trainer.ipynb #d11e4c16
 @patch(as_prop=True)
 def update_settings(self: SelfPlayTrainer) -> dict:
     "What every update is called with."
-    return dict(optimizer=self.optimizer, learning_rate=self.config.learning_rate, seed=self.seed("update"),
-                progress=lambda step, steps: self.progress(0, 0))
+    return dict(
+        optimizer=self.optimizer,
+        learning_rate=self.config.learning_rate,
+        seed=self.seed("update"),
+        progress=lambda step, steps: self.progress(0, 0),
+    )
 
+# %% ../nbs/42_trainer.ipynb #bfdf1050
 @patch
 def stage(self: SelfPlayTrainer, name: str):
     "Tell the callbacks what is going on."
     self.call("on_stage", stage=name)
+
 
 @patch
 def progress(self: SelfPlayTrainer, answers: int, tokens: int):
@@ -271,12 +402,20 @@ def learn(self: SelfPlayTrainer, experience: Experience):
     self.call("on_stage", stage="training")
     rows = getattr(experience, self.method.takes)
     if len(experience) and not rows:
-        raise ValueError(f"the method learns from {self.method.takes}, and the collectors made none: {experience!r}.")
+        raise ValueError(
+            f"the method learns from {self.method.takes}, and the collectors made none: {experience!r}."
+        )
     result = self.method.learn(self, experience) if rows else None
     if result is None:
-        self.warn("pairs", f"no {self.method.takes[:-1]} to learn from: {experience.advice or 'none was made'}.")
+        self.warn(
+            "pairs", f"no {self.method.takes[:-1]} to learn from: {experience.advice or 'none was made'}."
+        )
         return None
-    self.last_pair = {k: rows[-1].get(k) for k in ("prompt", "chosen", "rejected", "completion", "source", "opponent") if k in rows[-1]}
+    self.last_pair = {
+        k: rows[-1].get(k)
+        for k in ("prompt", "chosen", "rejected", "completion", "source", "opponent")
+        if k in rows[-1]
+    }
     self.optimizer, self.fresh_reference = result.optimizer, False
     return result
 
@@ -285,56 +424,96 @@ def learn(self: SelfPlayTrainer, experience: Experience):
 def ask_gate(self: SelfPlayTrainer) -> dict:
     """Does the student beat the reference? The verifier judges, or coins in a control.
 
-    The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win rate corrected for stopping."""
-    c, gates, seen = self.config, sum("gate" in m for m in self.history), set(self.trained)
+    The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win
+    rate corrected for stopping.
+    """
+    c = self.config
+    gates = sum("gate" in m for m in self.history)
+    seen = set(self.trained)
     self.call("on_stage", stage="gate")
-    sprt, played, look = SPRT(c.gate_win_rate - .1, c.gate_win_rate + .1, alpha=.05/((gates + 1)*(gates + 2))), 0, 0
+    sprt = SPRT(c.gate_win_rate - 0.1, c.gate_win_rate + 0.1, alpha=0.05 / ((gates + 1) * (gates + 2)))
+    played = 0
+    look = 0
     while sprt.verdict == "undecided" and played < c.gate_prompts:
         look += 1
-        problems = self.problems(min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen)
-        if not problems: break
+        problems = self.problems(
+            min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen
+        )
+        if not problems:
+            break
         seen |= set(map(question_key, problems))  # no game twice
         scores = self.arena.duel(self, problems, seed_of("games", c.seed, self.round, look))
-        sprt.add([s for row in scores for s in row if s != .5]); played += len(problems)
+        sprt.add([s for row in scores for s in row if s != 0.5])
+        played += len(problems)
     if sprt.verdict == "undecided" and played < c.gate_prompts:
-        self.warn("gate", f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that it may ask, and is undecided: the "
-                  "reference stays. Give more prompts, or gate=False.")
+        self.warn(
+            "gate",
+            f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that"
+            " it may ask, and is undecided: the reference stays. Give more prompts, or gate=False.",
+        )
     value, low, high = sprt.estimate()
     rate = finite(dict(value=value, n=sprt.n, low=low, high=high))
-    return {"verdict": sprt.verdict, "prompts": played, "decided": sprt.n, "won": sum(sprt.scores), "win_rate": rate}
+    return {
+        "verdict": sprt.verdict,
+        "prompts": played,
+        "decided": sprt.n,
+        "won": sum(sprt.scores),
+        "win_rate": rate,
+    }
 
 # %% ../nbs/42_trainer.ipynb #6c800c58
 @patch
 def maybe_renew(self: SelfPlayTrainer) -> dict:
-    "If it is time to, renew the reference (where there is a gate, only with a student that passes); a rejected one goes back to it."
-    if (self.round + 1) % self.config.renew_every: return {}
-    if self.own_gate is None and not self.config.gate: self.renew_reference(); return {}
+    """If it is time to, renew the reference (where there is a gate, only with a student that passes); a
+    rejected one goes back to it.
+    """
+    if (self.round + 1) % self.config.renew_every:
+        return {}
+    if self.own_gate is None and not self.config.gate:
+        self.renew_reference()
+        return {}
     told = self.own_gate.decide(self) if self.own_gate else self.ask_gate()
     if told["verdict"] not in ("accept", "reject", "undecided"):
-        raise ValueError(f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'.")
-    if told["verdict"] == "accept": self.renew_reference(); self.marks["best"] = self.round + 1
-    if told["verdict"] == "reject": self.return_to_reference()
+        raise ValueError(
+            f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'."
+        )
+    if told["verdict"] == "accept":
+        self.renew_reference()
+        self.marks["best"] = self.round + 1
+    if told["verdict"] == "reject":
+        self.return_to_reference()
     return {"gate": told}
 
 # %% ../nbs/42_trainer.ipynb #b0c2834b
 @patch
 def renew_reference(self: SelfPlayTrainer):
     "The reference becomes what the student is now; where there is a league, it joins."
-    self.reference.load_state(self.student.state()); self.fresh_reference, self.trained = True, set()
-    if self.league: self.league.add(self.student); self.meet()
+    self.reference.load_state(self.student.state())
+    self.fresh_reference, self.trained = True, set()
+    if self.league:
+        self.league.add(self.student)
+        self.meet()
 
+# %% ../nbs/42_trainer.ipynb #47b3b6d8
 @patch
 def meet(self: SelfPlayTrainer):
-    "Who joined the league plays everybody in it, on as many problems as a round has, judged by the reward: the games behind `nash` and who has to leave."
+    """Who joined the league plays everybody in it, on as many problems as a round has, judged by the reward:
+    the games behind `nash` and who has to leave.
+    """
     self.call("on_stage", stage="league")
     problems = self.problems(self.config.prompts_per_round, self.seed("meeting"))
     self.arena.meet(self, problems, self.seed("meeting games"))
 
+# %% ../nbs/42_trainer.ipynb #d3cc9bad
 @patch
 def return_to_reference(self: SelfPlayTrainer):
     "The student becomes what the reference is, and its optimizer begins anew; a league forgets its games."
-    self.student.load_state(self.reference.state()); self.optimizer, self.fresh_reference, self.trained = None, True, set()
-    if self.league: self.league.reset("main", next((m.name for m in reversed(self.league.members) if m.role == "main"), None))
+    self.student.load_state(self.reference.state())
+    self.optimizer, self.fresh_reference, self.trained = None, True, set()
+    if self.league:
+        self.league.reset(
+            "main", next((m.name for m in reversed(self.league.members) if m.role == "main"), None)
+        )
 
 # %% ../nbs/42_trainer.ipynb #f5ee9e07
 @patch
@@ -346,19 +525,27 @@ def unjudged(self: SelfPlayTrainer) -> dict:
 # %% ../nbs/42_trainer.ipynb #8f632045
 @patch
 def check_survivors(self: SelfPlayTrainer):
-    "Raise `RuntimeError` if the reward failed on too many answers of this round. Nothing has been trained on then."
+    """Raise `RuntimeError` if the reward failed on too many answers of this round.
+
+    Nothing has been trained on then.
+    """
     r = self.reward
     if r and r.share > self.config.max_unjudged:
-        raise RuntimeError(f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of {r.asked} answers "
-                           f"({dict(r.failures)}; first: {r.first}). Nothing of this round was trained on, the checkpoint before stands. "
-                           "If what failed was outside of it (a server, a file), the same call goes on. If the reward has to change, that is another "
-                           "run: choose another run_dir, or start anew.")
+        raise RuntimeError(
+            f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of"
+            f" {r.asked} answers ({dict(r.failures)}; first: {r.first}). Nothing of this round was trained"
+            " on, the checkpoint before stands. If what failed was outside of it (a server, a file), the"
+            " same call goes on. If the reward has to change, that is another run: choose another run_dir,"
+            " or start anew."
+        )
 
 # %% ../nbs/42_trainer.ipynb #1dd7e232
 @patch
 def warn(self: SelfPlayTrainer, kind: str, text: str):
     "Warn of each kind of thing once."
-    if kind not in self.warned: self.warned.add(kind); warnings.warn(f"round {self.round + 1}: {text}", stacklevel=2)
+    if kind not in self.warned:
+        self.warned.add(kind)
+        warnings.warn(f"round {self.round + 1}: {text}", stacklevel=2)
 
 # %% ../nbs/42_trainer.ipynb #1fd52e9e
 @patch
@@ -366,12 +553,14 @@ def exam(self: SelfPlayTrainer, policy=None) -> Exam:
     "Examine `policy` (by default the student) on the held-out problems."
     return self.examine(policy)[0]
 
+
 @patch
 def examine(self: SelfPlayTrainer, policy=None) -> tuple[Exam, dict]:
     "An exam, and further figures."
     self.call("on_stage", stage="exam")
     return self.arena.exam(self, policy or self.student)
 
+# %% ../nbs/42_trainer.ipynb #72a07597
 @patch(as_prop=True)
 def first_exam(self: SelfPlayTrainer) -> Exam | None:
     "The exam before the first round, if it is over."
@@ -383,46 +572,69 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     "Examine if it is time to, then save."
     round = metrics["round"]
     if round % self.config.exam_every == 0 or round == total:
-        start = perf_counter(); exam, more = self.examine()
-        metrics |= {"accuracy": exam.accuracy.to_dict(), **more, **self.check_up(round), "exam_seconds": perf_counter() - start}
-        if self.arena.measure != "right": metrics["measure"] = self.arena.measure
-        write_whole(self.dir/"exams"/f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
-        if not self.config.gate and "rolled_back_to" not in metrics: self.mark_best(round, exam.accuracy.value)
+        start = perf_counter()
+        exam, more = self.examine()
+        metrics |= {
+            "accuracy": exam.accuracy.to_dict(),
+            **more,
+            **self.check_up(round),
+            "exam_seconds": perf_counter() - start,
+        }
+        if self.arena.measure != "right":
+            metrics["measure"] = self.arena.measure
+        write_whole(self.dir / "exams" / f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
+        if not self.config.gate and "rolled_back_to" not in metrics:
+            self.mark_best(round, exam.accuracy.value)
     self.round = round
     self.history.append(metrics)
     self.save()
     self.call("on_round_end", metrics=metrics)
 
+# %% ../nbs/42_trainer.ipynb #73ac32d3
 @patch
 def mark_best(self: SelfPlayTrainer, round: int, accuracy: float):
-    "Remember the best exam. It was chosen on the exam's own problems, so its accuracy is no estimate any more."
+    """Remember the best exam.
+
+    It was chosen on the exam's own problems, so its accuracy is no estimate any more.
+    """
     exams = [m["accuracy"]["value"] for m in self.history if "accuracy" in m]
-    if accuracy >= max(exams, default=0): self.marks["best"] = round
+    if accuracy >= max(exams, default=0):
+        self.marks["best"] = round
 
 # %% ../nbs/42_trainer.ipynb #0cc3ae03
 @patch
 def check_up(self: SelfPlayTrainer, round: int) -> dict:
     "Vital signs and alarms, and what follows from them."
     c = self.config
-    if not c.watch: return {}
+    if not c.watch:
+        return {}
     now = vitals(self.student, [p["prompt"] for p in self.exam_problems[:16]], 4, c.max_new_tokens)
     start = next((Vitals.from_dict(m["vitals"]) for m in self.history if "vitals" in m), now)
     rang, told = alarms(now, start), {}
-    if not rang: self.marks["healthy"], self.rollbacks = round, 0
-    elif c.on_alarm == "stop": self.stop("; ".join(rang))
-    elif c.on_alarm == "rollback": told = {"rolled_back_to": self.roll_back(rang)}
+    if not rang:
+        self.marks["healthy"], self.rollbacks = round, 0
+    elif c.on_alarm == "stop":
+        self.stop("; ".join(rang))
+    elif c.on_alarm == "rollback":
+        told = {"rolled_back_to": self.roll_back(rang)}
     return {"vitals": now.to_dict(), "alarms": rang, **told}
 
 # %% ../nbs/42_trainer.ipynb #0d0e6d0e
 @patch
 def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
-    "Back to the adapters and the optimizer of the last healthy exam, whose round is returned; every third time in a row stops the run. A league stays."
-    self.marks = self.marks_before; healthy, self.rollbacks = self.marks["healthy"], self.rollbacks + 1
-    verify(folder := self.dir/"checkpoints"/f"round_{healthy:03d}"); self._load(folder)
-    state = json.loads((folder/"state.json").read_text())
-    self.fresh_reference, self.trained = state["fresh_reference"], set(state["trained"])
-    self.change(learning_rate=self.adjustable()["learning_rate"]/2)
-    if self.rollbacks % 3 == 0: self.stop(f"rolled back three times in a row: {'; '.join(why)}")
+    """Back to the adapters and the optimizer of the last healthy exam, whose round is returned; every third
+    time in a row stops the run. A league stays.
+    """
+    self.marks = self.marks_before
+    healthy, self.rollbacks = self.marks["healthy"], self.rollbacks + 1
+    verify(folder := self.dir / "checkpoints" / f"round_{healthy:03d}")
+    self._load(folder)
+    state = json.loads((folder / "state.json").read_text())
+    self.fresh_reference = state["fresh_reference"]
+    self.trained = set(state["trained"])
+    self.change(learning_rate=self.adjustable()["learning_rate"] / 2)
+    if self.rollbacks % 3 == 0:
+        self.stop(f"rolled back three times in a row: {'; '.join(why)}")
     return healthy
 
 # %% ../nbs/42_trainer.ipynb #a092a74a
@@ -431,18 +643,24 @@ def stop(self: SelfPlayTrainer, why: str):
     "End the run after this round."
     self.stopped = why
 
+# %% ../nbs/42_trainer.ipynb #767d3473
 @patch
 def change(self: SelfPlayTrainer, **settings):
-    "New values from the next round on. Raises `ValueError` for a setting that cannot change, or a value that is not accepted."
+    """New values from the next round on.
+
+    Raises `ValueError` for a setting that cannot change, or a value that is not accepted.
+    """
     check_wish(settings)
     dataclasses.replace(self.config, **settings).check()
     self.changes |= settings
 
+# %% ../nbs/42_trainer.ipynb #4438595a
 @patch
 def apply_changes(self: SelfPlayTrainer) -> dict:
     new = {k: v for k, v in self.changes.items() if getattr(self.config, k) != v}
     self.config = dataclasses.replace(self.config, **new)
     return {"changed": new} if new else {}
+
 
 @patch
 def adjustable(self: SelfPlayTrainer) -> dict:
@@ -451,10 +669,13 @@ def adjustable(self: SelfPlayTrainer) -> dict:
 
 # %% ../nbs/42_trainer.ipynb #27dc9390
 @patch
-def play_base(self: SelfPlayTrainer,
-    n: int = 100, # held-out problems, the first of the exam's
-) -> dict:        # the win rate: `value`, `n`, `low`, `high`
-    "The student against the bare base on held-out problems, judged by the verifier; nothing is trained on it."
+def play_base(
+    self: SelfPlayTrainer,
+    n: int = 100,  # held-out problems, the first of the exam's
+) -> dict:  # the win rate: `value`, `n`, `low`, `high`
+    """The student against the bare base on held-out problems, judged by the verifier; nothing is trained on
+    it.
+    """
     return self.arena.against_base(self, Policy(self.base, "base"), self.exam_problems[:n])
 
 # %% ../nbs/42_trainer.ipynb #1620438c
@@ -462,29 +683,53 @@ def play_base(self: SelfPlayTrainer,
 def save(self: SelfPlayTrainer):
     "Write this round's checkpoint, and remove those that are no longer needed."
     self.call("on_stage", stage="saving")
-    state = dict(round=self.round, ledger=self.ledger.position, samples=self.samples.position, changes=self.changes, marks=self.marks, rollbacks=self.rollbacks,
-                 fresh_reference=self.fresh_reference, last_pair=self.last_pair, trained=sorted(self.trained), random=random_states(),
-                 history=self.history)
-    with writing(self.dir/"checkpoints"/f"round_{self.round:03d}", beside=[self.ledger.path, self.samples.path]) as folder:
-        self.student.save(folder/"student"); self.reference.save(folder/"reference")
-        save_optimizer(self.optimizer, folder/"optimizer.safetensors")
-        if self.league: _link_tree(self.league.save(), folder/"league")
-        (folder/"state.json").write_text(json.dumps(state))
-        (folder/"student"/"README.md").write_text(self.card())
+    state = dict(
+        round=self.round,
+        ledger=self.ledger.position,
+        samples=self.samples.position,
+        changes=self.changes,
+        marks=self.marks,
+        rollbacks=self.rollbacks,
+        fresh_reference=self.fresh_reference,
+        last_pair=self.last_pair,
+        trained=sorted(self.trained),
+        random=random_states(),
+        history=self.history,
+    )
+    with writing(
+        self.dir / "checkpoints" / f"round_{self.round:03d}", beside=[self.ledger.path, self.samples.path]
+    ) as folder:
+        self.student.save(folder / "student")
+        self.reference.save(folder / "reference")
+        save_optimizer(self.optimizer, folder / "optimizer.safetensors")
+        if self.league:
+            _link_tree(self.league.save(), folder / "league")
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "student" / "README.md").write_text(self.card())
     self._write_metrics()
-    kept = numbered(self.dir/"checkpoints")[-self.config.keep:]  # each with the rounds that it would go back to
-    marks = {n for f in kept for n in json.loads((f/"state.json").read_text())["marks"].values()}
-    prune(self.dir/"checkpoints", self.config.keep, [f"round_{n:03d}" for n in marks])
+    # each with the rounds that it would go back to
+    kept = numbered(self.dir / "checkpoints")[-self.config.keep :]
+    marks = {n for f in kept for n in json.loads((f / "state.json").read_text())["marks"].values()}
+    prune(self.dir / "checkpoints", self.config.keep, [f"round_{n:03d}" for n in marks])
 
+# %% ../nbs/42_trainer.ipynb #08e902b6
 @patch
-def _write_metrics(self: SelfPlayTrainer): write_whole(self.dir/"metrics.jsonl", "".join(json.dumps(finite(m), allow_nan=False) + "\n" for m in self.history))
+def _write_metrics(self: SelfPlayTrainer):
+    write_whole(
+        self.dir / "metrics.jsonl",
+        "".join(json.dumps(finite(m), allow_nan=False) + "\n" for m in self.history),
+    )
 
 # %% ../nbs/42_trainer.ipynb #e88ce78b
 def _link_tree(source: Path, target: Path):
     "Copy small files; adapters, which never change once written, get a second name instead."
+
     def put(a, b):
-        try: os.link(a, b) if str(a).endswith(".safetensors") else shutil.copy2(a, b)
-        except OSError: shutil.copy2(a, b)  # a disk without second names
+        try:
+            os.link(a, b) if str(a).endswith(".safetensors") else shutil.copy2(a, b)
+        except OSError:
+            shutil.copy2(a, b)  # a disk without second names
+
     shutil.copytree(source, target, copy_function=put)
 
 # %% ../nbs/42_trainer.ipynb #cafa1ec6
@@ -492,10 +737,20 @@ def _link_tree(source: Path, target: Path):
 def card(self: SelfPlayTrainer) -> str:
     "A model card with the run's figures, as the hub reads it."
     exams = [(m["round"], m["accuracy"]) for m in self.history if "accuracy" in m]
-    rows = "\n".join(f"| {r} | {100*a['value']:.1f} % | [{100*a['low']:.1f}, {100*a['high']:.1f}] | {a['n']} |" for r, a in exams)
+    rows = "\n".join(
+        f"| {r} | {100 * a['value']:.1f} % | [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | {a['n']} |"
+        for r, a in exams
+    )
     settings = "\n".join(f"- {k}: {v}" for k, v in dataclasses.asdict(self.config).items())
-    return _CARD.format(base=Path(self.base.name).name, task=name_of(self.task), round=self.round, rows=rows, settings=settings)
+    return _CARD.format(
+        base=Path(self.base.name).name,
+        task=name_of(self.task),
+        round=self.round,
+        rows=rows,
+        settings=settings,
+    )
 
+# %% ../nbs/42_trainer.ipynb #976c5af9
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -516,45 +771,69 @@ A LoRA adapter trained by self-play. Held-out problems, greedy:
 
 # %% ../nbs/42_trainer.ipynb #fd839ca6
 KIND = "rounds of self-play"
-_FREE = "run_dir", "model_name", "n_rounds", "keep"  # the same run may have others; the model is known by its weights
+# the same run may have others; the model is known by its weights
+_FREE = "run_dir", "model_name", "n_rounds", "keep"
 
+# %% ../nbs/42_trainer.ipynb #3d153eb4
 @patch
 def identity(self: SelfPlayTrainer) -> dict:
     "What the run's results depend on, by content, apart from the prompts and the base."
     settings = {k: v for k, v in dataclasses.asdict(self.given).items() if k not in _FREE}
-    made_of = dict(task=self.task, reward=self.reward and self.reward.reward, verifier=self.task.verifier, held_out=self.exam_problems, update=COMMON | DPO)
-    if any(self.parts): made_of |= dict(parts=self.parts)
+    made_of = dict(
+        task=self.task,
+        reward=self.reward and self.reward.reward,
+        verifier=self.task.verifier,
+        held_out=self.exam_problems,
+        update=COMMON | DPO,
+    )
+    if any(self.parts):
+        made_of |= dict(parts=self.parts)
     return settings | {k: brief(content(v)) for k, v in made_of.items()}
 
+# %% ../nbs/42_trainer.ipynb #963c5d25
 @patch
 def same_run(self: SelfPlayTrainer, there: dict, now: dict):
     "Raise `ValueError` if what a folder says of its run differs from `now`."
-    young = {f.name: f.default for f in dataclasses.fields(SelfPlayConfig)}  # a setting may be younger than the run
+    # a setting may be younger than the run
+    young = {f.name: f.default for f in dataclasses.fields(SelfPlayConfig)}
     differ = differences({k: there.get(k, young.get(k)) for k in {**there, **now}}, now)
     if differ:
         more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise ValueError(f"{self.dir} holds a run with another configuration ({'; '.join(differ[:4])}{more}). Choose another run_dir, "
-                         "or start anew (--fresh on the command line, start_anew() on the trainer).")
+        raise ValueError(
+            f"{self.dir} holds a run with another configuration ({'; '.join(differ[:4])}{more}). Choose"
+            " another run_dir, or start anew (--fresh on the command line, start_anew() on the trainer)."
+        )
 
+# %% ../nbs/42_trainer.ipynb #bd0e82ce
 @patch
 def resume(self: SelfPlayTrainer):
-    "Go on from `run_dir`, or start anew there. Raises `ValueError` if it holds something else, or a run that is not the same."
-    old, now = run_record(self.dir, KIND), self.made_of | {"prompts": brief(content(self.pool))}
+    """Go on from `run_dir`, or start anew there.
+
+    Raises `ValueError` if it holds something else, or a run that is not the same.
+    """
+    old = run_record(self.dir, KIND)
+    now = self.made_of | {"prompts": brief(content(self.pool))}
     there = old and {k: v for k, v in old["identity"].items() if k != "base"}
-    if old: self.same_run(there, now)
-    found = newest_whole(self.dir/"checkpoints")
+    if old:
+        self.same_run(there, now)
+    found = newest_whole(self.dir / "checkpoints")
     self.base = self.base or Base.load(self.config.model_name)
     now["base"] = weights_sum(self.base.model)
-    if old: self.same_run(old["identity"], now)
-    write_record(self.dir/RECORD, {"kind": KIND} | dataclasses.asdict(self.given) | {"identity": now})
-    state = json.loads((found/"state.json").read_text()) if found else {}
-    self.ledger = _cut_ledger(self.dir/"pairs.jsonl", state.get("ledger", 0))
-    self.samples = _cut_ledger(self.dir/"samples.jsonl", state.get("samples", 0), ("prompt", "completion", "advantage"))
+    if old:
+        self.same_run(old["identity"], now)
+    write_record(self.dir / RECORD, {"kind": KIND} | dataclasses.asdict(self.given) | {"identity": now})
+    state = json.loads((found / "state.json").read_text()) if found else {}
+    self.ledger = _cut_ledger(self.dir / "pairs.jsonl", state.get("ledger", 0))
+    self.samples = _cut_ledger(
+        self.dir / "samples.jsonl", state.get("samples", 0), ("prompt", "completion", "advantage")
+    )
     self._go_on(found, state) if found else self._begin()
 
+# %% ../nbs/42_trainer.ipynb #ba2e4f33
 def _cut_ledger(path: Path, position: int, fields=FIELDS) -> Ledger:
     "A ledger without what a crash left behind the checkpoint."
-    if path.exists() and path.stat().st_size > position: os.truncate(path, position)
+    if path.exists() and path.stat().st_size > position:
+        os.truncate(path, position)
     ledger = Ledger(path, fields)
     ledger.rewind(ledger.position)  # made, if it is not there
     return ledger
@@ -563,76 +842,125 @@ def _cut_ledger(path: Path, position: int, fields=FIELDS) -> Ledger:
 @patch
 def _begin(self: SelfPlayTrainer):
     self._clear()
-    self.config, self.changes, self.marks, self.rollbacks, self.last_pair = self.given, {}, {}, 0, None
-    self.round, self.history, self.optimizer, self.fresh_reference, self.trained = 0, [], None, True, set()
+    self.config = self.given
+    self.changes = {}
+    self.marks = {}
+    self.rollbacks = 0
+    self.last_pair = None
+    self.round = 0
+    self.history = []
+    self.optimizer = None
+    self.fresh_reference = True
+    self.trained = set()
     self.student = Policy(self.base, "student", r=self.config.r, seed=self.config.seed)
     self.reference = self.student.snapshot("reference")
-    shutil.rmtree(self.dir/"league", ignore_errors=True); self.league = self._league()
+    shutil.rmtree(self.dir / "league", ignore_errors=True)
+    self.league = self._league()
 
+# %% ../nbs/42_trainer.ipynb #0629c403
 @patch
 def _clear(self: SelfPlayTrainer):
-    for name in {"student", "reference"} & set(self.base.adapters): Policy.resident(self.base, name).delete()
+    for name in {"student", "reference"} & set(self.base.adapters):
+        Policy.resident(self.base, name).delete()
 
 # %% ../nbs/42_trainer.ipynb #1747f03c
 @patch
 def _go_on(self: SelfPlayTrainer, folder: Path, state: dict):
-    for k in "round", "changes", "marks", "rollbacks", "history", "last_pair", "fresh_reference": setattr(self, k, state[k])
+    for k in "round", "changes", "marks", "rollbacks", "history", "last_pair", "fresh_reference":
+        setattr(self, k, state[k])
     self.trained = set(state["trained"])
-    self.config = dataclasses.replace(self.given, **{k: v for m in self.history for k, v in m.get("changed", {}).items()})
+    self.config = dataclasses.replace(
+        self.given, **{k: v for m in self.history for k, v in m.get("changed", {}).items()}
+    )
     for f in numbered(folder.parent):
-        if int(f.name.rsplit("_", 1)[1]) > self.round: discard(f, whole=False)  # damaged: the one that was taken is the newest now
-    self._load(folder); self._write_metrics()
+        # damaged: the one that was taken is the newest now
+        if int(f.name.rsplit("_", 1)[1]) > self.round:
+            discard(f, whole=False)
+    self._load(folder)
+    self._write_metrics()
     set_random_states(state["random"])
-    if (folder/"league").exists():
-        shutil.rmtree(self.dir/"league", ignore_errors=True); _link_tree(folder/"league", self.dir/"league")
+    if (folder / "league").exists():
+        shutil.rmtree(self.dir / "league", ignore_errors=True)
+        _link_tree(folder / "league", self.dir / "league")
     self.league = self._league()
 
+# %% ../nbs/42_trainer.ipynb #d9381ebb
 @patch
 def _load(self: SelfPlayTrainer, folder: Path):
     "Adapters and optimizer of a checkpoint."
     self._clear()
-    self.student = Policy.load(self.base, folder/"student", "student")
-    self.reference = Policy.load(self.base, folder/"reference", "reference", frozen=True)
-    self.optimizer = load_optimizer(folder/"optimizer.safetensors")
+    self.student = Policy.load(self.base, folder / "student", "student")
+    self.reference = Policy.load(self.base, folder / "reference", "reference", frozen=True)
+    self.optimizer = load_optimizer(folder / "optimizer.safetensors")
 
 # %% ../nbs/42_trainer.ipynb #2e2f1c79
 @patch
 def _league(self: SelfPlayTrainer) -> LeagueTraining | None:
     "The league in the run's folder, as it is there."
     c = self.config
-    if c.opponents == "reference": return None
-    mixture = ROLES["main"] if c.opponents == "league" else {c.opponents: 1.}
-    return LeagueTraining(c.league_size, self.base, self.dir/"league", matchmaking={"main": mixture}, seed=c.seed)
+    if c.opponents == "reference":
+        return None
+    mixture = ROLES["main"] if c.opponents == "league" else {c.opponents: 1.0}
+    return LeagueTraining(
+        c.league_size, self.base, self.dir / "league", matchmaking={"main": mixture}, seed=c.seed
+    )
 
 # %% ../nbs/42_trainer.ipynb #6713ff89
-MADE = ("metrics.jsonl", "pairs.jsonl", "samples.jsonl", "live.json", "control.json", "curve.png", "report.html",
-        "against_base.json", "checkpoints", "exams", "league", "logs")  # what a run may leave
+MADE = (
+    "metrics.jsonl",
+    "pairs.jsonl",
+    "samples.jsonl",
+    "live.json",
+    "control.json",
+    "curve.png",
+    "report.html",
+    "against_base.json",
+    "checkpoints",
+    "exams",
+    "league",
+    "logs",
+)  # what a run may leave
 
+# %% ../nbs/42_trainer.ipynb #09290248
 @patch
 def start_anew(self: SelfPlayTrainer):
     "Forget the run in `run_dir`. Refuses a folder that holds anything else, or that another process writes."
-    if not self.dir.exists(): return
-    with locked(self.dir): forget_run(self.dir, KIND, MADE)
+    if not self.dir.exists():
+        return
+    with locked(self.dir):
+        forget_run(self.dir, KIND, MADE)
 
 # %% ../nbs/42_trainer.ipynb #68dda0dd
 @patch
 @contextmanager
 def running(self: SelfPlayTrainer, total: int):
-    "Lock the run, resume it, and let the callbacks finish however it ends. SIGTERM and SIGHUP end it as Ctrl-C does."
+    """Lock the run, resume it, and let the callbacks finish however it ends.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does.
+    """
     with locked(self.dir), signals_interrupt():
         self.resume()
         self.interrupted, self.stopped = False, ""
         self.call("on_train_begin", total=total)
-        try: yield
-        except KeyboardInterrupt: self.interrupted = True; self.call("on_interrupt")
-        except BaseException: self.finish(failed=True); raise
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.call("on_interrupt")
+        except BaseException:
+            self.finish(failed=True)
+            raise
         self.finish()
 
+# %% ../nbs/42_trainer.ipynb #e521799e
 @patch
 def finish(self: SelfPlayTrainer, failed: bool = False):
     "Let the callbacks finish; after a failure their own errors are warnings."
-    if self.league: self.league.unload()
-    try: self.call("on_train_end")
+    if self.league:
+        self.league.unload()
+    try:
+        self.call("on_train_end")
     except Exception as e:
-        if not failed: raise
+        if not failed:
+            raise
         warnings.warn(f"after the error, a callback failed too ({type(e).__name__}: {e})", stacklevel=2)

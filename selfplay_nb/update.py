@@ -41,16 +41,18 @@ from .players import is_messages, text_of
 
 # %% ../nbs/11_update.ipynb #cae0b268
 def token_logprobs(
-    base: Base,                # whose active adapter is asked
+    base: Base,  # whose active adapter is asked
     prompts: list[list[int]],  # n token lists
     answers: list[list[int]],  # n token lists, none of them empty
-) -> list[torch.Tensor]:       # n float32 tensors (tokens of the answer,)
-    "Log-probabilities of answers, token by token, with their gradient: one pass in which a common beginning stands once."
+) -> list[torch.Tensor]:  # n float32 tensors (tokens of the answer,)
+    """Log-probabilities of answers, token by token, with their gradient: one pass in which a common beginning
+    stands once.
+    """
     share = can_share(base.model.config)
     rows, places = lay_out([p + a for p, a in zip(prompts, answers)], share)
     inputs = pack(rows, base.tokenizer.pad_token_id or 0, base.device, share)
     width = inputs["input_ids"].shape[1]
-    at = [row*width + c for p, (row, columns) in zip(prompts, places) for c in columns[len(p)-1:-1]]
+    at = [row * width + c for p, (row, columns) in zip(prompts, places) for c in columns[len(p) - 1 : -1]]
     keep = sorted(set(at))
     index = {place: k for k, place in enumerate(keep)}
     with _states_at(base.model, torch.tensor(keep, device=base.device)):
@@ -59,21 +61,28 @@ def token_logprobs(
     tokens = torch.tensor([token for a in answers for token in a], device=logits.device)
     return list(_LogProbs.apply(logits, k, tokens).split([len(a) for a in answers]))
 
+# %% ../nbs/11_update.ipynb #74f7ab0d
 @contextmanager
 def _states_at(model, at):
     "The head of `model` sees the states (rows, columns, size) at the places `at` alone, as one row."
+
     def choose(head, args):
         # not states[row, column], whose gradient adds up in any order on several threads
         return (args[0].flatten(0, 1).index_select(0, at)[None],)
+
     hook = model.get_output_embeddings().register_forward_pre_hook(choose)
-    try: yield
-    finally: hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 # %% ../nbs/11_update.ipynb #ac55c2fb
-TILE = 64 # places for which there are float32 probabilities at a time
+TILE = 64  # places for which there are float32 probabilities at a time
 
+# %% ../nbs/11_update.ipynb #e79974b0
 class _LogProbs(torch.autograd.Function):
     "Of `tokens` (n,), each after the place `k` (n,) of `logits` (places, vocabulary)."
+
     @staticmethod
     def forward(ctx, logits, k, tokens):
         norm = torch.cat([tile.float().logsumexp(-1) for tile in logits.split(TILE)])
@@ -92,130 +101,182 @@ class _LogProbs(torch.autograd.Function):
 # %% ../nbs/11_update.ipynb #993e0332
 @dataclass
 class Ratios:
-    "What losses on n pairs are made of; `chosen` and `rejected` are log-ratios of policy and reference, in nats."
-    chosen: torch.Tensor     # (n,)
-    rejected: torch.Tensor   # (n,)
-    n_chosen: torch.Tensor   # (n,) tokens
-    n_rejected: torch.Tensor # (n,) tokens
-    reference: torch.Tensor  # (n,) the reference's log-probability of the chosen answer less that of the rejected one
-    wins: torch.Tensor       # (n,) the probability with which the chosen answer beats the rejected one
+    """What losses on n pairs are made of; `chosen` and `rejected` are log-ratios of policy and reference, in
+    nats.
+    """
+
+    chosen: torch.Tensor  # (n,)
+    rejected: torch.Tensor  # (n,)
+    n_chosen: torch.Tensor  # (n,) tokens
+    n_rejected: torch.Tensor  # (n,) tokens
+    # (n,) the reference's log-probability of the chosen answer less that of the rejected one
+    reference: torch.Tensor
+    wins: torch.Tensor  # (n,) the probability with which the chosen answer beats the rejected one
 
     @property
-    def margin(self) -> torch.Tensor: return self.chosen - self.rejected
+    def margin(self) -> torch.Tensor:
+        return self.chosen - self.rejected
+
     @property
-    def margin_per_token(self) -> torch.Tensor: return self.chosen/self.n_chosen - self.rejected/self.n_rejected
+    def margin_per_token(self) -> torch.Tensor:
+        return self.chosen / self.n_chosen - self.rejected / self.n_rejected
 
 # %% ../nbs/11_update.ipynb #577286ad
-def _logistic(z): return -F.logsigmoid(z)
+def _logistic(z):
+    return -F.logsigmoid(z)
 
-def _smooth(z, s): return (1 - s.label_smoothing)*_logistic(s.beta*z) + s.label_smoothing*_logistic(-s.beta*z)
+
+def _smooth(z, s):
+    return (1 - s.label_smoothing) * _logistic(s.beta * z) + s.label_smoothing * _logistic(-s.beta * z)
+
 
 def _robust(x, s):
     wrong = s.label_smoothing
-    return ((1 - wrong)*_logistic(s.beta*x.margin) - wrong*_logistic(-s.beta*x.margin))/(1 - 2*wrong)
+    return ((1 - wrong) * _logistic(s.beta * x.margin) - wrong * _logistic(-s.beta * x.margin)) / (
+        1 - 2 * wrong
+    )
 
+# %% ../nbs/11_update.ipynb #52ed629d
 def _exo(x, s):
-    z, wrong = s.beta*x.margin, s.label_smoothing
-    kept = z.sigmoid()*(F.logsigmoid(z) - math.log(1 - wrong))
-    return kept + (-z).sigmoid()*(F.logsigmoid(-z) - math.log(wrong))
+    z, wrong = s.beta * x.margin, s.label_smoothing
+    kept = z.sigmoid() * (F.logsigmoid(z) - math.log(1 - wrong))
+    return kept + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(wrong))
+
 
 def _sppo(x, s, wins):
-    goal = (wins - .5)/s.beta
-    return (x.chosen - goal)**2 + (x.rejected + goal)**2
+    goal = (wins - 0.5) / s.beta
+    return (x.chosen - goal) ** 2 + (x.rejected + goal) ** 2
 
-def _aot(x, s): return _smooth((x.margin + x.reference).sort()[0] - x.reference.sort()[0], s)
 
+def _aot(x, s):
+    return _smooth((x.margin + x.reference).sort()[0] - x.reference.sort()[0], s)
+
+# %% ../nbs/11_update.ipynb #3299e996
 def _discopop(x, s):
-    z = s.beta*x.margin
-    share = (z/s.discopop_tau).sigmoid()
-    return (1 - share)*_logistic(z) + share*(-z).exp()
+    z = s.beta * x.margin
+    share = (z / s.discopop_tau).sigmoid()
+    return (1 - share) * _logistic(z) + share * (-z).exp()
 
 # %% ../nbs/11_update.ipynb #e8639305
-PAIR_LOSSES = { # of `Ratios` and `PairSettings`, a loss for each pair (n,)
-    "sigmoid": lambda x, s: _logistic(s.beta*x.margin),
-    "sigmoid_norm": lambda x, s: _logistic(s.beta*x.margin_per_token),
-    "hinge": lambda x, s: (1 - s.beta*x.margin).relu(),
-    "ipo": lambda x, s: (x.margin_per_token - 1/(2*s.beta))**2,
+PAIR_LOSSES = {  # of `Ratios` and `PairSettings`, a loss for each pair (n,)
+    "sigmoid": lambda x, s: _logistic(s.beta * x.margin),
+    "sigmoid_norm": lambda x, s: _logistic(s.beta * x.margin_per_token),
+    "hinge": lambda x, s: (1 - s.beta * x.margin).relu(),
+    "ipo": lambda x, s: (x.margin_per_token - 1 / (2 * s.beta)) ** 2,
     "robust": _robust,
     "exo_pair": _exo,
-    "nca_pair": lambda x, s: (_logistic(s.beta*x.chosen) + .5*_logistic(-s.beta*x.chosen)
-                              + .5*_logistic(-s.beta*x.rejected)),
-    "bco_pair": lambda x, s: _logistic(s.beta*x.chosen) + _logistic(-s.beta*x.rejected),
+    "nca_pair": lambda x, s: (
+        _logistic(s.beta * x.chosen)
+        + 0.5 * _logistic(-s.beta * x.chosen)
+        + 0.5 * _logistic(-s.beta * x.rejected)
+    ),
+    "bco_pair": lambda x, s: _logistic(s.beta * x.chosen) + _logistic(-s.beta * x.rejected),
     "sppo": lambda x, s: _sppo(x, s, x.wins),
-    "sppo_hard": lambda x, s: _sppo(x, s, 1.),
+    "sppo_hard": lambda x, s: _sppo(x, s, 1.0),
     "aot": _aot,
     "aot_unpaired": lambda x, s: _smooth(x.chosen.sort()[0] - x.rejected.sort()[0], s),
-    "apo_zero": lambda x, s: 1 - (s.beta*x.chosen).sigmoid() + (s.beta*x.rejected).sigmoid(),
-    "apo_down": lambda x, s: (s.beta*x.chosen).sigmoid() + 1 - (s.beta*x.margin).sigmoid(),
+    "apo_zero": lambda x, s: 1 - (s.beta * x.chosen).sigmoid() + (s.beta * x.rejected).sigmoid(),
+    "apo_down": lambda x, s: (s.beta * x.chosen).sigmoid() + 1 - (s.beta * x.margin).sigmoid(),
     "discopop": _discopop,
 }
 
 # %% ../nbs/11_update.ipynb #6aee2981
 def win_probability(
-    pair: dict,        # with `probability`, or else `margin`, or neither
-    scale: float = 1., # margins this far apart win with probability 0.73
+    pair: dict,  # with `probability`, or else `margin`, or neither
+    scale: float = 1.0,  # margins this far apart win with probability 0.73
 ) -> float:
-    "P(chosen beats rejected): the row's `probability`; else its `margin` through the logistic function; else 1."
-    if "probability" in pair: return float(pair["probability"])
-    return 1/(1 + math.exp(-max(-500., min(500., pair["margin"]/scale)))) if "margin" in pair else 1.
+    """P(chosen beats rejected): the row's `probability`; else its `margin` through the logistic function;
+    else 1.
+    """
+    if "probability" in pair:
+        return float(pair["probability"])
+    return 1 / (1 + math.exp(-max(-500.0, min(500.0, pair["margin"] / scale)))) if "margin" in pair else 1.0
 
 # %% ../nbs/11_update.ipynb #564e4eca
 def pair_loss(base: Base, s: "PairSettings"):
     "The objective of `dpo`, of rows with token ids and the reference's log-probabilities."
+
     def loss(part, step):
         prompts, n = [r["prompt_ids"] for r in part], len(part)
-        said = token_logprobs(base, prompts*2, [r[f"{k}_ids"] for k in ("chosen", "rejected") for r in part])
-        logps = torch.stack([lp.double().sum() for lp in said])  # sums of hundreds of nats, of which differences count
+        said = token_logprobs(
+            base, prompts * 2, [r[f"{k}_ids"] for k in ("chosen", "rejected") for r in part]
+        )
+        # sums of hundreds of nats, of which differences count
+        logps = torch.stack([lp.double().sum() for lp in said])
         x = _ratios(logps, said, part)
-        total = 0.
+        total = 0.0
         for term, weight in s.terms:
-            if term == "sft": value = -torch.cat(said[:n]).sum()/_n_tokens(step, "chosen_ids")
-            else: value = PAIR_LOSSES[term](x, s).sum()/len(step)
-            total = total + weight*value
+            if term == "sft":
+                value = -torch.cat(said[:n]).sum() / _n_tokens(step, "chosen_ids")
+            else:
+                value = PAIR_LOSSES[term](x, s).sum() / len(step)
+            total = total + weight * value
         return total, _pair_numbers(x, logps, s.beta, len(step))
+
     return loss
 
-def _n_tokens(rows, column): return sum(len(r[column]) for r in rows)
+# %% ../nbs/11_update.ipynb #21eea7bb
+def _n_tokens(rows, column):
+    return sum(len(r[column]) for r in rows)
+
 
 def _ratios(logps, said, part) -> Ratios:
-    def tensor(values): return logps.new_tensor(list(values))
+    def tensor(values):
+        return logps.new_tensor(list(values))
+
     chosen, rejected = (tensor(r[f"ref_{k}_logps"] for r in part) for k in ("chosen", "rejected"))
     lengths = tensor(map(len, said))
     ratios = logps - torch.cat([chosen, rejected])
-    return Ratios(*ratios.chunk(2), *lengths.chunk(2), chosen - rejected, tensor(r.get("wins", 1.) for r in part))
+    return Ratios(
+        *ratios.chunk(2), *lengths.chunk(2), chosen - rejected, tensor(r.get("wins", 1.0) for r in part)
+    )
 
+# %% ../nbs/11_update.ipynb #15ad090a
 def _pair_numbers(x, logps, beta, n) -> dict:
-    "Under TRL's names: implicit rewards, how often the chosen answer has the higher one, and log-probabilities."
-    numbers = {"rewards/chosen": beta*x.chosen, "rewards/rejected": beta*x.rejected, "rewards/margins": beta*x.margin,
-               "rewards/accuracies": (x.margin > 0).float(), "logps/chosen": logps.chunk(2)[0],
-               "logps/rejected": logps.chunk(2)[1]}
-    return {k: v.detach().sum()/n for k, v in numbers.items()}
+    """Under TRL's names: implicit rewards, how often the chosen answer has the higher one, and
+    log-probabilities.
+    """
+    numbers = {
+        "rewards/chosen": beta * x.chosen,
+        "rewards/rejected": beta * x.rejected,
+        "rewards/margins": beta * x.margin,
+        "rewards/accuracies": (x.margin > 0).float(),
+        "logps/chosen": logps.chunk(2)[0],
+        "logps/rejected": logps.chunk(2)[1],
+    }
+    return {k: v.detach().sum() / n for k, v in numbers.items()}
 
 # %% ../nbs/11_update.ipynb #d2327fed
 def sft_loss(base: Base):
     "The objective of `sft`: minus the mean log-probability of a step's answer tokens."
+
     def loss(part, step):
         said = token_logprobs(base, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
-        return -torch.cat(said).sum()/_n_tokens(step, "completion_ids"), {}
+        return -torch.cat(said).sum() / _n_tokens(step, "completion_ids"), {}
+
     return loss
 
 # %% ../nbs/11_update.ipynb #7e01a657
-def reinforce_loss(base: Base, kl: float = 0.):
+def reinforce_loss(base: Base, kl: float = 0.0):
     "The objective of `reinforce`, of rows with `advantage`, `weight` and, if there is a `kl`, `ref_logps`."
+
     def loss(part, step):
         said = token_logprobs(base, [r["prompt_ids"] for r in part], [r["completion_ids"] for r in part])
-        total = 0.
+        total = 0.0
         for row, lp in zip(part, said):
-            value = -row["advantage"]*lp.sum()
-            if kl: value = value + kl*k3(lp, lp.new_tensor(row["ref_logps"])).sum()
-            total = total + row["weight"]*value/len(step)
+            value = -row["advantage"] * lp.sum()
+            if kl:
+                value = value + kl * k3(lp, lp.new_tensor(row["ref_logps"])).sum()
+            total = total + row["weight"] * value / len(step)
         return total, {}
+
     return loss
 
+# %% ../nbs/11_update.ipynb #bde2126c
 def k3(
-    logps: torch.Tensor,     # (tokens,) of the policy, with a gradient
-    reference: torch.Tensor, # (tokens,) of the reference
-) -> torch.Tensor:           # (tokens,)
+    logps: torch.Tensor,  # (tokens,) of the policy, with a gradient
+    reference: torch.Tensor,  # (tokens,) of the reference
+) -> torch.Tensor:  # (tokens,)
     "Schulman's estimate of KL(policy, reference) at each token that the policy sampled, in nats."
     gap = reference - logps
     return gap.exp() - gap - 1
@@ -223,25 +284,31 @@ def k3(
 # %% ../nbs/11_update.ipynb #993a49d4
 OPTIMIZERS = "adamw_torch", "adamw_torch_fused", "sgd"
 
+# %% ../nbs/11_update.ipynb #158fcaff
 @dataclass(frozen=True)
 class Settings:
-    "How an update steps, under the names of Transformers' `TrainingArguments`. Raises `ValueError` for a bad value."
+    """How an update steps, under the names of Transformers' `TrainingArguments`.
+
+    Raises `ValueError` for a bad value.
+    """
+
     learning_rate: float = 1e-4
-    per_device_train_batch_size: int = 16 # rows of a step, for each process
+    per_device_train_batch_size: int = 16  # rows of a step, for each process
     gradient_accumulation_steps: int = 1  # times so many
-    num_train_epochs: float = 1.
-    max_steps: int = -1                   # above 0: as many, in as many epochs as it takes
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  # above 0: as many, in as many epochs as it takes
     optim: str = "adamw_torch_fused"
-    weight_decay: float = 0.
-    adam_beta1: float = .9
-    adam_beta2: float = .999
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.             # a longer gradient is shortened to it; 0: none is
+    max_grad_norm: float = 1.0  # a longer gradient is shortened to it; 0: none is
     lr_scheduler_type: str = "constant"
-    warmup_steps: float = 0               # below 1: this share of all steps
-    warmup_ratio: float = 0.
-    seed: int = 42                        # of the order of the rows
-    gradient_checkpointing: bool = False  # compute a layer again on the way back instead of keeping it: less memory, more time
+    warmup_steps: float = 0  # below 1: this share of all steps
+    warmup_ratio: float = 0.0
+    seed: int = 42  # of the order of the rows
+    # compute a layer again on the way back instead of keeping it: less memory, more time
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         for name in "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon":
@@ -254,61 +321,74 @@ class Settings:
         whole("max_steps", self.max_steps, -1)
         whole("seed", self.seed, 0)
         one_of("optim", self.optim, OPTIMIZERS)
-        one_of("lr_scheduler_type", str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)),
-               [kind.value for kind in SchedulerType])
+        one_of(
+            "lr_scheduler_type",
+            str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)),
+            [kind.value for kind in SchedulerType],
+        )
         one_of("gradient_checkpointing", self.gradient_checkpointing, [True, False])
 
     @property
-    def step_rows(self) -> int: return self.per_device_train_batch_size*self.gradient_accumulation_steps
+    def step_rows(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 # %% ../nbs/11_update.ipynb #60e2fb35
 @dataclass(frozen=True)
 class PairSettings(Settings):
     "And what `dpo` takes beside them, under the names of TRL's `DPOConfig`."
-    beta: float = .1
+
+    beta: float = 0.1
     loss_type: str | list[str] = "sigmoid"
-    loss_weights: list[float] | None = None # one for each loss; None: all 1
-    label_smoothing: float = 0.             # the share of wrong judgements
-    discopop_tau: float = .05
-    scale: float = 1.                       # of `win_probability`
+    loss_weights: list[float] | None = None  # one for each loss; None: all 1
+    label_smoothing: float = 0.0  # the share of wrong judgements
+    discopop_tau: float = 0.05
+    scale: float = 1.0  # of `win_probability`
 
     def __post_init__(self):
         super().__post_init__()
         for name in "beta", "discopop_tau", "scale":
             number(name, getattr(self, name), above=0)
-        number("label_smoothing", self.label_smoothing, 0, .5)
+        number("label_smoothing", self.label_smoothing, 0, 0.5)
         for term, weight in self.terms:
             number("a weight of loss_weights", weight)
             if term not in (*PAIR_LOSSES, "sft"):
-                raise ValueError(f'loss_type is {shown(term)}: expected one or more of {[*PAIR_LOSSES, "sft"]}; '
-                                 'TRL\'s trainer may have others, see backend="trl".')
+                raise ValueError(
+                    f'loss_type is {shown(term)}: expected one or more of {[*PAIR_LOSSES, "sft"]}; '
+                    'TRL\'s trainer may have others, see backend="trl".'
+                )
         if {"robust", "exo_pair"} & {term for term, _ in self.terms}:
-            number("label_smoothing", self.label_smoothing, 0, .4999)
-        if "exo_pair" in dict(self.terms): number("label_smoothing", self.label_smoothing, above=0)
+            number("label_smoothing", self.label_smoothing, 0, 0.4999)
+        if "exo_pair" in dict(self.terms):
+            number("label_smoothing", self.label_smoothing, above=0)
 
     @property
     def terms(self) -> list[tuple[str, float]]:
         "The losses that are added, with their weights."
         types = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        weights = [1.]*len(types) if self.loss_weights is None else list(self.loss_weights)
+        weights = [1.0] * len(types) if self.loss_weights is None else list(self.loss_weights)
         if not types or len(weights) != len(types):
-            raise ValueError(f"loss_type is {shown(self.loss_type)} with loss_weights {shown(self.loss_weights)}: "
-                             "expected one or more, and as many weights.")
+            raise ValueError(
+                f"loss_type is {shown(self.loss_type)} with loss_weights {shown(self.loss_weights)}: "
+                "expected one or more, and as many weights."
+            )
         return list(zip(types, weights))
 
 # %% ../nbs/11_update.ipynb #390aa3d0
 def settings_of(
     kind: type,  # `Settings`, or a dataclass that has more
-    given: dict, # the settings by name
-    also=(),     # names that the caller takes beside them, for the error
+    given: dict,  # the settings by name
+    also=(),  # names that the caller takes beside them, for the error
 ):
     "`given` as a `kind`. Raises `ValueError` for one that is not known, with a list of those that are."
     known = [f.name for f in fields(kind)]
     for k in given:
-        if k in known: continue
+        if k in known:
+            continue
         near = get_close_matches(k, [*known, *also])
-        raise ValueError(f"unknown setting {k!r}: expected a field of {kind.__name__}; near it: {near or 'none'}; all: "
-                         f'{[*known, *also]}. dpo and sft with backend="trl" take all that TRL does.')
+        raise ValueError(
+            f"unknown setting {k!r}: expected a field of {kind.__name__}; near it: {near or 'none'}; all: "
+            f'{[*known, *also]}. dpo and sft with backend="trl" take all that TRL does.'
+        )
     return kind(**given)
 
 # %% ../nbs/11_update.ipynb #6fee450e
@@ -318,57 +398,83 @@ def _at_random(rows: list[dict], seed: int) -> Iterator[list[dict]]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch))
         yield [rows[i] for i in order.tolist()]
 
+# %% ../nbs/11_update.ipynb #2bee240e
 def _by_prompt(rows: list[dict], seed: int) -> Iterator[list[dict]]:
     "The rows of each epoch: prompts shuffled, the rows of each together."
     groups, rng = {}, random.Random(seed)
-    for row in rows: groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
+    for row in rows:
+        groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
     while True:
         order = list(groups.values())
         rng.shuffle(order)
         yield [row for group in order for row in group]
 
+# %% ../nbs/11_update.ipynb #9c5a73ec
 def _steps(epochs: Iterator[list[dict]], n_rows: int, size: int, s: Settings) -> list[list[dict]]:
     "The rows of each step, `size` of them; the last step of an epoch has those that are left."
-    in_epoch = math.ceil(n_rows/size)
-    n = s.max_steps if s.max_steps > 0 else math.ceil(in_epoch*s.num_train_epochs)
+    in_epoch = math.ceil(n_rows / size)
+    n = s.max_steps if s.max_steps > 0 else math.ceil(in_epoch * s.num_train_epochs)
     steps = []
     while len(steps) < n:
         rows = next(epochs)
-        steps += [rows[i:i + size] for i in range(0, n_rows, size)]
+        steps += [rows[i : i + size] for i in range(0, n_rows, size)]
     return steps[:n]
 
 # %% ../nbs/11_update.ipynb #ee93c887
 @dataclass
 class UpdateResult:
     "What an update did: the numbers of each step, and how long it took."
-    history: list[dict] # of a step its `loss`, `grad_norm`, `learning_rate` and more; at the end `train_runtime` in seconds
+
+    # of a step its `loss`, `grad_norm`, `learning_rate` and more; at the end `train_runtime` in seconds
+    history: list[dict]
     n_rows: int
     seconds: float
-    optimizer: dict # AdamW's moments, for the next update
-    dropped: Counter = field(default_factory=Counter) # rows that were not trained on, by reason
+    optimizer: dict  # AdamW's moments, for the next update
+    dropped: Counter = field(default_factory=Counter)  # rows that were not trained on, by reason
 
     @property
-    def losses(self) -> list[float]: return [h["loss"] for h in self.history if "loss" in h]
+    def losses(self) -> list[float]:
+        return [h["loss"] for h in self.history if "loss" in h]
+
     @printable
     def __repr__(self):
         losses = [f"{x:.3f}" for x in self.losses]
         change = " → ".join(losses[:1] + losses[1:][-1:]) or "none"
         dropped = f"; dropped {dict(self.dropped)}" if self.dropped else ""
-        return f"UpdateResult({self.n_rows} rows, {len(losses)} steps, loss {change}, {self.seconds:.1f} s{dropped})"
+        return (
+            f"UpdateResult({self.n_rows} rows, {len(losses)} steps, loss {change}, {self.seconds:.1f}"
+            f" s{dropped})"
+        )
 
 # %% ../nbs/11_update.ipynb #9fb6fe12
-def _train(base: Base, adapter: str, rows, loss, epochs, s: Settings, optimizer=None, dropped=(), progress=None, also=()):
-    "Minimise `loss` over `rows` in the weights of `adapter` and `also`, which are as before if anything goes wrong."
+def _train(
+    base: Base,
+    adapter: str,
+    rows,
+    loss,
+    epochs,
+    s: Settings,
+    optimizer=None,
+    dropped=(),
+    progress=None,
+    also=(),
+):
+    """Minimise `loss` over `rows` in the weights of `adapter` and `also`, which are as before if anything
+    goes wrong.
+    """
     if not rows:
-        raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
+        raise ValueError(
+            f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}."
+        )
     function("progress", progress or print, "progress(step, steps)")
     start, history = time.perf_counter(), []
-    steps = _steps(epochs(rows, s.seed), len(rows), s.step_rows*_processes(base).num_processes, s)
+    steps = _steps(epochs(rows, s.seed), len(rows), s.step_rows * _processes(base).num_processes, s)
     size = _part_size(base, rows, s)
     free_memory()
     with _learning(base, adapter, also, s.gradient_checkpointing) as weights:
         adam, rates = _optimizer(weights, s, len(steps))
-        if optimizer: _set_moments(adam, optimizer)
+        if optimizer:
+            _set_moments(adam, optimizer)
         scaler = torch.amp.GradScaler(base.device.type, enabled=base.model.dtype == torch.float16)
         for step in steps:
             numbers, size = _add_up(base, weights, loss, step, size, scaler)
@@ -380,7 +486,8 @@ def _train(base: Base, adapter: str, rows, loss, epochs, s: Settings, optimizer=
             rates.step()
             adam.zero_grad()
             _check_finite(history, weights)
-            if progress: progress(len(history), len(steps))
+            if progress:
+                progress(len(history), len(steps))
         moments = _get_moments(adam)
     seconds = time.perf_counter() - start
     free_memory()
@@ -389,47 +496,70 @@ def _train(base: Base, adapter: str, rows, loss, epochs, s: Settings, optimizer=
 # %% ../nbs/11_update.ipynb #1ef65d81
 def _optimizer(weights, s: Settings, n_steps: int):
     "The optimizer and the schedule of its rate."
-    if s.optim == "sgd": made = torch.optim.SGD(weights, lr=s.learning_rate, weight_decay=s.weight_decay)
+    if s.optim == "sgd":
+        made = torch.optim.SGD(weights, lr=s.learning_rate, weight_decay=s.weight_decay)
     else:
-        made = torch.optim.AdamW(weights, lr=s.learning_rate, betas=(s.adam_beta1, s.adam_beta2), eps=s.adam_epsilon,
-                                 weight_decay=s.weight_decay, fused=s.optim.endswith("fused"))
+        made = torch.optim.AdamW(
+            weights,
+            lr=s.learning_rate,
+            betas=(s.adam_beta1, s.adam_beta2),
+            eps=s.adam_epsilon,
+            weight_decay=s.weight_decay,
+            fused=s.optim.endswith("fused"),
+        )
     warm = s.warmup_steps or s.warmup_ratio
-    warm = math.ceil(warm*n_steps) if warm < 1 else int(warm)
+    warm = math.ceil(warm * n_steps) if warm < 1 else int(warm)
     return made, get_scheduler(s.lr_scheduler_type, made, num_warmup_steps=warm, num_training_steps=n_steps)
 
 # %% ../nbs/11_update.ipynb #3e8d413d
 def _add_up(base: Base, weights, loss, step, size: int, scaler) -> tuple[dict, int]:
-    "Add a step's gradients to `weights`, `size` rows at a time, fewer if they do not fit; its numbers, and the size that fits."
-    process, every = _processes(base).process_index, _processes(base).num_processes
+    """Add a step's gradients to `weights`, `size` rows at a time, fewer if they do not fit; its numbers, and
+    the size that fits.
+    """
+    process = _processes(base).process_index
+    every = _processes(base).num_processes
     while True:
         numbers = Counter()
-        parts = [step[i:i + size] for i in range(0, len(step), size)]
+        parts = [step[i : i + size] for i in range(0, len(step), size)]
         try:
             for part in parts[process::every]:
                 value, more = loss(part, step)
-                if base.device.type == "cpu": free_memory()
+                if base.device.type == "cpu":
+                    free_memory()
                 scaler.scale(value).backward()
-                for k, v in ({"loss": value.detach()} | more).items(): numbers[k] += v
+                for k, v in ({"loss": value.detach()} | more).items():
+                    numbers[k] += v
             break
         except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e) or size < 2: raise
-        for w in weights: w.grad = None
+            if not out_of_memory(e) or size < 2:
+                raise
+        for w in weights:
+            w.grad = None
         size = _halved(size, len(step))
-    if every > 1: numbers = _of_all(weights, numbers)
+    if every > 1:
+        numbers = _of_all(weights, numbers)
     return {k: float(v) for k, v in numbers.items()}, size
 
-def _processes(base: Base) -> PartialState: return PartialState(cpu=base.device.type == "cpu")
+# %% ../nbs/11_update.ipynb #025a539b
+def _processes(base: Base) -> PartialState:
+    return PartialState(cpu=base.device.type == "cpu")
+
 
 def _halved(size: int, rows: int) -> int:
     free_memory()
     size //= 2
-    warnings.warn(f"out of memory: the step begins again with {size} rows at a time, {math.ceil(rows/size)} times a step.",
-                  stacklevel=5)
+    warnings.warn(
+        f"out of memory: the step begins again with {size} rows at a time, {math.ceil(rows / size)} times a"
+        " step.",
+        stacklevel=5,
+    )
     return size
 
+# %% ../nbs/11_update.ipynb #b03ab2fc
 def _of_all(weights, numbers) -> Counter:
     "Add up gradients and numbers over the processes."
-    for w in weights: w.grad = reduce(torch.zeros_like(w) if w.grad is None else w.grad, "sum")
+    for w in weights:
+        w.grad = reduce(torch.zeros_like(w) if w.grad is None else w.grad, "sum")
     told = torch.tensor([float(numbers[k]) for k in sorted(numbers)])
     return Counter(dict(zip(sorted(numbers), reduce(told.to(weights[0].device), "sum").tolist())))
 
@@ -441,17 +571,23 @@ def _learning(base: Base, adapter: str, also=(), checkpointing: bool = False):
     before = [w.detach().clone() for w in weights]
     base.model.eval()
     base.peft.set_adapter(adapter)
-    for w in weights: w.requires_grad_(True)
+    for w in weights:
+        w.requires_grad_(True)
     try:
-        with _inputs_only(base, adapter), _layers_again(base.model) if checkpointing else nullcontext(): yield weights
+        with _inputs_only(base, adapter), _layers_again(base.model) if checkpointing else nullcontext():
+            yield weights
     except BaseException:
-        for w, old in zip(weights, before): w.data.copy_(old)
+        for w, old in zip(weights, before):
+            w.data.copy_(old)
         raise
     finally:
-        for w in weights: w.grad = None
-        for w in also: w.requires_grad_(False)
+        for w in weights:
+            w.grad = None
+        for w in also:
+            w.requires_grad_(False)
         base.peft.requires_grad_(False)
 
+# %% ../nbs/11_update.ipynb #efcdcbb8
 @contextmanager
 def _layers_again(model):
     "Layers keep their input alone, and are computed again on the way back."
@@ -459,41 +595,55 @@ def _layers_again(model):
         warnings.simplefilter("ignore", FutureWarning)  # Transformers 6 has another name for it
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for m in layers: m.training = True  # Transformers asks for it; the parts of a layer, with its dropout, stay as they are
-    try: yield
+    # Transformers asks for it; the parts of a layer, with its dropout, stay as they are
+    for m in layers:
+        m.training = True
+    try:
+        yield
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_disable()
-        for m in layers: m.training = False
+        for m in layers:
+            m.training = False
 
 # %% ../nbs/11_update.ipynb #3c94bdb3
 def _check_finite(history: list[dict], weights):
     "Raise `FloatingPointError` if the last step has diverged."
-    if math.isfinite(history[-1]["loss"]) and all(w.isfinite().all() for w in weights): return
+    if math.isfinite(history[-1]["loss"]) and all(w.isfinite().all() for w in weights):
+        return
     losses = [round(h["loss"], 3) for h in history][-5:]
-    raise FloatingPointError(f"the update diverged (losses {losses}); the policy is unchanged. Lower the learning rate.")
+    raise FloatingPointError(
+        f"the update diverged (losses {losses}); the policy is unchanged. Lower the learning rate."
+    )
 
 # %% ../nbs/11_update.ipynb #67696a53
 def _part_size(base: Base, rows, s: Settings) -> int:
     "How many rows go through the model at a time."
     columns = "chosen_ids", "rejected_ids", "completion_ids"
     lists = [r["prompt_ids"] + r[k] for r in rows for k in columns if k in r]
-    tokens = sum(len(row.tokens) for row in lay_out(lists, can_share(base.model.config))[0])/len(rows)
+    tokens = sum(len(row.tokens) for row in lay_out(lists, can_share(base.model.config))[0]) / len(rows)
     size = s.per_device_train_batch_size
-    while size > 1 and size*tokens > base.max_train_tokens: size //= 2
+    while size > 1 and size * tokens > base.max_train_tokens:
+        size //= 2
     return size
 
 # %% ../nbs/11_update.ipynb #06606210
-def _unpacked(layer, like): return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(like.dtype)
+def _unpacked(layer, like):
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(like.dtype)
 
+# %% ../nbs/11_update.ipynb #44dcfde8
 class _Product(torch.autograd.Function):
-    "Inputs (..., in) times a frozen 4-bit layer with an adapter, A (r, in) and B (out, r), that is scaled by `scale`."
+    """Inputs (..., in) times a frozen 4-bit layer with an adapter, A (r, in) and B (out, r), that is scaled
+    by `scale`.
+    """
+
     @staticmethod
     def forward(ctx, x, A, B, layer, scale):
         ctx.save_for_backward(x, A, B)
         ctx.layer, ctx.scale = layer, scale
-        y, low = F.linear(x, _unpacked(layer, x), layer.bias), F.linear(x, A.to(x.dtype))
+        y = F.linear(x, _unpacked(layer, x), layer.bias)
+        low = F.linear(x, A.to(x.dtype))
         y.flatten(0, -2).addmm_(low.flatten(0, -2).to(y.dtype), B.T.to(y.dtype), alpha=scale)
         return y
 
@@ -504,76 +654,106 @@ class _Product(torch.autograd.Function):
         a, low = A.to(g.dtype), g @ B.to(g.dtype)
         dx = (g @ _unpacked(ctx.layer, g)).addmm_(low, a, alpha=ctx.scale)
         dA, dB = low.T @ flat.to(g.dtype), g.T @ (flat.to(g.dtype) @ a.T)
-        return dx.view_as(x).to(x.dtype), ctx.scale*dA.to(A.dtype), ctx.scale*dB.to(B.dtype), None, None
+        return dx.view_as(x).to(x.dtype), ctx.scale * dA.to(A.dtype), ctx.scale * dB.to(B.dtype), None, None
 
 # %% ../nbs/11_update.ipynb #e31a561e
 @contextmanager
 def _inputs_only(base: Base, adapter: str):
     "While this runs, layers with `adapter` keep nothing for the gradient but their input."
-    layers = [m for m in base.model.modules() if isinstance(m, LoraLayer) and adapter in m.lora_A and is_product(m, adapter)]
+    layers = [
+        m
+        for m in base.model.modules()
+        if isinstance(m, LoraLayer) and adapter in m.lora_A and is_product(m, adapter)
+    ]
     try:
-        for m in layers: m.forward = _with_adapter(m, adapter)
+        for m in layers:
+            m.forward = _with_adapter(m, adapter)
         yield
     finally:
-        for m in layers: vars(m).pop("forward", None)
+        for m in layers:
+            vars(m).pop("forward", None)
 
+# %% ../nbs/11_update.ipynb #d43f7677
 def _with_adapter(m, adapter):
-    A, B, layer, scale = m.lora_A[adapter].weight, m.lora_B[adapter].weight, m.get_base_layer(), m.scaling[adapter]
+    A = m.lora_A[adapter].weight
+    B = m.lora_B[adapter].weight
+    layer = m.get_base_layer()
+    scale = m.scaling[adapter]
     return lambda x: _Product.apply(x, A, B, layer, scale)
 
 # %% ../nbs/11_update.ipynb #87ee9002
 MOMENTS = "step", "exp_avg", "exp_avg_sq"
+
 
 def _get_moments(optimizer) -> dict:
     params = [p for g in optimizer.param_groups for p in g["params"]]
     state = {i: optimizer.state[p] for i, p in enumerate(params) if "exp_avg" in optimizer.state[p]}
     return {f"{i}.{k}": values[k].detach().cpu().clone() for i, values in state.items() for k in MOMENTS}
 
+# %% ../nbs/11_update.ipynb #f3fc8afa
 def _set_moments(optimizer, moments: dict):
     params = [p for g in optimizer.param_groups for p in g["params"]]
     shapes = [moments[f"{i}.exp_avg"].shape for i in range(len(moments) // len(MOMENTS))]
     if shapes != [p.shape for p in params]:
-        raise ValueError(f"the optimizer state has {len(shapes)} tensors that do not fit the adapter's {len(params)}.")
+        raise ValueError(
+            f"the optimizer state has {len(shapes)} tensors that do not fit the adapter's {len(params)}."
+        )
     state = {i: {k: moments[f"{i}.{k}"].clone() for k in MOMENTS} for i in range(len(params))}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 # %% ../nbs/11_update.ipynb #735bf880
 def save_optimizer(
-    moments: dict | None, # `UpdateResult.optimizer`, or None before the first update
-    path: str | Path,     # a safetensors file
+    moments: dict | None,  # `UpdateResult.optimizer`, or None before the first update
+    path: str | Path,  # a safetensors file
 ):
     "Write an optimizer's state beside the adapter that it belongs to; nothing for None."
-    if not moments: return
-    try: other = Path(path).exists() and not any(k.endswith("step") for k in load_file(path))
-    except Exception: other = True
-    if other or Path(path).is_symlink(): raise ValueError(f"{path} is no optimizer's state and is left as it is: give another name.")
+    if not moments:
+        return
+    try:
+        other = Path(path).exists() and not any(k.endswith("step") for k in load_file(path))
+    except Exception:
+        other = True
+    if other or Path(path).is_symlink():
+        raise ValueError(f"{path} is no optimizer's state and is left as it is: give another name.")
     save_file(moments, path)
 
+# %% ../nbs/11_update.ipynb #3bfdf477
 def load_optimizer(path: str | Path) -> dict | None:
     "Read what `save_optimizer` wrote; None if there is no file."
     return load_file(path) if Path(path).exists() else None
 
 # %% ../nbs/11_update.ipynb #340c5d01
 def _is_answer(x):
-    if isinstance(x, str): return True
-    return is_messages(x) and len(x) == 1 and x[0]["role"] == "assistant" and isinstance(x[0].get("content"), str)
+    if isinstance(x, str):
+        return True
+    return (
+        is_messages(x)
+        and len(x) == 1
+        and x[0]["role"] == "assistant"
+        and isinstance(x[0].get("content"), str)
+    )
 
-def _is_ids(x): return x is None or isinstance(x, list | tuple) and all(isinstance(i, int) for i in x)
 
+def _is_ids(x):
+    return x is None or isinstance(x, list | tuple) and all(isinstance(i, int) for i in x)
+
+# %% ../nbs/11_update.ipynb #e8aa88fa
 _PROMPT = "a text, or a list of {'role', 'content'} messages", lambda x: isinstance(x, str) or is_messages(x)
 _ANSWER = "a text, or a list of one message of the assistant", _is_answer
 _NUMBER = "a number, or no such column", lambda x: isinstance(x, Real)
 _PROBABILITY = "a number from 0 to 1, or no such column", lambda x: isinstance(x, Real) and 0 <= x <= 1
 _IDS = "a list of token ids, or no such column", _is_ids
-
 _PAIR = {"prompt": _PROMPT, "chosen": _ANSWER, "rejected": _ANSWER}
 _PAIR_TOO = {"margin": _NUMBER, "probability": _PROBABILITY, "chosen_ids": _IDS, "rejected_ids": _IDS}
 
 # %% ../nbs/11_update.ipynb #1c3f0c5e
 def _check_trainable(policy: Policy):
     if policy.frozen:
-        raise ValueError(f"{policy.name!r} is frozen (a snapshot, or the bare base): "
-                         "train a policy, or snapshot(frozen=False).")
+        raise ValueError(
+            f"{policy.name!r} is frozen (a snapshot, or the bare base): "
+            "train a policy, or snapshot(frozen=False)."
+        )
+
 
 def _check_reference(policy: Policy, reference: Policy):
     if reference.base is not policy.base:
@@ -581,6 +761,7 @@ def _check_reference(policy: Policy, reference: Policy):
     if reference.name != "base" and reference.name not in policy.base.adapters:
         raise ValueError(f"unknown adapter {reference.name!r}; resident: {policy.base.adapters}.")
 
+# %% ../nbs/11_update.ipynb #d1945c16
 def _checked(rows, needed: dict, optional: dict, kind: str = "row") -> list[dict]:
     "`rows` as a list. Raises `ValueError`, with row and column, for what is missing or no such thing."
     columns = " and".join(", ".join(map(repr, needed)).rsplit(",", 1))
@@ -613,54 +794,77 @@ def _prompt_ids(base: Base, rows: list[dict], kind: str = "row") -> list[list[in
             raise ValueError(f"{kind} {i}, column 'prompt' is {value}: expected at least one token.")
     return [known[repr(row["prompt"])] for row in rows]
 
+# %% ../nbs/11_update.ipynb #cb831c42
 def _answer_ids(base: Base, row: dict, column: str, truncated: str) -> list[int]:
     "Token ids of an answer: those in the row, or its text's."
     ids = row.get(f"{column}_ids")
-    if ids: return base.completion_ids(list(ids))
+    if ids:
+        return base.completion_ids(list(ids))
     return base.completion_ids(text_of(row[column]), finished=not row.get(truncated))
 
 # %% ../nbs/11_update.ipynb #6cbb8fab
 def tokenize_pairs(
-    base: Base,        # whose tokenizer and context
-    pairs: list[dict], # `{"prompt", "chosen", "rejected"}`, and what `dpo` takes beside them
-) -> tuple[list[dict], list[dict], Counter]: # the good pairs, for each `prompt_ids`, `chosen_ids` and `rejected_ids`, and the dropped by reason
+    base: Base,  # whose tokenizer and context
+    pairs: list[dict],  # `{"prompt", "chosen", "rejected"}`, and what `dpo` takes beside them
+    # the good pairs, for each `prompt_ids`, `chosen_ids` and `rejected_ids`, and the dropped by reason
+) -> tuple[list[dict], list[dict], Counter]:
     "Drop faulty and over-long pairs, and tokenize the others. Raises `ValueError` for a row that is no pair."
     pairs = _checked(pairs, _PAIR, _PAIR_TOO, "pair")
     _prompt_ids(base, pairs, "pair")
     pairs, dropped = validate_pairs(pairs)
-    def answers(p): return {f"{k}_ids": _answer_ids(base, p, k, f"{k}_truncated") for k in ("chosen", "rejected")}
+
+    def answers(p):
+        return {f"{k}_ids": _answer_ids(base, p, k, f"{k}_truncated") for k in ("chosen", "rejected")}
+
     rows = [{"prompt_ids": prompt} | answers(p) for p, prompt in zip(pairs, _prompt_ids(base, pairs))]
-    fits = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= base.context_length for r in rows]
-    if not all(fits): dropped["over-long"] += fits.count(False)
+    fits = [
+        len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= base.context_length
+        for r in rows
+    ]
+    if not all(fits):
+        dropped["over-long"] += fits.count(False)
     return [p for p, ok in zip(pairs, fits) if ok], [r for r, ok in zip(rows, fits) if ok], dropped
 
 # %% ../nbs/11_update.ipynb #d90043e0
 def reference_logprobs(
     reference: Policy,  # whose log-probabilities
-    rows: list[dict],   # with `prompt_ids`, `chosen_ids` and `rejected_ids`
-) -> list[dict]:        # the rows with the columns `ref_chosen_logps` and `ref_rejected_logps`
+    rows: list[dict],  # with `prompt_ids`, `chosen_ids` and `rejected_ids`
+) -> list[dict]:  # the rows with the columns `ref_chosen_logps` and `ref_rejected_logps`
     "Add the reference's summed log-probabilities of both answers."
-    prompts, answers = [r["prompt_ids"] for r in rows]*2, [r[k] for k in ("chosen_ids", "rejected_ids") for r in rows]
-    said = [float(logps.double().sum()) for logps, _ in reference.base._score(reference.name, prompts, answers)]
-    return [r | {"ref_chosen_logps": c, "ref_rejected_logps": j} for r, c, j in zip(rows, said, said[len(rows):])]
+    prompts = [r["prompt_ids"] for r in rows] * 2
+    answers = [r[k] for k in ("chosen_ids", "rejected_ids") for r in rows]
+    said = [
+        float(logps.double().sum()) for logps, _ in reference.base._score(reference.name, prompts, answers)
+    ]
+    return [
+        r | {"ref_chosen_logps": c, "ref_rejected_logps": j} for r, c, j in zip(rows, said, said[len(rows) :])
+    ]
 
+# %% ../nbs/11_update.ipynb #6f32d0cb
 def _known(pair, k):
     if k not in pair:
-        raise ValueError(f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; "
-                         f"it has {sorted(pair)}.")
+        raise ValueError(
+            f"a pair has no {k!r}, which sampled_by_reference=True takes from sampling; "
+            f"it has {sorted(pair)}."
+        )
     if not (isinstance(pair[k], Real) and math.isfinite(pair[k])):
-        raise ValueError(f"a pair's {k!r} is {pair[k]!r}: expected the reference's log-probability, "
-                         "a finite number.")
+        raise ValueError(
+            f"a pair's {k!r} is {pair[k]!r}: expected the reference's log-probability, a finite number."
+        )
     return pair[k]
 
 # %% ../nbs/11_update.ipynb #ae9751a0
 @contextmanager
 def _scratch(base: Base):
-    "Take away afterwards what a trainer of TRL leaves on the base, and its warnings and bars for as long as it runs."
+    """Take away afterwards what a trainer of TRL leaves on the base, and its warnings and bars for as long as
+    it runs.
+    """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
     config = base.model.config
     things = [base.model, base.peft, config, config.get_text_config(), base.model.generation_config]
-    before, bars = [dict(vars(x)) for x in things], not are_progress_bars_disabled()
+    before = [dict(vars(x)) for x in things]
+    bars = not are_progress_bars_disabled()
     states = random.getstate(), np.random.get_state()
     disable_progress_bars()
     try:
@@ -668,34 +872,55 @@ def _scratch(base: Base):
             warnings.simplefilter("ignore")
             yield
     finally:
-        if bars: enable_progress_bars()
+        if bars:
+            enable_progress_bars()
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for name in {"default", "ref"} & set(base.adapters): Policy.resident(base, name).delete()
+        for name in {"default", "ref"} & set(base.adapters):
+            Policy.resident(base, name).delete()
         for x, was in zip(things, before):
             vars(x).clear()
             vars(x).update(was)
         base.peft.requires_grad_(False).eval()
 
+# %% ../nbs/11_update.ipynb #e785c431
 def _put(base: Base, name: str, like: Policy, state: dict):
     "A float32 adapter `name` with the form of `like` and the weights `state`."
-    if name in base.adapters: Policy.resident(base, name).delete()
+    if name in base.adapters:
+        Policy.resident(base, name).delete()
     base.add_adapter(name, base.peft.peft_config[like.name], scratch=True)
     Policy.resident(base, name).load_state(state)
 
 # %% ../nbs/11_update.ipynb #12301515
-TRL = dict(report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, log_level="error", max_length=None,
-           gradient_checkpointing=False, dataloader_pin_memory=False, lr_scheduler_type="constant", num_train_epochs=1)
+TRL = dict(
+    report_to="none",
+    save_strategy="no",
+    logging_steps=1,
+    disable_tqdm=True,
+    log_level="error",
+    max_length=None,
+    gradient_checkpointing=False,
+    dataloader_pin_memory=False,
+    lr_scheduler_type="constant",
+    num_train_epochs=1,
+)
 
+# %% ../nbs/11_update.ipynb #0fd3b059
 def _by_trl(policy: Policy, rows, settings, optimizer, dropped, progress, reference: Policy | None = None):
     "As `_train`, by TRL's `DPOTrainer` if there is a reference, else by its `SFTTrainer`."
     import trl
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
+
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if progress: progress(state.global_step, state.max_steps)
-    if not rows: raise ValueError(f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}.")
+            if progress:
+                progress(state.global_step, state.max_steps)
+
+    if not rows:
+        raise ValueError(
+            f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}."
+        )
     base, start = policy.base, time.perf_counter()
     config, trainer = (trl.DPOConfig, trl.DPOTrainer) if reference else (trl.SFTConfig, trl.SFTTrainer)
     kind, data = base.model.dtype, Dataset.from_list(rows)
@@ -705,84 +930,126 @@ def _by_trl(policy: Policy, rows, settings, optimizer, dropped, progress, refere
         args = config(output_dir=out, **formats | TRL | settings)
         _put(base, "default", policy, policy.state())
         base.peft.set_adapter("default")
-        made = trainer(base.peft, args=args, train_dataset=texts if reference else data, processing_class=base.tokenizer,
-                       callbacks=[Progress()])
+        made = trainer(
+            base.peft,
+            args=args,
+            train_dataset=texts if reference else data,
+            processing_class=base.tokenizer,
+            callbacks=[Progress()],
+        )
         made.remove_callback(PrinterCallback)
         if reference:
             made.train_dataset = data
             _put(base, "ref", *_as_adapter(reference, policy))
         for n, p in base.peft.named_parameters():
-            if ".default." in n: p.data = p.data.float()  # TRL makes the adapter of a 4-bit model bfloat16
+            if ".default." in n:
+                p.data = p.data.float()  # TRL makes the adapter of a 4-bit model bfloat16
         Policy.resident(base, "default").load_state(policy.state())
         base.peft.set_adapter("default")
-        if optimizer: _set_moments(made.create_optimizer(), optimizer)
+        if optimizer:
+            _set_moments(made.create_optimizer(), optimizer)
         made.train()
-        trained, history = Policy.resident(base, "default").state(), made.state.log_history
+        trained = Policy.resident(base, "default").state()
+        history = made.state.log_history
         _check_finite([h for h in history if "loss" in h], trained.values())
         moments = _get_moments(made.optimizer)
     policy.load_state(trained)
     return UpdateResult(history, len(rows), time.perf_counter() - start, moments, Counter(dropped))
 
+# %% ../nbs/11_update.ipynb #dc2b527f
 def _as_adapter(reference: Policy, like: Policy) -> tuple[Policy, dict]:
-    "An adapter's form and weights that say what `reference` says; the bare base is an adapter that adds nothing."
-    if reference.name != "base": return reference, reference.state()
+    """An adapter's form and weights that say what `reference` says; the bare base is an adapter that adds
+    nothing.
+    """
+    if reference.name != "base":
+        return reference, reference.state()
     return like, {k: torch.zeros_like(w) for k, w in like.state().items()}
 
 # %% ../nbs/11_update.ipynb #6606e39e
 COMMON = dict(lr_scheduler_type="constant", num_train_epochs=1)
-DPO = dict(learning_rate=3e-4, beta=0.1, per_device_train_batch_size=16, loss_type=["sigmoid", "sft"], loss_weights=[1., .2])
+DPO = dict(
+    learning_rate=3e-4,
+    beta=0.1,
+    per_device_train_batch_size=16,
+    loss_type=["sigmoid", "sft"],
+    loss_weights=[1.0, 0.2],
+)
 SFT = dict(learning_rate=4e-4, per_device_train_batch_size=16)
-REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, weight_decay=0.)
+REINFORCE = dict(learning_rate=1e-4, per_device_train_batch_size=64, weight_decay=0.0)
 BACKENDS = "own", "trl"
 
 # %% ../nbs/11_update.ipynb #c4df5d15
 def dpo(
-    policy: Policy,     # the adapter to train
-    pairs: list[dict],  # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
+    policy: Policy,  # the adapter to train
+    # `{"prompt", "chosen", "rejected"}`, and `rejected_truncated` for an answer that was cut off
+    pairs: list[dict],
     reference: Policy,  # a snapshot on the same base, or the base itself
-    optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
-    sampled_by_reference: bool = False, # are the pairs' `chosen_logps` and `rejected_logps` those of `reference`? Then they are not computed again
-    progress: Callable | None = None, # called as `progress(step, steps)` after each step
-    backend: str = "own",             # or "trl", whose `DPOTrainer` then trains
-    **settings,         # fields of `PairSettings`, over the defaults in `DPO`; with "trl" any field of TRL's `DPOConfig`
+    optimizer: dict | None = None,  # `UpdateResult.optimizer` of the last update, to go on with its moments
+    # are the pairs' `chosen_logps` and `rejected_logps` those of `reference`? Then they are not computed
+    # again
+    sampled_by_reference: bool = False,
+    progress: Callable | None = None,  # called as `progress(step, steps)` after each step
+    backend: str = "own",  # or "trl", whose `DPOTrainer` then trains
+    # fields of `PairSettings`, over the defaults in `DPO`; with "trl" any field of TRL's `DPOConfig`
+    **settings,
 ) -> UpdateResult:
-    """Train `policy` on preference `pairs` against `reference`. Only the policy's adapter changes, and only if all went well.
+    """Train `policy` on preference `pairs` against `reference`. Only the policy's adapter changes, and only
+    if all went well.
 
     Empty, identical, non-finite, truncated and over-long pairs are dropped and counted in the result.
     Raises `ValueError` for a frozen policy, no good pairs, a bad setting, or a reference on another base,
-    `FloatingPointError` if training diverged."""
+    `FloatingPointError` if training diverged.
+    """
     _check_trainable(policy)
     _check_reference(policy, reference)
     own = one_of("backend", backend, BACKENDS) == "own"
-    if "loss_type" in settings: settings = {"loss_weights": None} | settings  # those of `DPO` are of its own losses
+    # those of `DPO` are of its own losses
+    if "loss_type" in settings:
+        settings = {"loss_weights": None} | settings
     s = _settings_for(backend, PairSettings, DPO | settings)
     pairs, rows, dropped = tokenize_pairs(policy.base, pairs)
-    if not own: return _by_trl(policy, rows, DPO | settings, optimizer, dropped, progress, reference)
+    if not own:
+        return _by_trl(policy, rows, DPO | settings, optimizer, dropped, progress, reference)
     rows = [r | {"wins": win_probability(p, s.scale)} for r, p in zip(rows, pairs)]
     if sampled_by_reference:
-        rows = [r | {f"ref_{k}": _known(p, k) for k in ("chosen_logps", "rejected_logps")} for r, p in zip(rows, pairs)]
-    elif rows: rows = reference_logprobs(reference, rows)
-    return _train(policy.base, policy.name, rows, pair_loss(policy.base, s), _by_prompt, s, optimizer, dropped, progress)
+        rows = [
+            r | {f"ref_{k}": _known(p, k) for k in ("chosen_logps", "rejected_logps")}
+            for r, p in zip(rows, pairs)
+        ]
+    elif rows:
+        rows = reference_logprobs(reference, rows)
+    return _train(
+        policy.base, policy.name, rows, pair_loss(policy.base, s), _by_prompt, s, optimizer, dropped, progress
+    )
 
+# %% ../nbs/11_update.ipynb #0136d173
 def _settings_for(backend: str, kind: type, given: dict):
     "`given` as a `kind`, or, for TRL, as they are, once its configuration knows them all."
-    if backend == "own": return settings_of(kind, COMMON | given)
+    if backend == "own":
+        return settings_of(kind, COMMON | given)
     import trl
+
     config = trl.DPOConfig if kind is PairSettings else trl.SFTConfig
     unknown = sorted(set(given) - {f.name for f in fields(config)})
-    if unknown: raise ValueError(f"unknown settings {unknown}: expected fields of TRL's {config.__name__}.")
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}: expected fields of TRL's {config.__name__}.")
     return given
 
 # %% ../nbs/11_update.ipynb #bf28cf61
 def sft(
-    policy: Policy,    # the adapter to train
-    rows: list[dict],  # `{"prompt", "completion"}`; `completion_ids` if they were sampled, `truncated` if cut off
-    optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
-    progress: Callable | None = None, # called as `progress(step, steps)` after each step
-    backend: str = "own",             # or "trl", whose `SFTTrainer` then trains
-    **settings,        # fields of `Settings`, over the defaults in `SFT`; with "trl" any field of TRL's `SFTConfig`
+    policy: Policy,  # the adapter to train
+    # `{"prompt", "completion"}`; `completion_ids` if they were sampled, `truncated` if cut off
+    rows: list[dict],
+    optimizer: dict | None = None,  # `UpdateResult.optimizer` of the last update, to go on with its moments
+    progress: Callable | None = None,  # called as `progress(step, steps)` after each step
+    backend: str = "own",  # or "trl", whose `SFTTrainer` then trains
+    # fields of `Settings`, over the defaults in `SFT`; with "trl" any field of TRL's `SFTConfig`
+    **settings,
 ) -> UpdateResult:
-    "Train `policy` to give the completions; empty and over-long ones are dropped and counted. Raises as `dpo` does."
+    """Train `policy` to give the completions; empty and over-long ones are dropped and counted.
+
+    Raises as `dpo` does.
+    """
     _check_trainable(policy)
     own = one_of("backend", backend, BACKENDS) == "own"
     s, base = _settings_for(backend, Settings, SFT | settings), policy.base
@@ -790,43 +1057,59 @@ def sft(
     good, dropped = [], Counter()
     for row, prompt in zip(rows, _prompt_ids(base, rows)):
         answer = _answer_ids(base, row, "completion", "truncated")
-        if not text_of(row["completion"]).strip(): dropped["empty"] += 1
-        elif len(prompt + answer) > base.context_length: dropped["over-long"] += 1
-        else: good.append(dict(prompt_ids=prompt, completion_ids=answer))
-    if own: return _train(base, policy.name, good, sft_loss(base), _at_random, s, optimizer, dropped, progress)
-    marked = [dict(input_ids=p + a, completion_mask=[0]*len(p) + [1]*len(a)) for p, a in map(dict.values, good)]
-    return _by_trl(policy, marked, SFT | {"completion_only_loss": True} | settings, optimizer, dropped, progress)
+        if not text_of(row["completion"]).strip():
+            dropped["empty"] += 1
+        elif len(prompt + answer) > base.context_length:
+            dropped["over-long"] += 1
+        else:
+            good.append(dict(prompt_ids=prompt, completion_ids=answer))
+    if own:
+        return _train(base, policy.name, good, sft_loss(base), _at_random, s, optimizer, dropped, progress)
+    marked = [
+        dict(input_ids=p + a, completion_mask=[0] * len(p) + [1] * len(a)) for p, a in map(dict.values, good)
+    ]
+    return _by_trl(
+        policy, marked, SFT | {"completion_only_loss": True} | settings, optimizer, dropped, progress
+    )
 
 # %% ../nbs/11_update.ipynb #ae196f83
 def reinforce(
-    policy: Policy,    # the adapter to train
+    policy: Policy,  # the adapter to train
     rows: list[dict],  # `{"prompt", "completion", "advantage"}`; `weight`, and what `sft` takes beside them
-    optimizer: dict | None = None, # `UpdateResult.optimizer` of the last update, to go on with its moments
-    reference: Policy | None = None, # a snapshot on the same base, or the base itself, if there is a `kl`
-    kl: float = 0.,    # what a nat of divergence from `reference` costs, for each token
-    progress: Callable | None = None, # called as `progress(step, steps)` after each step
-    **settings,        # fields of `Settings`, over the defaults in `REINFORCE`
+    optimizer: dict | None = None,  # `UpdateResult.optimizer` of the last update, to go on with its moments
+    reference: Policy | None = None,  # a snapshot on the same base, or the base itself, if there is a `kl`
+    kl: float = 0.0,  # what a nat of divergence from `reference` costs, for each token
+    progress: Callable | None = None,  # called as `progress(step, steps)` after each step
+    **settings,  # fields of `Settings`, over the defaults in `REINFORCE`
 ) -> UpdateResult:
-    """Raise the probability of completions with a positive advantage, lower that of the others (Williams, 1992).
+    """Raise the probability of completions with a positive advantage, lower that of the others (Williams,
+    1992).
 
-    The loss is the mean over a step's rows of `weight` (by default 1) times: -advantage times the completion's
-    summed log-probability, and `kl` times its tokens' k3 estimates of the divergence from `reference` (Shao et
-    al., 2024). Rows that are empty, over-long, have an advantage that is not finite, or without `kl` one of 0,
-    are dropped and counted. Raises as `dpo` does."""
+    The loss is the mean over a step's rows of `weight` (by default 1) times: -advantage times the
+    completion's summed log-probability, and `kl` times its tokens' k3 estimates of the divergence from
+    `reference` (Shao et al., 2024). Rows that are empty, over-long, have an advantage that is not finite,
+    or without `kl` one of 0, are dropped and counted. Raises as `dpo` does.
+    """
     _check_trainable(policy)
     s, base = settings_of(Settings, COMMON | REINFORCE | settings), policy.base
     if not (isinstance(kl, Real) and 0 <= kl < math.inf):
         raise ValueError(f"kl is {kl!r}: expected a number of at least 0.")
     if kl and reference is None:
-        raise ValueError(f"kl is {kl} without a reference: expected a snapshot on the same base, or the base itself.")
-    if kl: _check_reference(policy, reference)
+        raise ValueError(
+            f"kl is {kl} without a reference: expected a snapshot on the same base, or the base itself."
+        )
+    if kl:
+        _check_reference(policy, reference)
     good, dropped = _with_advantage(base, rows, kl)
     if kl and good:
         prompts, answers = ([r[k] for r in good] for k in ("prompt_ids", "completion_ids"))
         said = base._score(reference.name, prompts, answers)
         good = [r | {"ref_logps": logps.tolist()} for r, (logps, _) in zip(good, said)]
-    return _train(base, policy.name, good, reinforce_loss(base, kl), _at_random, s, optimizer, dropped, progress)
+    return _train(
+        base, policy.name, good, reinforce_loss(base, kl), _at_random, s, optimizer, dropped, progress
+    )
 
+# %% ../nbs/11_update.ipynb #d3089ae6
 def _with_advantage(base: Base, rows, kl: float) -> tuple[list[dict], Counter]:
     "Token ids, advantage and weight of the rows that teach something, and the dropped by reason."
     needed = {"prompt": _PROMPT, "completion": _ANSWER, "advantage": _NUMBER}
@@ -834,10 +1117,16 @@ def _with_advantage(base: Base, rows, kl: float) -> tuple[list[dict], Counter]:
     good, dropped = [], Counter()
     for row, prompt in zip(rows, _prompt_ids(base, rows)):
         ids = _answer_ids(base, row, "completion", "truncated")
-        advantage, weight = float(row["advantage"]), float(row.get("weight", 1))
-        if not math.isfinite(advantage*weight): dropped["non-finite"] += 1
-        elif not advantage and not kl: dropped["no advantage"] += 1
-        elif not ids: dropped["empty"] += 1
-        elif len(prompt + ids) > base.context_length: dropped["over-long"] += 1
-        else: good.append(dict(prompt_ids=prompt, completion_ids=ids, advantage=advantage, weight=weight))
+        advantage = float(row["advantage"])
+        weight = float(row.get("weight", 1))
+        if not math.isfinite(advantage * weight):
+            dropped["non-finite"] += 1
+        elif not advantage and not kl:
+            dropped["no advantage"] += 1
+        elif not ids:
+            dropped["empty"] += 1
+        elif len(prompt + ids) > base.context_length:
+            dropped["over-long"] += 1
+        else:
+            good.append(dict(prompt_ids=prompt, completion_ids=ids, advantage=advantage, weight=weight))
     return good, dropped

@@ -20,82 +20,117 @@ from .retention import PASSAGES, Estimate, Perplexity, perplexity, perplexity_ra
 
 # %% ../nbs/40_vitals.ipynb #46d97b38
 def kl_to_base(
-    policy,        # a `Policy`
-    prompts: list, # n prompts
-    samples,       # for each as many of its samples, at temperature 1 and top_p 1
-) -> Estimate:     # nats an answer; without an interval for one prompt
-    "KL divergence of the policy from the bare base, a Monte-Carlo estimate with a 95 % interval over prompts."
+    policy,  # a `Policy`
+    prompts: list,  # n prompts
+    samples,  # for each as many of its samples, at temperature 1 and top_p 1
+) -> Estimate:  # nats an answer; without an interval for one prompt
+    """KL divergence of the policy from the bare base, a Monte-Carlo estimate with a 95 % interval over
+    prompts.
+    """
     k = len(samples[0])
-    base = Policy(policy.base, "base").logprobs([p for p in prompts for _ in range(k)], [x.token_ids for row in samples for x in row])
+    base = Policy(policy.base, "base").logprobs(
+        [p for p in prompts for _ in range(k)], [x.token_ids for row in samples for x in row]
+    )
     d = np.array([sum(x.logprobs) for row in samples for x in row]) - base.numpy()
     means = d.reshape(len(prompts), k).mean(1)
     return Estimate(float(means.mean()), *mean_interval(means))
 
 # %% ../nbs/40_vitals.ipynb #e3580a78
 def _measured(x):
-    if isinstance(x, dict): return {k: _measured(v) for k, v in x.items()}
-    if isinstance(x, list): return [_measured(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _measured(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_measured(v) for v in x]
     return math.nan if x is None else x
 
 # %% ../nbs/40_vitals.ipynb #1f36348f
 @dataclass(frozen=True)
 class Vitals:
     "A policy's state, to be compared with the same policy's at the start of its run."
-    kl: Estimate            # to the base, nats an answer
-    diversity: Diversity    # of samples, with entropy and length
+
+    kl: Estimate  # to the base, nats an answer
+    diversity: Diversity  # of samples, with entropy and length
     perplexity: Perplexity  # of plain text
 
     def to_dict(self) -> dict:
         "For a JSON file: null where a number is not finite or could not be measured."
         return finite(asdict(self))
+
     @classmethod
     def from_dict(cls, d: dict):
         "The same again; nan where there is null."
         d = {part: _measured(fields) for part, fields in d.items()}
-        said = d["diversity"] | {"entropy": Entropy(**d["diversity"]["entropy"]), "commonest": tuple(d["diversity"]["commonest"])}
+        said = d["diversity"] | {
+            "entropy": Entropy(**d["diversity"]["entropy"]),
+            "commonest": tuple(d["diversity"]["commonest"]),
+        }
         return cls(Estimate(**d["kl"]), Diversity(**said), Perplexity(**d["perplexity"]))
+
     @printable
     def __repr__(self):
         d = self.diversity
-        return (f"KL to the base {self.kl} nats an answer, entropy {d.entropy}\nself-BLEU {d.within['self-BLEU']:.2f} within prompts, "
-                f"{d.across['self-BLEU']:.2f} across; {d.words:.1f} words an answer\n{self.perplexity}")
+        return (
+            f"KL to the base {self.kl} nats an answer, entropy {d.entropy}\nself-BLEU"
+            f" {d.within['self-BLEU']:.2f} within prompts, {d.across['self-BLEU']:.2f} across; {d.words:.1f}"
+            f" words an answer\n{self.perplexity}"
+        )
 
 # %% ../nbs/40_vitals.ipynb #4e693666
 def vitals(
-    policy,                 # a `Policy`
-    prompts: list,          # the same ones at each check-up
-    n_samples: int = 4,     # answers to each
-    max_new_tokens: int = 64, # an answer is cut off here
-    seed: int = 0,          # of the samples, the same at each check-up
-    passages=None,          # plain texts; by default those of `retention`, or what of them fits the context
+    policy,  # a `Policy`
+    prompts: list,  # the same ones at each check-up
+    n_samples: int = 4,  # answers to each
+    max_new_tokens: int = 64,  # an answer is cut off here
+    seed: int = 0,  # of the samples, the same at each check-up
+    passages=None,  # plain texts; by default those of `retention`, or what of them fits the context
 ) -> Vitals:
     "Take a policy's vital signs; nothing is trained on them."
     s = policy.sample(prompts, n_samples, max_new_tokens, seed=seed)
-    return Vitals(kl_to_base(policy, prompts, s), diversity(s), perplexity(policy, passages or _fitting(policy.base)))
+    return Vitals(
+        kl_to_base(policy, prompts, s), diversity(s), perplexity(policy, passages or _fitting(policy.base))
+    )
 
+# %% ../nbs/40_vitals.ipynb #6fd0224d
 def _fitting(base):
     fits = lambda p: len(base.completion_ids(p)) < base.context_length - 2
     return [p for p in (p if fits(p) else p.split(".")[0] + "." for p in PASSAGES) if fits(p)]
 
 # %% ../nbs/40_vitals.ipynb #b728c600
 def alarms(
-    now: Vitals,               # of a policy
-    start: Vitals,             # of the same at the start of the run
-    diversity_left: float = .5, # alarm below this share of the start's diversity across prompts
-    forgetting: float = 1.25,  # alarm if the perplexity of plain text has grown by more, with its whole interval
-    length: float = 3.,        # alarm if answers have so many times the words that they had
-) -> list[str]:                # one line each; empty if all is well
+    now: Vitals,  # of a policy
+    start: Vitals,  # of the same at the start of the run
+    diversity_left: float = 0.5,  # alarm below this share of the start's diversity across prompts
+    # alarm if the perplexity of plain text has grown by more, with its whole interval
+    forgetting: float = 1.25,
+    length: float = 3.0,  # alarm if answers have so many times the words that they had
+) -> list[str]:  # one line each; empty if all is well
     """What is wrong: collapse, forgetting, growth of length, numbers that are not finite.
 
-    Warns where collapse cannot be seen. Raises `ValueError` for a threshold outside (0, 1), or check-ups of different prompts or passages."""
-    out, words = [], now.diversity.words/max(1e-9, start.diversity.words)
+    Warns where collapse cannot be seen. Raises `ValueError` for a threshold outside (0, 1), or check-ups
+    of different prompts or passages.
+    """
+    out, words = [], now.diversity.words / max(1e-9, start.diversity.words)
     ratio = perplexity_ratio(start.perplexity, now.perplexity)
-    if math.isnan(now.kl.value): out.append("broken: log-probabilities of the policy's own answers are not finite")
+    if math.isnan(now.kl.value):
+        out.append("broken: log-probabilities of the policy's own answers are not finite")
     if has_diversity(start.diversity):
         collapse = collapse_alarm(now.diversity, start.diversity, diversity_left)
-        if collapse.tripped: out.append(str(collapse))
-    else: warnings.warn("collapse cannot be seen: different prompts had much the same answer at the start already.", stacklevel=2)
-    if not math.isfinite(now.perplexity.value): out.append("forgetting: perplexity of plain text is not finite")
-    elif ratio.low > forgetting: out.append(f"forgetting: perplexity of plain text {ratio} times the start's (alarm above {forgetting:g})")
-    if words > length: out.append(f"length: {now.diversity.words:.1f} words an answer, {words:.1f} times the start's (alarm above {length:g})")
+        if collapse.tripped:
+            out.append(str(collapse))
+    else:
+        warnings.warn(
+            "collapse cannot be seen: different prompts had much the same answer at the start already.",
+            stacklevel=2,
+        )
+    if not math.isfinite(now.perplexity.value):
+        out.append("forgetting: perplexity of plain text is not finite")
+    elif ratio.low > forgetting:
+        out.append(
+            f"forgetting: perplexity of plain text {ratio} times the start's (alarm above {forgetting:g})"
+        )
+    if words > length:
+        out.append(
+            f"length: {now.diversity.words:.1f} words an answer, {words:.1f} times the start's (alarm above"
+            f" {length:g})"
+        )
     return out

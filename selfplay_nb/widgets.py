@@ -12,90 +12,132 @@ from fastcore.basics import patch
 from .checks import escape, printable
 
 # %% ../nbs/30_widgets.ipynb #d1bfffd9
-def framed(
-    html: str,       # what is to be shown, safe already
-    title: str = "", # above it: text
-) -> str:            # HTML
+def framed(html: str, title: str = "") -> str:  # what is to be shown, safe already  # above it: text  # HTML
     "HTML with its line breaks in a frame."
     head = f"<b>{escape(title)}</b>" if title else ""
-    style = "font-family:monospace;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid;padding:.5em;margin:0"
+    style = (
+        "font-family:monospace;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px"
+        " solid;padding:.5em;margin:0"
+    )
     return f"{head}<pre style='{style}'>{html}</pre>"
 
+# %% ../nbs/30_widgets.ipynb #c3ec676f
 def preformatted(
-    text: str,       # from a model or a person: shown as it is, markup included
-    title: str = "", # above it
-) -> str:            # HTML
+    text: str,
+    title: str = "",  # from a model or a person: shown as it is, markup included  # above it
+) -> str:  # HTML
     "Any text as HTML that shows it as it is, with its line breaks, in a frame."
     return framed(escape(text) if text.strip() else "(empty)", title)
 
 # %% ../nbs/30_widgets.ipynb #530a8183
 def display_live(
-    view, # a widget with `_still() -> dict`, what it shows by MIME type
-):        # a display handle: `handle.update(view._still(), raw=True)` when the view changes
+    view,  # a widget with `_still() -> dict`, what it shows by MIME type
+):  # a display handle: `handle.update(view._still(), raw=True)` when the view changes
     "Show a widget, and below it its state as an output that needs no kernel."
     from IPython.display import display
-    display({"text/plain": "The live view; what it shows is below.", "application/vnd.jupyter.widget-view+json": view.get_view_spec()}, raw=True)
+
+    display(
+        {
+            "text/plain": "The live view; what it shows is below.",
+            "application/vnd.jupyter.widget-view+json": view.get_view_spec(),
+        },
+        raw=True,
+    )
     return display(view._still(), raw=True, display_id=True)
 
 # %% ../nbs/30_widgets.ipynb #4bc1d01e
 class RatingWidget(widgets.VBox):
     "The view of a blind rating session; at its end it shows the report."
-    choices = {"1": ("left", "Left is better"), "2": ("tie", "Tie"), "3": ("right", "Right is better"), "4": ("skip", "Skip"), "z": ("undo", "Undo")}
 
-    def __init__(self,
-        ratings,              # the record, a `HumanRatings`
-        judges: dict | None = None, # name: probabilities that a beats b, or another rater's session; their agreement is in the report
+    choices = {
+        "1": ("left", "Left is better"),
+        "2": ("tie", "Tie"),
+        "3": ("right", "Right is better"),
+        "4": ("skip", "Skip"),
+        "z": ("undo", "Undo"),
+    }
+
+    def __init__(
+        self,
+        ratings,  # the record, a `HumanRatings`
+        # name: probabilities that a beats b, or another rater's session; their agreement is in the report
+        judges: dict | None = None,
     ):
         "Raises `ValueError` if a judge's verdicts do not fit the items."
         ratings.report(judges)  # before an hour of rating, not after it
         super().__init__()
-        self.ratings, self.judges, half = ratings, judges, widgets.Layout(width="50%")
-        self.status, self.prompt, self.left, self.right = widgets.HTML(), widgets.HTML(), widgets.HTML(layout=half), widgets.HTML(layout=half)
+        self.ratings = ratings
+        self.judges = judges
+        half = widgets.Layout(width="50%")
+        self.status = widgets.HTML()
+        self.prompt = widgets.HTML()
+        self.left = widgets.HTML(layout=half)
+        self.right = widgets.HTML(layout=half)
         auto = widgets.Layout(width="auto")
-        self.buttons = {key: widgets.Button(description=f"{words} ({key})", layout=auto) for key, (_, words) in self.choices.items()}
+        self.buttons = {
+            key: widgets.Button(description=f"{words} ({key})", layout=auto)
+            for key, (_, words) in self.choices.items()
+        }
         hint = "click here, then 1 left, 2 tie, 3 right, 4 skip, z undo"
         self.key_box = widgets.Text(description="Keys", placeholder=hint, layout=widgets.Layout(width="40em"))
-        for key, button in self.buttons.items(): button.on_click(lambda _, key=key: self.press(key))
+        for key, button in self.buttons.items():
+            button.on_click(lambda _, key=key: self.press(key))
         self.key_box.observe(self._typed, "value")
         self.sides = widgets.HBox([self.left, self.right])
-        self.children = [self.status, widgets.HBox([*self.buttons.values()]), self.key_box, self.prompt, self.sides]
+        self.children = [
+            self.status,
+            widgets.HBox([*self.buttons.values()]),
+            self.key_box,
+            self.prompt,
+            self.sides,
+        ]
         self.show()
 
 # %% ../nbs/30_widgets.ipynb #2e1eb330
 @patch
-def show(self: RatingWidget,
-    message: str = "", # what just happened
-):
+def show(self: RatingWidget, message: str = ""):  # what just happened
     "Draw the record as it is now."
     c, (n, total) = self.ratings.current, self.ratings.progress
     self.item = c["item"] if c else None
-    self.prompt.value = preformatted(c["prompt"], f"Item {n+1}: which answer is better?") if c else self.ratings.report(self.judges)._repr_html_()
-    self.left.value, self.right.value = (preformatted(c["left"], "Left"), preformatted(c["right"], "Right")) if c else ("", "")
+    self.prompt.value = (
+        preformatted(c["prompt"], f"Item {n + 1}: which answer is better?")
+        if c
+        else self.ratings.report(self.judges)._repr_html_()
+    )
+    self.left.value, self.right.value = (
+        (preformatted(c["left"], "Left"), preformatted(c["right"], "Right")) if c else ("", "")
+    )
     self.sides.layout.display = None if c else "none"
     self.status.value = f"<p>{n} of {total} rated. {escape(message)}</p>"
 
+# %% ../nbs/30_widgets.ipynb #7997c799
 @patch
 @printable
-def __repr__(self: RatingWidget): return repr(self.ratings)  # what a saved notebook shows in its place
+def __repr__(self: RatingWidget):
+    return repr(self.ratings)  # what a saved notebook shows in its place
 
 # %% ../nbs/30_widgets.ipynb #8b35be5c
 @patch
-def press(self: RatingWidget,
-    key: str, # 1 left, 2 tie, 3 right, 4 skip, z undo
-):
+def press(self: RatingWidget, key: str):  # 1 left, 2 tie, 3 right, 4 skip, z undo
     "Do what the key, or the button with that key, says; then show the next item."
-    if key not in self.choices: return self.show(f"Not saved: {key} is none of the keys {', '.join(self.choices)}.")
+    if key not in self.choices:
+        return self.show(f"Not saved: {key} is none of the keys {', '.join(self.choices)}.")
     verdict, words = self.choices[key]
     try:
-        if verdict == "undo": self.ratings.undo()
-        else: self.ratings.rate(verdict, self.item)
+        if verdict == "undo":
+            self.ratings.undo()
+        else:
+            self.ratings.rate(verdict, self.item)
         self.show(f"Saved: {words.lower()}.")
-    except (ValueError, OSError) as e: self.show(f"Not saved: {e}")
+    except (ValueError, OSError) as e:
+        self.show(f"Not saved: {e}")
 
 # %% ../nbs/30_widgets.ipynb #abccfb38
 @patch
 def _typed(self: RatingWidget, change):
     keys = change["new"].strip().lower()
-    if len(keys) > 1: self.show(f"Not saved: {keys} was typed ahead; wait for each item.")
-    elif keys: self.press(keys)
+    if len(keys) > 1:
+        self.show(f"Not saved: {keys} was typed ahead; wait for each item.")
+    elif keys:
+        self.press(keys)
     self.key_box.value = ""

@@ -8,7 +8,8 @@ from selfplay_nb.policy import Base, Policy
 
 def pytest_collection_finish():
     "Updates collect garbage again and again: let them not look through all that was imported each time."
-    gc.collect(); gc.freeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,7 @@ def tiny_folder(tmp_path_factory):
 def tiny(tiny_folder):
     "A random character-level model in NF4, float32 compute."
     import torch
+
     return Base.load(tiny_folder, dtype=torch.float32, device="cpu")
 
 
@@ -27,6 +29,7 @@ def tiny(tiny_folder):
 def real():
     "The real small model in NF4, float32 compute, so that tolerances mean the same on every machine."
     import torch
+
     return Base.load(dtype=torch.float32, device="cpu")
 
 
@@ -34,9 +37,10 @@ def real():
 def student(real):
     "A student on the real model with non-zero weights; removed after the test."
     import torch
+
     policy = Policy(real, "student", seed=0)
     g = torch.Generator().manual_seed(1)
-    policy.load_state({k: v + 0.02*torch.randn(v.shape, generator=g) for k, v in policy.state().items()})
+    policy.load_state({k: v + 0.02 * torch.randn(v.shape, generator=g) for k, v in policy.state().items()})
     yield policy
     for name in list(real.adapters):
         Policy.resident(real, name).delete()

@@ -1,7 +1,11 @@
-"""Kill a run at many points, let it go on, and compare: `python tests/killed.py TINY_MODEL_FOLDER FOLDER POINTS`.
+"""Kill a run at many points, let it go on, and compare: `python tests/killed.py TINY_MODEL_FOLDER FOLDER
+POINTS`.
 
-The points are evenly spaced over everything a run does to its folder (each opening for writing, renaming, linking, deleting, cutting) and over its stages.
-The processes are forks of one that has loaded the libraries, so that a point costs a few seconds. Prints what differs, and `n of n equal`."""
+The points are evenly spaced over everything a run does to its folder (each opening for writing, renaming,
+linking, deleting, cutting) and over its stages. The processes are forks of one that has loaded the
+libraries, so that a point costs a few seconds. Prints what differs, and `n of n equal`.
+"""
+
 import json
 import os
 import random
@@ -17,25 +21,50 @@ from selfplay_nb.reward import as_reward, exact_number
 from selfplay_nb.tasks import ArithmeticTask
 from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 
-WRITES = {"os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree", "shutil.copyfile"}
+WRITES = {
+    "os.rename",
+    "os.truncate",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "shutil.rmtree",
+    "shutil.copyfile",
+}
 
 
 class Letters(ArithmeticTask):
-    "Something that a random character model can be compared on; it also uses the common generator, which a resumed run must go on with."
+    """Something that a random character model can be compared on; it also uses the common generator, which a
+    resumed run must go on with.
+    """
+
     reward = property(lambda self: as_reward(lambda p, r: sum(map(ord, r)) % 97 + random.random()))
     verifier = property(lambda self: exact_number)
 
 
 class Points:
     "Counts what happens to a folder, and kills the process at the `at`-th."
-    def __init__(self, folder, at): self.folder, self.at, self.n = str(folder), at, 0
-    def on_stage(self, trainer, stage): self.count()
+
+    def __init__(self, folder, at):
+        self.folder, self.at, self.n = str(folder), at, 0
+
+    def on_stage(self, trainer, stage):
+        self.count()
+
     def hook(self, event, args):
-        if event in WRITES or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            if any(isinstance(a, (str, os.PathLike)) and os.fspath(a).startswith(self.folder) for a in args): self.count()
+        if (
+            event in WRITES
+            or event == "open"
+            and isinstance(args[2], int)
+            and args[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
+            if any(isinstance(a, (str, os.PathLike)) and os.fspath(a).startswith(self.folder) for a in args):
+                self.count()
+
     def count(self):
         self.n += 1
-        if self.n == self.at: os.kill(os.getpid(), signal.SIGKILL)
+        if self.n == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(base, folder, at=0):
@@ -43,46 +72,64 @@ def run(base, folder, at=0):
     read, write = os.pipe()
     if child := os.fork():
         os.close(write)
-        n = os.read(read, 100); os.close(read)
+        n = os.read(read, 100)
+        os.close(read)
         return os.waitpid(child, 0)[1], int(n or 0)
     try:
-        points = Points(folder, at); sys.addaudithook(points.hook)
+        points = Points(folder, at)
+        sys.addaudithook(points.hook)
         random.seed(1)
-        config = SelfPlayConfig(str(folder), n_rounds=3, prompts_per_round=4, n_samples=4, max_new_tokens=12, exam_size=4, exam_every=2,
-                                opponents="league", league_size=2, renew_every=1, gate=False)
+        config = SelfPlayConfig(
+            str(folder),
+            n_rounds=3,
+            prompts_per_round=4,
+            n_samples=4,
+            max_new_tokens=12,
+            exam_size=4,
+            exam_every=2,
+            opponents="league",
+            league_size=2,
+            renew_every=1,
+            gate=False,
+        )
         SelfPlayTrainer(config, base=base, task=Letters(), callbacks=[points]).train()
         os.write(write, str(points.n).encode())
     except BaseException as e:
-        print(f"{type(e).__name__}: {e}", flush=True); os._exit(1)
+        print(f"{type(e).__name__}: {e}", flush=True)
+        os._exit(1)
     os._exit(0)
 
 
 def outcome(folder):
     "All that a run is: weights, optimizer, ratings, ledgers, metrics without their seconds."
-    newest = max((folder/"checkpoints").iterdir())
-    state = json.loads((newest/"state.json").read_text())
+    newest = max((folder / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
     history = [{k: v for k, v in m.items() if "second" not in k} for m in state["history"]]
     weights = {f.relative_to(newest).as_posix(): f.read_bytes() for f in newest.rglob("*.safetensors")}
-    league = [(folder/"league"/n).read_bytes() for n in ("state.json", "games.jsonl")]
-    return newest.name, weights, history, state["random"], league, (folder/"pairs.jsonl").read_bytes()
+    league = [(folder / "league" / n).read_bytes() for n in ("state.json", "games.jsonl")]
+    return newest.name, weights, history, state["random"], league, (folder / "pairs.jsonl").read_bytes()
 
 
 def main(tiny, folder, points):
     torch.set_num_threads(1)
-    base, folder = Base.load(tiny, dtype=torch.float32, device="cpu"), Path(folder)
-    status, n = run(base, folder/"whole")
+    base = Base.load(tiny, dtype=torch.float32, device="cpu")
+    folder = Path(folder)
+    status, n = run(base, folder / "whole")
     assert status == 0 and n > points, (status, n)
-    whole, equal = outcome(folder/"whole"), 0
+    whole, equal = outcome(folder / "whole"), 0
     assert len(whole[1]) >= 5 and whole[-1]
     for k in range(points):
-        at, mine = 1 + k*n//points, folder/f"killed_{k}"
+        at, mine = 1 + k * n // points, folder / f"killed_{k}"
         killed = os.waitstatus_to_exitcode(run(base, mine, at)[0])
         status, _ = run(base, mine)
         same = killed == -signal.SIGKILL and status == 0 and outcome(mine) == whole
-        if not same: print(f"point {at} of {n}: killed {killed}, then {status}; the outcome differs", flush=True)
+        if not same:
+            print(f"point {at} of {n}: killed {killed}, then {status}; the outcome differs", flush=True)
         equal += same
-        if same: shutil.rmtree(mine)
+        if same:
+            shutil.rmtree(mine)
     print(f"{equal} of {points} equal, {n} points in a run")
 
 
-if __name__ == "__main__": main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

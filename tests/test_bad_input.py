@@ -1,4 +1,7 @@
-"Whatever comes in from outside: what cannot be used is refused with a sentence of this library, before a model is loaded."
+"""Whatever comes in from outside: what cannot be used is refused with a sentence of this library, before a
+model is loaded.
+"""
+
 import math
 import re
 import traceback
@@ -21,7 +24,7 @@ from selfplay_nb.skill import SkillConditioning, check_levels
 from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.update import dpo, reinforce, sft
 
-LIBRARY = Path(__file__).parents[1]/"selfplay_nb"
+LIBRARY = Path(__file__).parents[1] / "selfplay_nb"
 
 
 def refused(call, value):
@@ -34,7 +37,9 @@ def refused(call, value):
         pytest.fail(f"accepted {value!r:.80}")
     told = "".join(traceback.format_exception(error))[-1500:]
     ours = type(error) in (ValueError, TypeError) or type(error).__module__.startswith("selfplay_nb")
-    assert ours and isinstance(error, (ValueError, TypeError)), f"{type(error).__name__} for {value!r:.80}\n{told}"
+    assert ours and isinstance(error, (ValueError, TypeError)), (
+        f"{type(error).__name__} for {value!r:.80}\n{told}"
+    )
     origin = traceback.extract_tb(error.__traceback__)[-1]
     written = Path(origin.filename).is_relative_to(LIBRARY) and "raise " in origin.line
     assert written, f"raised by {origin.filename}, {origin.line}\n{told}"
@@ -112,14 +117,18 @@ ASKED = {
     "compete": lambda prompts: duel().train_step(prompts),
     "refine one": lambda prompt: list(IterativeRefiner(player()).refine(prompt)),
     "refine many": lambda prompts: IterativeRefiner(player()).refine_batch(prompts, 1),
-    "filter": lambda prompts: AdversarialFilter(player(), right, n_samples=2).find_adversarial_examples(prompts, progress=False),
+    "filter": (
+        lambda prompts: AdversarialFilter(player(), right, n_samples=2).find_adversarial_examples(
+            prompts, progress=False
+        )
+    ),
     "skill rows": lambda prompts: SkillConditioning(player(), right, n_samples=4).collect(prompts),
     "a player": lambda prompts: player().generate(prompts),
     "examine": lambda problems: examine(player(), problems, right),
     "versus": lambda problems: versus(player(), player(), problems, RewardJudge(length)),
     "check levels": lambda problems: check_levels(player(), problems, right),
     "a judge": lambda prompts: RewardJudge(length).compare(prompts, ["a"], ["b"]),
-    "a rule": lambda prompts: RuleJudge(lambda prompt, a, b: 1.).compare(prompts, ["a"], ["b"]),
+    "a rule": lambda prompts: RuleJudge(lambda prompt, a, b: 1.0).compare(prompts, ["a"], ["b"]),
 }
 
 
@@ -136,23 +145,31 @@ def test_no_prompts_at_all(entry):
 
 @pytest.mark.parametrize("value", [*PROMPTS, "unequal columns", "a missing file", "one word"])
 def test_prompts_of_the_trainer(folder, value):
-    values = PROMPTS | {"unequal columns": [{"prompt": "Hi", "answer": 1}, {"prompt": "Ho"}], "a missing file": "prompts.jsonl", "one word": "train"}
-    trainer = SelfPlayTrainer(SelfPlayConfig(str(folder/"run")), callbacks=[])
+    values = PROMPTS | {
+        "unequal columns": [{"prompt": "Hi", "answer": 1}, {"prompt": "Ho"}],
+        "a missing file": "prompts.jsonl",
+        "one word": "train",
+    }
+    trainer = SelfPlayTrainer(SelfPlayConfig(str(folder / "run")), callbacks=[])
     refused(trainer.train, values[value])
-    assert not (folder/"run"/"metrics.jsonl").exists()
+    assert not (folder / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("value", PROMPTS)
 @pytest.mark.parametrize("stage", ["self-play", "grpo"])
 def test_prompts_of_the_pipeline(folder, stage, value):
     from selfplay_nb.pipeline import RLHFOrchestrator
-    o = RLHFOrchestrator(folder/"run", progress=False)
-    calls = {"self-play": lambda v: o.run_self_play(prompts=v), "grpo": lambda v: o.run_policy_optimization("grpo", v)}
+
+    o = RLHFOrchestrator(folder / "run", progress=False)
+    calls = {
+        "self-play": lambda v: o.run_self_play(prompts=v),
+        "grpo": lambda v: o.run_policy_optimization("grpo", v),
+    }
     refused(calls[stage], PROMPTS[value])
 
 
 def test_prompts_of_a_league(tiny, tmp_path):
-    league = LeagueTraining(3, tiny, tmp_path/"league")
+    league = LeagueTraining(3, tiny, tmp_path / "league")
     student = Policy(tiny, "student")
     league.add(student)
     play = CompetitiveSelfPlay(student, student, length, n_samples=1, max_new_tokens=2)
@@ -170,7 +187,16 @@ def test_prompts_of_a_policy(tiny):
 
 def row(prompt, answer, **more):
     "A row of every kind: the answer as completion, chosen and rejected."
-    return dict(prompt=prompt, completion=answer, chosen=answer, rejected=answer if answer != "7" else "8", advantage=1.) | more
+    return (
+        dict(
+            prompt=prompt,
+            completion=answer,
+            chosen=answer,
+            rejected=answer if answer != "7" else "8",
+            advantage=1.0,
+        )
+        | more
+    )
 
 
 ROWS = {
@@ -181,7 +207,9 @@ ROWS = {
     "None in a list": [None],
     "text in a list": ["Hi"],
     "an empty row": [{}],
-    "another column": [{"question": "Hi", "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1.}],
+    "another column": [
+        {"question": "Hi", "completion": "7", "chosen": "7", "rejected": "8", "advantage": 1.0}
+    ],
     "a prompt alone": [{"prompt": "Hi"}],
     "prompt None": [row(None, "7")],
     "a number as prompt": [row(3, "7")],
@@ -214,38 +242,58 @@ def test_unknown_tokens_are_refused(tiny):
         refused(lambda rows: UPDATES[update](student, rows), ROWS["token ids out of range"])
 
 
-@pytest.mark.parametrize("value", ["None", "a number", "an empty list", "None in a list", "an empty row", "another column", "a prompt alone",
-                                   "prompt None", "a number as prompt", "answers None", "numbers as answers", "lists of text as answers",
-                                   "messages without content"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "None",
+        "a number",
+        "an empty list",
+        "None in a list",
+        "an empty row",
+        "another column",
+        "a prompt alone",
+        "prompt None",
+        "a number as prompt",
+        "answers None",
+        "numbers as answers",
+        "lists of text as answers",
+        "messages without content",
+    ],
+)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_data_of_the_pipeline(folder, kind, value):
     from selfplay_nb.pipeline import RLHFOrchestrator
-    o = RLHFOrchestrator(folder/"run", progress=False)
+
+    o = RLHFOrchestrator(folder / "run", progress=False)
     calls = {"sft": o.run_sft, "preference": o.run_reward_model_training}
     refused(calls[kind], ROWS[value])
 
 
 REWARDS = {
     "None": lambda prompts, completions, **columns: None,
-    "a number": lambda prompts, completions, **columns: 1.,
+    "a number": lambda prompts, completions, **columns: 1.0,
     "text": lambda prompts, completions, **columns: "1" * len(completions),
     "strings": lambda prompts, completions, **columns: ["1"] * len(completions),
-    "a truth value less": lambda prompts, completions, **columns: [1.] * (len(completions) - 1),
-    "one more": lambda prompts, completions, **columns: [1.] * (len(completions) + 1),
+    "a truth value less": lambda prompts, completions, **columns: [1.0] * (len(completions) - 1),
+    "one more": lambda prompts, completions, **columns: [1.0] * (len(completions) + 1),
     "a column of an array": lambda prompts, completions, **columns: np.ones((len(completions), 1)),
-    "dicts": lambda prompts, completions, **columns: [{"score": 1.}] * len(completions),
+    "dicts": lambda prompts, completions, **columns: [{"score": 1.0}] * len(completions),
     "complex numbers": lambda prompts, completions, **columns: [1j] * len(completions),
     "infinite": lambda prompts, completions, **columns: [math.inf] * len(completions),
     "too large a number": lambda prompts, completions, **columns: [10**400] * len(completions),
     "a generator of text": lambda prompts, completions, **columns: (c for c in completions),
-    "a dict": lambda prompts, completions, **columns: {i: 1. for i in range(len(completions))},
-    "lists": lambda prompts, completions, **columns: [[1.]] * len(completions),
+    "a dict": lambda prompts, completions, **columns: {i: 1.0 for i in range(len(completions))},
+    "lists": lambda prompts, completions, **columns: [[1.0]] * len(completions),
 }
 SCORED = {
     "score": lambda reward: score(reward, ["Hi"], ["7"]),
     "compete": lambda reward: CompetitiveSelfPlay(player(), player(), reward, n_samples=2).train_step(["Hi"]),
     "refine": lambda reward: IterativeRefiner(player(), reward=reward).refine_batch(["Hi"], 1),
-    "filter": lambda reward: AdversarialFilter(player(), reward, n_samples=2).find_adversarial_examples(["Hi"], progress=False),
+    "filter": (
+        lambda reward: AdversarialFilter(player(), reward, n_samples=2).find_adversarial_examples(
+            ["Hi"], progress=False
+        )
+    ),
     "skill": lambda reward: SkillConditioning(player(), reward, n_samples=4).collect(["Hi"]),
     "examine": lambda reward: examine(player(), [{"prompt": "Hi"}], reward),
     "judge": lambda reward: RewardJudge(reward).compare(["Hi"], ["7"], ["8"]),
@@ -266,17 +314,32 @@ def test_something_that_is_no_reward(entry):
             refused(SCORED[entry], thing)
 
 
-NUMBERS = {"zero": 0, "negative": -1, "a fraction": 1.5, "text": "2", "None": None, "not a number": math.nan,
-           "infinite": math.inf, "a truth value": True, "a list": [2]}
+NUMBERS = {
+    "zero": 0,
+    "negative": -1,
+    "a fraction": 1.5,
+    "text": "2",
+    "None": None,
+    "not a number": math.nan,
+    "infinite": math.inf,
+    "a truth value": True,
+    "a list": [2],
+}
 COUNTS = {
     "samples of a duel": lambda n: CompetitiveSelfPlay(player(), player(), length, n_samples=n),
     "pairs of a duel": lambda n: CompetitiveSelfPlay(player(), player(), length, pairs_per_prompt=n),
     "samples of a filter": lambda n: AdversarialFilter(player(), right, n_samples=n),
     "batch of a filter": lambda n: AdversarialFilter(player(), right, batch_size=n),
-    "examples": lambda n: AdversarialFilter(player(), right, n_samples=2).find_adversarial_examples(["Hi"], n, progress=False),
+    "examples": (
+        lambda n: AdversarialFilter(player(), right, n_samples=2).find_adversarial_examples(
+            ["Hi"], n, progress=False
+        )
+    ),
     "samples of levels": lambda n: SkillConditioning(player(), right, n_samples=n),
     "samples of a comparison": lambda n: check_levels(player(), [{"prompt": "Hi"}], right, n_samples=n),
-    "samples of a match": lambda n: versus(player(), player(), [{"prompt": "Hi"}], RewardJudge(length), n_samples=n),
+    "samples of a match": lambda n: versus(
+        player(), player(), [{"prompt": "Hi"}], RewardJudge(length), n_samples=n
+    ),
     "leagues": lambda n: LeagueTraining(n),
     "rounds": lambda n: SelfPlayConfig(prompts_per_round=n).check(),
     "samples of a run": lambda n: SelfPlayConfig(n_samples=n).check(),
@@ -305,7 +368,8 @@ SIZES = {
 @pytest.mark.parametrize("value", NUMBERS)
 def test_counts_of_the_pipeline(folder, entry, value):
     from selfplay_nb.pipeline import RLHFOrchestrator
-    o = RLHFOrchestrator(folder/"run", progress=False)
+
+    o = RLHFOrchestrator(folder / "run", progress=False)
     refused(lambda n: SIZES[entry](o, n), NUMBERS[value])
 
 
@@ -327,10 +391,19 @@ def test_counts_of_a_policy(tiny, entry):
 @pytest.mark.parametrize("name", ["temperature", "top_p"])
 def test_temperature_and_nucleus(tiny, name):
     student = Policy(tiny, "student")
-    for value in -1, math.nan, math.inf, "1", None, [1.], True:
+    for value in -1, math.nan, math.inf, "1", None, [1.0], True:
         refused(lambda v: student.generate("Hi", max_new_tokens=1, **{name: v}), value)
 
 
 def test_pairs_in_another_form():
-    for value in None, 5, "pairs", [None], ["Hi"], [{}], [{"prompt": "Hi"}], [{"question": "Hi", "chosen": "7", "rejected": "8"}]:
+    for value in (
+        None,
+        5,
+        "pairs",
+        [None],
+        ["Hi"],
+        [{}],
+        [{"prompt": "Hi"}],
+        [{"question": "Hi", "chosen": "7", "rejected": "8"}],
+    ):
         refused(validate_pairs, value)

@@ -1,6 +1,10 @@
-"""Files of others: every public function that writes, replaces or deletes is tried on a project with a Git repository, a thesis, a model and links.
+"""Files of others: every public function that writes, replaces or deletes is tried on a project with a Git
+repository, a thesis, a model and links.
 
-Whatever it answers, each byte, link and right of what was there is the same afterwards; as root, and as a user who may not write everywhere."""
+Whatever it answers, each byte, link and right of what was there is the same afterwards; as root, and as a
+user who may not write everywhere.
+"""
+
 import importlib
 import inspect
 import json
@@ -35,38 +39,95 @@ from selfplay_nb.reward_model import RewardModel
 from selfplay_nb.stepper import RefinementStepper
 from selfplay_nb.trainer import MADE, SelfPlayConfig, SelfPlayTrainer
 
-TELLING = re.compile("save|write|writing|delete|discard|prune|forget|export|append|rewind|fresh|anew|locked|convert|fetch|folder|control|clear|remove|"
-                     "record|store|dump")
+TELLING = re.compile(
+    "save|write|writing|delete|discard|prune|forget|export|append|rewind|fresh|anew|locked|convert|fetch|"
+    "folder|control|clear|remove|"
+    "record|store|dump"
+)
 
 
 def project(home: Path) -> Path:
     "A person's folder, with links that lead out of it."
-    outside, place = home/"outside", home/"project"
-    files = {"thesis.docx": b"PK\x03\x04 years of work", ".DS_Store": b"\0\0\0\1Bud1", ".git/HEAD": b"ref: refs/heads/main\n",
-             ".git/objects/ab/cd": b"\x78\x01",
-             ".lock": b"mine", "config.json.new": b"mine too", "data.jsonl": b'{"question": "a", "answer": "b"}\n', "notes.toml": b'title = "notes"\n',
-             "control.json": b'{"volume": 11}', "metrics.jsonl": b"1\n", "pairs.jsonl": b'{"left": 1, "right": 2}\n', "games.jsonl": b"[1, 2]\n",
-             "state.json": b'{"who": "me"}', "report.html": b"<p>mine</p>", "curve.png": b"\x89PNG mine", "refinement.json": b"[]",
-             "model/config.json": b'{"model_type": "llama", "hidden_size": 64}', "model/model.safetensors": b"\x08\0\0\0\0\0\0\0{}      ",
-             "model/tokenizer.json": b"{}",
-             "adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": b"of another program",
-             "checkpoints/round_1/thesis.docx": b"1", "checkpoints/round_2/config.json": b"{}", "checkpoints/round_3/manifest.json": b"{}",
-             "checkpoints/.round_9.new/x": b"mine", "members/m0/thesis.docx": b"2", "closed/kept.json": b'{"a": 1}', "closed/round_1/kept.json": b"{}"}
+    outside, place = home / "outside", home / "project"
+    files = {
+        "thesis.docx": b"PK\x03\x04 years of work",
+        ".DS_Store": b"\0\0\0\1Bud1",
+        ".git/HEAD": b"ref: refs/heads/main\n",
+        ".git/objects/ab/cd": b"\x78\x01",
+        ".lock": b"mine",
+        "config.json.new": b"mine too",
+        "data.jsonl": b'{"question": "a", "answer": "b"}\n',
+        "notes.toml": b'title = "notes"\n',
+        "control.json": b'{"volume": 11}',
+        "metrics.jsonl": b"1\n",
+        "pairs.jsonl": b'{"left": 1, "right": 2}\n',
+        "games.jsonl": b"[1, 2]\n",
+        "state.json": b'{"who": "me"}',
+        "report.html": b"<p>mine</p>",
+        "curve.png": b"\x89PNG mine",
+        "refinement.json": b"[]",
+        "model/config.json": b'{"model_type": "llama", "hidden_size": 64}',
+        "model/model.safetensors": b"\x08\0\0\0\0\0\0\0{}      ",
+        "model/tokenizer.json": b"{}",
+        "adapter/adapter_config.json": b"{}",
+        "adapter/adapter_model.safetensors": b"of another program",
+        "checkpoints/round_1/thesis.docx": b"1",
+        "checkpoints/round_2/config.json": b"{}",
+        "checkpoints/round_3/manifest.json": b"{}",
+        "checkpoints/.round_9.new/x": b"mine",
+        "members/m0/thesis.docx": b"2",
+        "closed/kept.json": b'{"a": 1}',
+        "closed/round_1/kept.json": b"{}",
+    }
     for name, data in files.items():
-        (place/name).parent.mkdir(parents=True, exist_ok=True); (place/name).write_bytes(data)
-    outside.mkdir(); (outside/"letter.txt").write_text("dear")
-    (outside/"round_1").mkdir(); (outside/"round_1"/"letter.txt").write_text("dear too")
-    for at, to in {"link_to_file": outside/"letter.txt", "link_to_folder": outside, "checkpoints/round_4": outside/"round_1", "nowhere": home/"no such file",
-                   "checkpoints/.round_5.old": outside/"round_1", "model/.lock": outside/"letter.txt", "notes.toml.new": outside/"letter.txt"}.items():
-        (place/at).symlink_to(to)
-    for f in (place/"closed"/"round_1", place/"closed"): f.chmod(0o555)
-    (place/"closed"/"kept.json").chmod(0o444)
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(data)
+    outside.mkdir()
+    (outside / "letter.txt").write_text("dear")
+    (outside / "round_1").mkdir()
+    (outside / "round_1" / "letter.txt").write_text("dear too")
+    for at, to in {
+        "link_to_file": outside / "letter.txt",
+        "link_to_folder": outside,
+        "checkpoints/round_4": outside / "round_1",
+        "nowhere": home / "no such file",
+        "checkpoints/.round_5.old": outside / "round_1",
+        "model/.lock": outside / "letter.txt",
+        "notes.toml.new": outside / "letter.txt",
+    }.items():
+        (place / at).symlink_to(to)
+    for f in (place / "closed" / "round_1", place / "closed"):
+        f.chmod(0o555)
+    (place / "closed" / "kept.json").chmod(0o444)
     return place
 
 
-PLACES = ["", "thesis.docx", ".git", ".git/HEAD", "data.jsonl", "notes.toml", "control.json", "refinement.json", "model", "model/config.json",
-          "model/model.safetensors", "adapter", "checkpoints", *(f"checkpoints/round_{i}" for i in (1, 2, 3, 4)), "members", "closed", "closed/kept.json",
-          "closed/round_1", "closed/new", "link_to_file", "link_to_folder", "link_to_folder/round_1", "nowhere", "thesis.docx/below"]
+PLACES = [
+    "",
+    "thesis.docx",
+    ".git",
+    ".git/HEAD",
+    "data.jsonl",
+    "notes.toml",
+    "control.json",
+    "refinement.json",
+    "model",
+    "model/config.json",
+    "model/model.safetensors",
+    "adapter",
+    "checkpoints",
+    *(f"checkpoints/round_{i}" for i in (1, 2, 3, 4)),
+    "members",
+    "closed",
+    "closed/kept.json",
+    "closed/round_1",
+    "closed/new",
+    "link_to_file",
+    "link_to_folder",
+    "link_to_folder/round_1",
+    "nowhere",
+    "thesis.docx/below",
+]
 
 
 def photograph(home: Path) -> dict:
@@ -75,76 +136,130 @@ def photograph(home: Path) -> dict:
     for f in sorted(home.rglob("*")):
         kind = "link" if f.is_symlink() else "folder" if f.is_dir() else "file"
         content = os.readlink(f) if kind == "link" else f.read_bytes() if kind == "file" else ""
-        seen[str(f.relative_to(home))] = kind, f.lstat().st_mode, f.lstat().st_ino if kind != "link" else 0, content
+        seen[str(f.relative_to(home))] = (
+            kind,
+            f.lstat().st_mode,
+            f.lstat().st_ino if kind != "link" else 0,
+            content,
+        )
     return seen
 
 
 # the table: public name to something that calls it at a place
 
+
 def writing(made, at):
-    with checkpoint.writing(at) as tmp: (tmp/"a.json").write_text("{}")
+    with checkpoint.writing(at) as tmp:
+        (tmp / "a.json").write_text("{}")
+
 
 def locked(made, at):
-    with checkpoint.locked(at): pass
+    with checkpoint.locked(at):
+        pass
+
 
 class Unused:
     "In place of a base: no run gets so far, but in an empty folder."
-    def __getattr__(self, name): raise ValueError("this base is not to be used: nothing is to be trained here")
 
-def run(at): return SelfPlayTrainer(SelfPlayConfig(str(at), n_rounds=1, exam_size=4), base=Unused(), callbacks=[])
+    def __getattr__(self, name):
+        raise ValueError("this base is not to be used: nothing is to be trained here")
 
-def orchestrator(made, at): return RLHFOrchestrator(at, made.base, exam_size=4, validation_size=0, progress=False)
+
+def run(at):
+    return SelfPlayTrainer(SelfPlayConfig(str(at), n_rounds=1, exam_size=4), base=Unused(), callbacks=[])
+
+
+def orchestrator(made, at):
+    return RLHFOrchestrator(at, made.base, exam_size=4, validation_size=0, progress=False)
+
 
 def league(made, at, policy=None):
     league = LeagueTraining(2, made.base, at)
     if policy:
-        for i in range(4): league.add(policy, f"m{i}"); league.record([dict(a=f"m{i}", b="base", score=1.)])
+        for i in range(4):
+            league.add(policy, f"m{i}")
+            league.record([dict(a=f"m{i}", b="base", score=1.0)])
     league.save()
+
 
 def card(made, at):
     view = ConstitutionCard(ConstitutionalRewardWrapper(None, made.constitution), "q", "a", "b", path=at)
     view.save_button.click()
 
+
 def stepper(made, at):
     view = RefinementStepper(IterativeRefiner(made.player), trace=made.trace, path=at)
     view.save.click()
 
-def rated(made, at): HumanRatings(at, [dict(prompt="p", a="a", b="b")]).rate("left")
+
+def rated(made, at):
+    HumanRatings(at, [dict(prompt="p", a="a", b="b")]).rate("left")
+
 
 def ledger(made, at, call):
     call(pairs.Ledger(at))
 
+
 PAIR = dict(prompt="p", chosen="a", rejected="b")
 WRITERS = {
-    "checkpoint.writing": writing, "checkpoint.locked": locked, "checkpoint.discard": lambda made, at: checkpoint.discard(at),
-    "checkpoint.discard, damaged": lambda made, at: checkpoint.discard(at, whole=False), "checkpoint.prune": lambda made, at: checkpoint.prune(at, keep=1),
+    "checkpoint.writing": writing,
+    "checkpoint.locked": locked,
+    "checkpoint.discard": lambda made, at: checkpoint.discard(at),
+    "checkpoint.discard, damaged": lambda made, at: checkpoint.discard(at, whole=False),
+    "checkpoint.prune": lambda made, at: checkpoint.prune(at, keep=1),
     "checkpoint.write_record": lambda made, at: checkpoint.write_record(at, {}),
-    "checkpoint.write_record, of a folder": lambda made, at: checkpoint.write_record(at/"config.json", {"kind": "run"}),
+    "checkpoint.write_record, of a folder": lambda made, at: checkpoint.write_record(
+        at / "config.json", {"kind": "run"}
+    ),
     "checkpoint.forget_run": lambda made, at: checkpoint.forget_run(at, "run", MADE),
-    "checkpoint.run_record": lambda made, at: checkpoint.run_record(at, "run"), "checkpoint.read_record": lambda made, at: checkpoint.read_record(at),
+    "checkpoint.run_record": lambda made, at: checkpoint.run_record(at, "run"),
+    "checkpoint.read_record": lambda made, at: checkpoint.read_record(at),
     "pairs.Ledger.append": lambda made, at: ledger(made, at, lambda it: it.append([PAIR])),
     "pairs.Ledger.rewind": lambda made, at: ledger(made, at, lambda it: it.rewind(0)),
-    "pairs.write_whole": lambda made, at: pairs.write_whole(at, "text", lambda file: json.loads(file.read_text())["mine"]),
-    "policy.Policy.save": lambda made, at: made.policy.save(at), "reward_model.RewardModel.save": lambda made, at: made.reward.save(at),
+    "pairs.write_whole": lambda made, at: pairs.write_whole(
+        at, "text", lambda file: json.loads(file.read_text())["mine"]
+    ),
+    "policy.Policy.save": lambda made, at: made.policy.save(at),
+    "reward_model.RewardModel.save": lambda made, at: made.reward.save(at),
     "update.save_optimizer": lambda made, at: update.save_optimizer({"w.step": torch.zeros(1)}, at),
-    "league.LeagueTraining.save": league, "league.LeagueTraining.record": lambda made, at: league(made, at, made.policy),
-    "human.HumanRatings.rate": rated, "games.Played.save": lambda made, at: made.played.save(at),
-    "games.play": lambda made, at: play(Negotiation(), [made.player]*2, 1, illegal="random", path=at),
-    "refinement.Trace.save": lambda made, at: made.trace.save(at), "refinement.Traces.save": lambda made, at: Traces([made.trace]).save(at),
-    "refinement.Traces.save_data": lambda made, at: Traces([made.trace]).save_data(at, IterativeRefiner(made.player)),
-    "constitutional.Constitution.save": lambda made, at: made.constitution.save(at), "card": card, "stepper": stepper,
-    "adversarial.AdversarialFilter": lambda made, at: AdversarialFilter(made.player, lambda p, c, **k: [1.]*len(c), n_samples=2, ledger=at).screen(["a"]),
-    "trainer.SelfPlayTrainer.start_anew": lambda made, at: run(at).start_anew(), "trainer.SelfPlayTrainer.train": lambda made, at: run(at).train(),
+    "league.LeagueTraining.save": league,
+    "league.LeagueTraining.record": lambda made, at: league(made, at, made.policy),
+    "human.HumanRatings.rate": rated,
+    "games.Played.save": lambda made, at: made.played.save(at),
+    "games.play": lambda made, at: play(Negotiation(), [made.player] * 2, 1, illegal="random", path=at),
+    "refinement.Trace.save": lambda made, at: made.trace.save(at),
+    "refinement.Traces.save": lambda made, at: Traces([made.trace]).save(at),
+    "refinement.Traces.save_data": (
+        lambda made, at: Traces([made.trace]).save_data(at, IterativeRefiner(made.player))
+    ),
+    "constitutional.Constitution.save": lambda made, at: made.constitution.save(at),
+    "card": card,
+    "stepper": stepper,
+    "adversarial.AdversarialFilter": (
+        lambda made, at: AdversarialFilter(
+            made.player, lambda p, c, **k: [1.0] * len(c), n_samples=2, ledger=at
+        ).screen(["a"])
+    ),
+    "trainer.SelfPlayTrainer.start_anew": lambda made, at: run(at).start_anew(),
+    "trainer.SelfPlayTrainer.train": lambda made, at: run(at).train(),
     "pipeline.RLHFOrchestrator.forget": lambda made, at: orchestrator(made, at).forget(0),
-    "pipeline.RLHFOrchestrator.run_sft, fresh": lambda made, at: orchestrator(made, at).run_sft([dict(prompt="a", completion="b")], fresh=True),
-    "callbacks.control": lambda made, at: callbacks.control(at, stop=True), "callbacks.take_control": lambda made, at: callbacks.take_control(at),
-    "model.tiny_model_folder": lambda made, at: model.tiny_model_folder(at), "model.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
+    "pipeline.RLHFOrchestrator.run_sft, fresh": (
+        lambda made, at: orchestrator(made, at).run_sft([dict(prompt="a", completion="b")], fresh=True)
+    ),
+    "callbacks.control": lambda made, at: callbacks.control(at, stop=True),
+    "callbacks.take_control": lambda made, at: callbacks.take_control(at),
+    "model.tiny_model_folder": lambda made, at: model.tiny_model_folder(at),
+    "model.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
 }
-NO_FILES = { # names that sound like it
-    "policy.Policy.delete": "takes an adapter out of memory", "reward_model.RewardModel.delete": "likewise", "callbacks.read_control": "reads",
-    "pipeline.RLHFOrchestrator.folder": "says where", "templates.control_tokens": "looks at a tokenizer",
+NO_FILES = {  # names that sound like it
+    "policy.Policy.delete": "takes an adapter out of memory",
+    "reward_model.RewardModel.delete": "likewise",
+    "callbacks.read_control": "reads",
+    "pipeline.RLHFOrchestrator.folder": "says where",
+    "templates.control_tokens": "looks at a tokenizer",
     "trainer.SelfPlayTrainer.save": "in a run that is its own",
-    "model.fetch_wheel": "in a temporary folder", "model.wheel_model_folder": "see test_model.py",
+    "model.fetch_wheel": "in a temporary folder",
+    "model.wheel_model_folder": "see test_model.py",
 }
 
 
@@ -152,10 +267,17 @@ NO_FILES = { # names that sound like it
 def made(tiny_folder):
     "What there is to save."
     base = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
-    transcript = Transcript("g", 0, ["a", "b"], 0, 0, [0, 1], [], [1., 0.], None, "")
+    transcript = Transcript("g", 0, ["a", "b"], 0, 0, [0, 1], [], [1.0, 0.0], None, "")
     constitution = Constitution([Principle("be short", pattern=".*")])
-    return types.SimpleNamespace(base=base, policy=Policy(base, "mine", r=2), reward=RewardModel(base, "graded", r=2), player=Scripted(lambda p, rng: "1"),
-                                 trace=Trace("q", [Version("a")]), constitution=constitution, played=Played([transcript]))
+    return types.SimpleNamespace(
+        base=base,
+        policy=Policy(base, "mine", r=2),
+        reward=RewardModel(base, "graded", r=2),
+        player=Scripted(lambda p, rng: "1"),
+        trace=Trace("q", [Version("a")]),
+        constitution=constitution,
+        played=Played([transcript]),
+    )
 
 
 def tried(made, call, home: Path, place: Path, places=PLACES):
@@ -165,50 +287,78 @@ def tried(made, call, home: Path, place: Path, places=PLACES):
     for at in places:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try: call(made, place/at)
+            try:
+                call(made, place / at)
             except (ValueError, OSError, RuntimeError, SafetensorError) as e:
-                if len(str(e).split()) < 4: wrong.append((at, f"says only {e!r}"))
-            except Exception as e: wrong.append((at, f"{type(e).__name__}: {e}", traceback.format_exc()[-600:]))
+                if len(str(e).split()) < 4:
+                    wrong.append((at, f"says only {e!r}"))
+            except Exception as e:
+                wrong.append((at, f"{type(e).__name__}: {e}", traceback.format_exc()[-600:]))
         now = photograph(home)
-        changed = sorted(n for n in before if now.get(n) != before[n] and not (n in now and before[n][0] == now[n][0] == "folder"))
-        if changed: wrong.append((at, f"changed {changed[:5]}"))
+        changed = sorted(
+            n
+            for n in before
+            if now.get(n) != before[n] and not (n in now and before[n][0] == now[n][0] == "folder")
+        )
+        if changed:
+            wrong.append((at, f"changed {changed[:5]}"))
         before = now if changed else before
-        for new in sorted(now.keys() - before.keys(), reverse=True):   # what it made is its own
-            if now[new][0] == "folder": (home/new).rmdir()
-            else: (home/new).unlink()
+        for new in sorted(now.keys() - before.keys(), reverse=True):  # what it made is its own
+            if now[new][0] == "folder":
+                (home / new).rmdir()
+            else:
+                (home / new).unlink()
     return wrong
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_others_made_stays(made, tmp_path, name):
-    place = project(tmp_path/"home")
-    assert not tried(made, WRITERS[name], tmp_path/"home", place)
+    place = project(tmp_path / "home")
+    assert not tried(made, WRITERS[name], tmp_path / "home", place)
     for f in place.rglob("*"):
-        if f.is_dir() and not f.is_symlink(): f.chmod(0o755)
+        if f.is_dir() and not f.is_symlink():
+            f.chmod(0o755)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.skipif(
+    not hasattr(os, "fork") or os.geteuid() != 0, reason="needs root, to become somebody else"
+)
 def test_what_others_made_stays_for_a_user_who_may_not_write_everywhere(made):
     "All of the table in a process of the user nobody, to whom half of the project does not belong."
     with tempfile.TemporaryDirectory() as top:
-        home = Path(top)/"home"
+        home = Path(top) / "home"
         place = project(home)
         Path(top).chmod(0o755)
         mine = [f for f in [home, *home.rglob("*")] if "closed" not in f.parts and ".git" not in f.parts]
-        for f in mine: os.chown(f, 65534, 65534, follow_symlinks=False)
-        before, answer = photograph(home), Path(top)/"answer"
-        answer.touch(); answer.chmod(0o666)
+        for f in mine:
+            os.chown(f, 65534, 65534, follow_symlinks=False)
+        before, answer = photograph(home), Path(top) / "answer"
+        answer.touch()
+        answer.chmod(0o666)
         child = os.fork()
         if not child:
             try:
-                signal.alarm(300); torch.set_num_threads(1)
-                os.setgroups([]); os.setgid(65534); os.setuid(65534)
-                os.environ["HOME"] = str(home); tempfile.tempdir = None; os.chdir("/")
-                places = [p for p in PLACES if not p.startswith(("model/", "adapter", "data", "notes", "control", "refinement"))]
+                signal.alarm(300)
+                torch.set_num_threads(1)
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                os.environ["HOME"] = str(home)
+                tempfile.tempdir = None
+                os.chdir("/")
+                places = [
+                    p
+                    for p in PLACES
+                    if not p.startswith(("model/", "adapter", "data", "notes", "control", "refinement"))
+                ]
                 found = {name: tried(made, call, home, place, places) for name, call in WRITERS.items()}
-                answer.write_text(json.dumps({"wrong": {k: v for k, v in found.items() if v}, "who": os.getuid()}))
-            except BaseException: answer.write_text(json.dumps({"wrong": traceback.format_exc()[-1500:], "who": os.getuid()}))
-            finally: os._exit(0)
+                answer.write_text(
+                    json.dumps({"wrong": {k: v for k, v in found.items() if v}, "who": os.getuid()})
+                )
+            except BaseException:
+                answer.write_text(json.dumps({"wrong": traceback.format_exc()[-1500:], "who": os.getuid()}))
+            finally:
+                os._exit(0)
         os.waitpid(child, 0)
         told = json.loads(answer.read_text() or "{}")
         assert told == {"wrong": {}, "who": 65534}
@@ -218,17 +368,26 @@ def test_what_others_made_stays_for_a_user_who_may_not_write_everywhere(made):
 def public():
     "Every public function and method of the library, as `module.name` or `module.Class.name`."
     for info in pkgutil.iter_modules(selfplay_nb.__path__):
-        if info.name.startswith("_"): continue
+        if info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"selfplay_nb.{info.name}")
         for name in getattr(module, "__all__", ()):
             x = getattr(module, name)
-            if inspect.isfunction(x): yield f"{info.name}.{name}"
+            if inspect.isfunction(x):
+                yield f"{info.name}.{name}"
             if isinstance(x, type) and x.__module__ == module.__name__:
-                yield from (f"{info.name}.{name}.{k}" for k, v in vars(x).items() if inspect.isfunction(v) and not k.startswith("_"))
+                yield from (
+                    f"{info.name}.{name}.{k}"
+                    for k, v in vars(x).items()
+                    if inspect.isfunction(v) and not k.startswith("_")
+                )
 
 
 def test_nothing_new_that_writes_is_missing():
     known = {n.split(",")[0] for n in WRITERS} | set(NO_FILES)
     new = [n for n in public() if TELLING.search(n.rsplit(".", 1)[1].lower()) and n not in known]
-    assert not new, f"does it write, replace or delete files? Then it belongs into WRITERS, else into NO_FILES with a word: {new}"
-    assert {"checkpoint.prune", "policy.Policy.save"} <= set(public())   # they are found
+    assert not new, (
+        "does it write, replace or delete files? Then it belongs into WRITERS, else into NO_FILES with a"
+        f" word: {new}"
+    )
+    assert {"checkpoint.prune", "policy.Policy.save"} <= set(public())  # they are found

@@ -1,6 +1,10 @@
-"""No reader of foreign text takes long: a text twice as long takes about twice as long, or only so much of it is looked at.
+"""No reader of foreign text takes long: a text twice as long takes about twice as long, or only so much of it
+is looked at.
 
-`READERS` has every reader; a public function with a parameter that is named like a text is there or, with a reason, in `NO_READERS`."""
+`READERS` has every reader; a public function with a parameter that is named like a text is there or, with
+a reason, in `NO_READERS`.
+"""
+
 import ast
 import functools
 import gc
@@ -38,73 +42,162 @@ ROOT = Path(__file__).parents[1]
 # hostile texts: what is repeated, and with what the text begins
 
 PARTS = [
-    "a", "9", "9,", "1/", "(", "[", "{", "\\", "\\boxed{", "\\frac{1}", "½ ", "Answer: ", "answer" + " "*40, "#### ", "not 1 ",
-    "\n", " ", "\t", "```\n", "```", "def f(a, b):\n", "    x = (\n", "\"", "'a ", "**", "O-", "x(0,0) ", "PROPOSE: 1 book\n",
-    "1 book, ", "0123456789abcdef\n", "0123456789abcde", "Ann: b\n", "- a\n", "a. ", "e\u0301\u0301", "<|im_", "</", "the of ",
-    "may ", "no need ", "look ", "https://", "Lee and Ito, ", "{\"a\":",
+    "a",
+    "9",
+    "9,",
+    "1/",
+    "(",
+    "[",
+    "{",
+    "\\",
+    "\\boxed{",
+    "\\frac{1}",
+    "½ ",
+    "Answer: ",
+    "answer" + " " * 40,
+    "#### ",
+    "not 1 ",
+    "\n",
+    " ",
+    "\t",
+    "```\n",
+    "```",
+    "def f(a, b):\n",
+    "    x = (\n",
+    "\"",
+    "'a ",
+    "**",
+    "O-",
+    "x(0,0) ",
+    "PROPOSE: 1 book\n",
+    "1 book, ",
+    "0123456789abcdef\n",
+    "0123456789abcde",
+    "Ann: b\n",
+    "- a\n",
+    "a. ",
+    "e\u0301\u0301",
+    "<|im_",
+    "</",
+    "the of ",
+    "may ",
+    "no need ",
+    "look ",
+    "https://",
+    "Lee and Ito, ",
+    "{\"a\":",
 ]
 STARTS = {
-    "": PARTS, "```\t": [" ", "\t", "\n"], "def f(a, b):\n    return (\n": ["1,\n", "\n", "return (\n"],
-    "def f(a, b):\n    \"\"\"": ["x\n", " "], "PROPOSE: ": [" ", "1 book, ", "9"], "no issues ": ["!", " "],
-    "Dear a\n": ["\n", "b\n"], "0123456789abcdef\n": ["x\n", "\n"],
+    "": PARTS,
+    "```\t": [" ", "\t", "\n"],
+    "def f(a, b):\n    return (\n": ["1,\n", "\n", "return (\n"],
+    "def f(a, b):\n    \"\"\"": ["x\n", " "],
+    "PROPOSE: ": [" ", "1 book, ", "9"],
+    "no issues ": ["!", " "],
+    "Dear a\n": ["\n", "b\n"],
+    "0123456789abcdef\n": ["x\n", "\n"],
 }
 SHAPES = [(start, part) for start, parts in STARTS.items() for part in parts]
 SHAPES += ["different words", "words in turn"]
 
+
 @functools.lru_cache(8)
 def text_of_shape(shape, n) -> str:
-    if shape == "different words": return " ".join(f"w{i}" for i in range(n//7 + 1))[:n]
-    if shape == "words in turn": return " ".join("ab cd ef cd"[3*(i % 4):3*(i % 4) + 2] for i in range(n//3 + 1))[:n]
+    if shape == "different words":
+        return " ".join(f"w{i}" for i in range(n // 7 + 1))[:n]
+    if shape == "words in turn":
+        return " ".join("ab cd ef cd"[3 * (i % 4) : 3 * (i % 4) + 2] for i in range(n // 3 + 1))[:n]
     start, part = shape
-    return (start + part*(n//len(part) + 1))[:n - 2] + " x"
+    return (start + part * (n // len(part) + 1))[: n - 2] + " x"
 
 
 # the readers
 
+
 def lenient(read):
     "Refusals are answers too, if they are no longer than a line or two."
+
     @functools.wraps(read)
     def run(*args):
-        try: return read(*args)
-        except ValueError as e: assert len(str(e)) < 1000
+        try:
+            return read(*args)
+        except ValueError as e:
+            assert len(str(e)) < 1000
+
     return run
+
 
 MOVES = [f"x({i},{j})" for i in range(3) for j in range(3)] + ["O-O", "O-O-O", "take 1", "take 10"]
 POOL, MARK = dict(book=3, hat=1), "0123456789abcdef"
 CODE = 'import os\n\ndef f(a, b):\n    """Add."""\n'
-SPEC = dict(length=[5, 9], sentences=[1, 2], must=["key"], forbidden=["very"], tone="calm", persona="Mira",
-            speakers=["Mira", "Otto"], prose=True)
+SPEC = dict(
+    length=[5, 9],
+    sentences=[1, 2],
+    must=["key"],
+    forbidden=["very"],
+    tone="calm",
+    persona="Mira",
+    speakers=["Mira", "Otto"],
+    prose=True,
+)
 ASKED = "How long does it take to learn the piano?"
 TALK = creative.Persona("Ida", "a pilot"), creative.Persona("Tom", "a baker")
 
+
 def at_pieces(f):
     "A reader of several texts, given the thirds of one."
-    return lambda t: f([t[:len(t)//3], t[len(t)//3:2*len(t)//3], t[2*len(t)//3:]])
+    return lambda t: f([t[: len(t) // 3], t[len(t) // 3 : 2 * len(t) // 3], t[2 * len(t) // 3 :]])
 
-def checked(name, asked, t): return creative.CHECKS[name](t, asked)
-def filled(t): return templates.fill(judge.TEMPLATE, ("<|im_end|>",), None, {"rubric": "r"}, prompt=t, a=t, b=t)
-def spec_reward(t): return creative.SpecReward()([""], [t], [json.dumps(SPEC | dict(form="script"))])
-def a_word_more(t): return refinement.word_diff(t, t[:len(t)//2] + " b " + t[len(t)//2:])
-def formula(t): return reasoning._fits(reasoning._bare(answers.answer_in(t)), "x^2", reasoning._POLYNOMIAL)
+
+def checked(name, asked, t):
+    return creative.CHECKS[name](t, asked)
+
+
+def filled(t):
+    return templates.fill(judge.TEMPLATE, ("<|im_end|>",), None, {"rubric": "r"}, prompt=t, a=t, b=t)
+
+
+def spec_reward(t):
+    return creative.SpecReward()([""], [t], [json.dumps(SPEC | dict(form="script"))])
+
+
+def a_word_more(t):
+    return refinement.word_diff(t, t[: len(t) // 2] + " b " + t[len(t) // 2 :])
+
+
+def formula(t):
+    return reasoning._fits(reasoning._bare(answers.answer_in(t)), "x^2", reasoning._POLYNOMIAL)
+
+
 def conversation_of(t):
     return creative.Conversation(TALK, "a key", [creative.Said(i % 2, [], t[i::3]) for i in range(3)])
-def debated(): return debate.Debate(judge.RuleJudge(lambda p, a, b: .5)).start(0)
-def dialogue_checked(t): return creative.check_dialogue(conversation_of(t[:len(t)//3]))
+
+
+def debated():
+    return debate.Debate(judge.RuleJudge(lambda p, a, b: 0.5)).start(0)
+
+
+def dialogue_checked(t):
+    return creative.check_dialogue(conversation_of(t[: len(t) // 3]))
+
 
 @lenient
-def as_spec(t): return creative.SpecReward()([""], ["A key."], [t])
+def as_spec(t):
+    return creative.SpecReward()([""], ["A key."], [t])
+
 
 @lenient
 def jsonl(t):
     JSONL.write_text(t.replace("\r", "") + "\n", encoding="utf-8")
     return pairs.load_rows(JSONL, "prompts")
 
+
 READERS = {
     "answers.answer_in": answers.answer_in,
     "answers.read_number": answers.read_number,
     "answers.last_number": answers.last_number,
     "answers.gold_numbers": lenient(lambda t: answers.gold_numbers([t])),
-    "answers.denied": lambda t: answers.denied(t, len(t)//2, len(t)//2 + 1),
+    "answers.denied": lambda t: answers.denied(t, len(t) // 2, len(t) // 2 + 1),
     "reward.near_number": lambda t: reward.near_number(20)([""], [t], answer=[5]),
     "reward.finished": lambda t: reward.finished([""], [t]),
     "templates.escape_special": lambda t: templates.escape_special(t, ("<|im_end|>", "<s>")),
@@ -160,13 +253,16 @@ READERS = {
 }
 JSONL, TICTACTOE = None, None
 
+
 def retry(t):
     live = games.LiveGame(TICTACTOE, 0, ["a", "b"])
     live.take(t)
     return live.prompt
 
-FLOOR = .002  # seconds: what takes less says nothing about growth
+
+FLOOR = 0.002  # seconds: what takes less says nothing about growth
 SIZES = 1000, 6000, 36_000, 200_000, 500_000  # a million characters are twice the last
+
 
 def seconds(read, shape, n):
     text = text_of_shape(shape, n)
@@ -175,37 +271,58 @@ def seconds(read, shape, n):
         begun = time.process_time()
         read(text)
         return time.process_time() - begun
-    finally: gc.enable()
+    finally:
+        gc.enable()
+
 
 def too_fast(read, shape, n) -> str | None:
-    "Whether twice the text takes more than 2.5 times as long: the best of seven, so that a busy machine is no finding."
-    once, twice = (seconds(read, shape, m) for m in (n, 2*n))
+    """Whether twice the text takes more than 2.5 times as long: the best of seven, so that a busy machine is
+    no finding.
+    """
+    once, twice = (seconds(read, shape, m) for m in (n, 2 * n))
     for _ in range(6):
-        if twice < max(2.5*once, 4*FLOOR): return
-        once, twice = min(once, seconds(read, shape, n)), min(twice, seconds(read, shape, 2*n))
+        if twice < max(2.5 * once, 4 * FLOOR):
+            return
+        once = min(once, seconds(read, shape, n))
+        twice = min(twice, seconds(read, shape, 2 * n))
     return f"{shape!r}: {once:.4f} s for {n} characters, {twice:.4f} s for twice as many"
+
 
 def grows(read, shape) -> str | None:
     "What is wrong with a reader's time on a shape, if anything: growth that goes on, twice over, or seconds."
     for n in SIZES:
         once = seconds(read, shape, n)
-        if once > FLOOR: break
-    if once > 3: return f"{shape!r}: {once:.1f} s for {n} characters"
-    return too_fast(read, shape, n) and too_fast(read, shape, 2*n)
+        if once > FLOOR:
+            break
+    if once > 3:
+        return f"{shape!r}: {once:.1f} s for {n} characters"
+    return too_fast(read, shape, n) and too_fast(read, shape, 2 * n)
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     "Imports and caches come first, so that they count for nobody."
     global JSONL, TICTACTOE
-    JSONL = tmp_path_factory.mktemp("rows")/"rows.jsonl"
+    JSONL = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     TICTACTOE = Grid()
+
 
 class Grid:
     "Nine moves, and nothing else."
+
     name, seats = "grid", 1
-    def start(self, seed): return self
-    seat, legal, prompt, outcome = 0, MOVES, "Move.", None
-    def move(self, text): pass
+
+    def start(self, seed):
+        return self
+
+    seat = 0
+    legal = MOVES
+    prompt = "Move."
+    outcome = None
+
+    def move(self, text):
+        pass
+
 
 @pytest.mark.parametrize("name", READERS)
 def test_time_grows_no_faster_than_the_text(prepared, name):
@@ -213,60 +330,129 @@ def test_time_grows_no_faster_than_the_text(prepared, name):
     read("It is 7.")
     assert list(filter(None, (grows(read, shape) for shape in SHAPES))) == []
 
+
 def test_a_reader_that_grows_faster_would_be_found():
-    def quadratic(t): return sum(t.count(t[i:i+3]) for i in range(0, len(t), 10))
+    def quadratic(t):
+        return sum(t.count(t[i : i + 3]) for i in range(0, len(t), 10))
+
     assert grows(quadratic, ("", "a")) and not grows(lambda t: [c for c in t], ("", "a"))
 
 
 # every public function that takes a text is a reader, or is known to be none
 
-NAMED_LIKE_A_TEXT = {"text", "texts", "answer", "answers", "prompt", "prompts", "completion", "completions", "response", "critique", "message", "old", "new",
-                     "talk", "samples", "data", "pairs", "entry", "title", "code"}
+NAMED_LIKE_A_TEXT = {
+    "text",
+    "texts",
+    "answer",
+    "answers",
+    "prompt",
+    "prompts",
+    "completion",
+    "completions",
+    "response",
+    "critique",
+    "message",
+    "old",
+    "new",
+    "talk",
+    "samples",
+    "data",
+    "pairs",
+    "entry",
+    "title",
+    "code",
+}
 
 NO_READERS = {
-    "called by a reader above, with the same text": """answers.answer_and_rest reward.exact_number code_tasks.defined creative.SpecReward.parts
-        creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why constitutional.score constitutional.attribution
-        constitutional.evaluate_principle constitutional.render judge.render games.take debate.move pairs.question diversity.adjusted_distinct
-        diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
-        widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed""",
-    "reads the game's own lines of a prompt, or plays a move that was read before": "debate.read_view games.move games.OpenSpielState.move",
-    "a process of its own with a deadline (see below)": "reasoning.math_equal reasoning.graded reasoning.fully_right",
-    "runs programs in the sandbox, with limits of its own": "code_tasks.check_code code_tasks.verdicts code_tasks.mutants",
-    "hands texts to a model or a judge, which has its context as a limit": """competitive.train_step constitutional.revise constitutional.ai_feedback
-        league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate policy.spell policy.whole_characters
-        reward_model.train reward_model.scores players.answers_of players.Scripted.generate refinement.refine refinement.refine_batch refinement.begin
-        skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate trainer.train trainer.check_prompts
-        vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check pipeline.run_self_play
-        pipeline.run_policy_optimization pipeline.sppo diversity.embed update.token_logprobs rounds.group_rewards""",
-    "says what a user's own class has to offer": "protocols.Judge.compare protocols.Position.move protocols.Player.generate",
-    "measures with prompts of its own": """costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity costs.literal_round
-        costs.trl_online costs.our_sampling costs.peft_sampling costs.llama_cpp""",
-    "counts or copies rows, numbers or the library's own messages": """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
-        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole trainer.warn
-        rounds.answer_rows tasks.as_task trainer.progress""",
+    "called by a reader above, with the same text": (
+        """answers.answer_and_rest reward.exact_number code_tasks.defined creative.SpecReward.parts
+        creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
+constitutional.score constitutional.attribution
+        constitutional.evaluate_principle constitutional.render judge.render games.take debate.move \
+pairs.question diversity.adjusted_distinct
+        diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
+reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
+        widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
+    ),
+    "reads the game's own lines of a prompt, or plays a move that was read before": (
+        "debate.read_view games.move games.OpenSpielState.move"
+    ),
+    "a process of its own with a deadline (see below)": (
+        "reasoning.math_equal reasoning.graded reasoning.fully_right"
+    ),
+    "runs programs in the sandbox, with limits of its own": (
+        "code_tasks.check_code code_tasks.verdicts code_tasks.mutants"
+    ),
+    "hands texts to a model or a judge, which has its context as a limit": (
+        """competitive.train_step constitutional.revise constitutional.ai_feedback
+        league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate \
+policy.spell policy.whole_characters
+        reward_model.train reward_model.scores players.answers_of players.Scripted.generate \
+refinement.refine refinement.refine_batch refinement.begin
+        skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate \
+trainer.train trainer.check_prompts
+        vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check \
+pipeline.run_self_play
+        pipeline.run_policy_optimization pipeline.sppo diversity.embed update.token_logprobs \
+rounds.group_rewards"""
+    ),
+    "says what a user's own class has to offer": (
+        "protocols.Judge.compare protocols.Position.move protocols.Player.generate"
+    ),
+    "measures with prompts of its own": (
+        """costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity \
+costs.literal_round
+        costs.trl_online costs.our_sampling costs.peft_sampling costs.llama_cpp"""
+    ),
+    "counts or copies rows, numbers or the library's own messages": (
+        """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
+        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
+trainer.warn
+        rounds.answer_rows tasks.as_task trainer.progress"""
+    ),
 }
+
 
 def public_functions():
     "(module, qualified name, parameters) of what users can call with a text."
-    for file in sorted((ROOT/"selfplay_nb").glob("[a-z]*.py")):
+    for file in sorted((ROOT / "selfplay_nb").glob("[a-z]*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            inside = [(f"{node.name}.", m) for m in node.body] if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []
+            inside = (
+                [(f"{node.name}.", m) for m in node.body]
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+                else []
+            )
             for owner, f in [("", node), *inside]:
                 if isinstance(f, ast.FunctionDef) and not f.name.startswith("_"):
                     yield f"{file.stem}.{owner}{f.name}", {a.arg for a in [*f.args.args, *f.args.kwonlyargs]}
 
+
 def test_every_public_function_that_takes_a_text_is_tried_or_has_a_reason():
     reasons = [name for names in NO_READERS.values() for name in names.split()]
     every = dict(public_functions())
-    missing = [name for name, parameters in every.items() if parameters & NAMED_LIKE_A_TEXT and name not in {*READERS, *reasons}]
+    missing = [
+        name
+        for name, parameters in every.items()
+        if parameters & NAMED_LIKE_A_TEXT and name not in {*READERS, *reasons}
+    ]
     assert missing == [], "a new reader of texts: give it to READERS, or say in NO_READERS why it needs none"
-    assert [name for name in reasons if name not in every] == [] and len(set(reasons)) == len(reasons), "what is gone needs no reason"
+    assert [name for name in reasons if name not in every] == [] and len(set(reasons)) == len(reasons), (
+        "what is gone needs no reason"
+    )
 
 
 # others' libraries may hang: they run in a process that is stopped, and nothing of a call outlives it
 
-needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason='pip install "selfplay_nb[reasoning]"')
-HANGS = [r"\sum_{n=1}^{999999999} \frac{1}{n}", r"\prod_{n=1}^{99999} n", "(x+y+z+w)^{400}", r"\int_0^1 e^{e^{x}} dx"]
+needs_math = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason='pip install "selfplay_nb[reasoning]"'
+)
+HANGS = [
+    r"\sum_{n=1}^{999999999} \frac{1}{n}",
+    r"\prod_{n=1}^{99999} n",
+    "(x+y+z+w)^{400}",
+    r"\int_0^1 e^{e^{x}} dx",
+]
+
 
 @needs_math
 def test_a_formula_that_takes_for_ever_is_given_up_and_leaves_no_thread():
@@ -274,7 +460,7 @@ def test_a_formula_that_takes_for_ever_is_given_up_and_leaves_no_thread():
     reasoning._worker.stop()
     before = set(threading.enumerate())
     begun = time.monotonic()
-    assert reasoning.math_equal([""]*2, [f"Answer: {h}" for h in HANGS[:2]], answer=["x^2"]*2) == [0, 0]
+    assert reasoning.math_equal([""] * 2, [f"Answer: {h}" for h in HANGS[:2]], answer=["x^2"] * 2) == [0, 0]
     assert time.monotonic() - begun < 120
     reasoning._worker.stop()
     assert set(threading.enumerate()) <= before

@@ -1,4 +1,7 @@
-"What must hold on the real small model: gradients, isolation, log-probabilities, replay, and loading elsewhere."
+"""What must hold on the real small model: gradients, isolation, log-probabilities, replay, and loading
+elsewhere.
+"""
+
 import math
 
 import pytest
@@ -9,9 +12,13 @@ from selfplay_nb.model import load_model
 from selfplay_nb.policy import Base, Policy
 from selfplay_nb.update import dpo, sft
 
-PROMPTS = ["Name a fruit.", "What is 12 + 30?", "Write one short sentence about the sea and the wind that blows over it."]
+PROMPTS = [
+    "Name a fruit.",
+    "What is 12 + 30?",
+    "Write one short sentence about the sea and the wind that blows over it.",
+]
 ANSWERS = ["An apple.", "12 + 30 = 42", "The wind moves over the sea."]
-PAIRS = [dict(prompt=f"{a} + 1 =", chosen=str(a+1), rejected=f"{a} is a number") for a in range(12)]
+PAIRS = [dict(prompt=f"{a} + 1 =", chosen=str(a + 1), rejected=f"{a} is a number") for a in range(12)]
 PLAIN = dict(loss_type=["sigmoid"], loss_weights=None, per_device_train_batch_size=12)
 
 
@@ -36,7 +43,7 @@ def test_generate_then_train_gives_the_gradients_of_a_fresh_model(real, student)
     twin = Policy(fresh, "student", seed=1)
     twin.load_state(student.state())
     untouched = gradients(fresh, twin)
-    assert used.keys() == untouched.keys() and len(used) == 2*7*30
+    assert used.keys() == untouched.keys() and len(used) == 2 * 7 * 30
     assert all(g.abs().max() > 0 for n, g in used.items() if "lora_B" in n)
     assert all(torch.equal(used[n], untouched[n]) for n in used)
 
@@ -49,12 +56,22 @@ def test_update_after_generation_equals_update_of_a_fresh_model(real, student):
     twin.load_state(student.state())
     dpo(student, PAIRS, start, **PLAIN)
     dpo(twin, PAIRS, twin.snapshot("start"), **PLAIN)
-    assert all(torch.equal(a, b) for a, b in zip(student.state().values(), twin.state().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.state().values(), twin.state().values(), strict=True)
+    )
 
 
 def test_training_moves_the_student_and_nothing_else(real, student):
-    snapshot, other = student.snapshot("snapshot"), Policy(real, "other", seed=3)
-    def rest(): return {n: p.detach().clone() for n, p in [*real.model.named_parameters(), *real.model.named_buffers()] if ".student." not in n}
+    snapshot = student.snapshot("snapshot")
+    other = Policy(real, "other", seed=3)
+
+    def rest():
+        return {
+            n: p.detach().clone()
+            for n, p in [*real.model.named_parameters(), *real.model.named_buffers()]
+            if ".student." not in n
+        }
+
     before, mine, adapters = rest(), student.state(), real.adapters
     attributes = {m: set(vars(m)) for m in real.model.modules()}
     config = real.model.config.to_dict()
@@ -66,7 +83,10 @@ def test_training_moves_the_student_and_nothing_else(real, student):
     assert real.adapters == adapters and other.name in adapters
     assert {p.dtype for n, p in real.model.named_parameters() if ".student." in n} == {torch.float32}
     assert not any(p.requires_grad for p in real.model.parameters()) and not real.model.training
-    assert attributes == {m: set(vars(m)) for m in real.model.modules()} and config == real.model.config.to_dict()
+    assert (
+        attributes == {m: set(vars(m)) for m in real.model.modules()}
+        and config == real.model.config.to_dict()
+    )
 
 
 def test_first_loss_against_oneself_is_log_2(student):
@@ -75,7 +95,7 @@ def test_first_loss_against_oneself_is_log_2(student):
 
 
 def plain_logprobs(model, prompt, answer):
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt)-1:-1].log_softmax(-1)
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
 
 
@@ -83,12 +103,17 @@ def test_logprobs_are_those_of_a_plain_forward_pass_whatever_the_batch(real, stu
     "Token by token, to 1e-4."
     ours = student.logprobs(PROMPTS, ANSWERS, per_token=True)
     with real.running("student") as model:
-        plain = [plain_logprobs(model, real.encode(p), real.completion_ids(a)) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+        plain = [
+            plain_logprobs(model, real.encode(p), real.completion_ids(a))
+            for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        ]
     alone = [student.logprobs(p, a, per_token=True)[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     for mine, theirs, single in zip(ours, plain, alone, strict=True):
         assert mine.shape == theirs.shape
         assert (mine - theirs).abs().max() < 1e-4 and (mine - single).abs().max() < 1e-4
-    assert student.logprobs(PROMPTS, ANSWERS).tolist() == pytest.approx([t.sum().item() for t in ours], abs=1e-4)
+    assert student.logprobs(PROMPTS, ANSWERS).tolist() == pytest.approx(
+        [t.sum().item() for t in ours], abs=1e-4
+    )
 
 
 def test_logprobs_agree_with_trl(student):
@@ -100,13 +125,14 @@ def test_logprobs_agree_with_trl(student):
 
 
 def test_same_seed_same_samples_alone_and_in_company(student):
-    settings = dict(n_samples=3, max_new_tokens=8, temperature=.8, seed=7)
-    first, again = student.sample(PROMPTS, **settings), student.sample(PROMPTS, **settings)
+    settings = dict(n_samples=3, max_new_tokens=8, temperature=0.8, seed=7)
+    first = student.sample(PROMPTS, **settings)
+    again = student.sample(PROMPTS, **settings)
     assert [[x.token_ids for x in row] for row in first] == [[x.token_ids for x in row] for row in again]
     alone = [student.sample(p, **settings)[0] for p in PROMPTS]
     assert first.texts == [[x.text for x in row] for row in alone]
     assert student.sample(PROMPTS, **settings | {"seed": 8}).texts != first.texts
-    repeated = student.sample([PROMPTS[0]]*3, **settings | {"n_samples": 1})
+    repeated = student.sample([PROMPTS[0]] * 3, **settings | {"n_samples": 1})
     assert [row[0].text for row in repeated] == first.texts[0]
 
 
@@ -119,10 +145,15 @@ def test_recorded_logprobs_are_those_of_scoring(student):
 def test_saved_adapter_loads_with_plain_peft_and_answers_the_same(student, tmp_path):
     dpo(student, PAIRS, student.snapshot("start"), learning_rate=1e-3)
     ours = student.generate(PROMPTS, temperature=0, max_new_tokens=12)
-    student.save(tmp_path/"adapter")
+    student.save(tmp_path / "adapter")
     model, tokenizer = load_model(dtype=torch.float32, device="cpu")
-    plain = PeftModel.from_pretrained(model, tmp_path/"adapter").eval()
+    plain = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     for prompt, answer in zip(PROMPTS, ours, strict=True):
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = plain.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1]:]
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        out = plain.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True) == answer

