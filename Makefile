@@ -29,11 +29,11 @@ lab: .venv/dev
 	$(BIN)/jupyter lab index.ipynb
 
 learning: .venv/run
-	$(BIN)/python -m selfplay_nb learning --out nbs/learning.jsonl
+	$(BIN)/python -m selfplay_nb learning --out nbs/studies/learning.jsonl
 
 costs: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[costs]"
-	$(BIN)/python -m selfplay_nb costs --out nbs/costs.jsonl
+	$(BIN)/python -m selfplay_nb costs --out nbs/studies/costs.jsonl
 
 # After editing a notebook: export, clean, and make README.md from index.ipynb
 readme: .venv/dev

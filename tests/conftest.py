@@ -2,8 +2,8 @@ import gc
 
 import pytest
 
-from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.policy import Base, Policy
+from selfplay_nb.models.base import tiny_model_folder
+from selfplay_nb.models.policy import Base, Policy
 
 
 def pytest_collection_finish():

@@ -29,8 +29,8 @@ def use():
         os.environ["SELFPLAY_NB_CACHE"] = d
         import torch
 
-        from selfplay_nb.policy import Base, Policy
-        from selfplay_nb.update import dpo, sft
+        from selfplay_nb.models.policy import Base, Policy
+        from selfplay_nb.models.update import dpo, sft
 
         base = Base.load(dtype=torch.float32, device="cpu")
         student = Policy(base, "student")

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from selfplay_nb.policy import Base
-from selfplay_nb.reward import as_reward, exact_number
-from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.models.policy import Base
+from selfplay_nb.scoring.reward import as_reward, exact_number
+from selfplay_nb.tasks.task import ArithmeticTask
 
 WRITES = {
     "os.rename",

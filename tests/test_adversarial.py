@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from scipy.stats import beta
 
-from selfplay_nb.adversarial import (
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.methods.adversarial import (
     KINDS,
     AdversarialFilter,
     Curriculum,
@@ -17,8 +18,7 @@ from selfplay_nb.adversarial import (
     class_probabilities,
     informative,
 )
-from selfplay_nb.players import Scripted
-from selfplay_nb.reward import as_reward, coin_flip, exact_number
+from selfplay_nb.scoring.reward import as_reward, coin_flip, exact_number
 
 CORRECT = as_reward(lambda prompt, answer: float(answer == "yes"))
 

@@ -9,9 +9,9 @@ import torch
 import transformers as T
 from bitsandbytes.nn import Linear4bit
 
-from selfplay_nb.model import load_model
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.update import dpo
+from selfplay_nb.models.base import load_model
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.update import dpo
 
 VOCABULARY = 99  # of the tiny model's tokenizer
 ALL = dict(

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfplay_nb.adversarial import AdversarialFilter
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.evaluation import examine, versus
-from selfplay_nb.judge import RewardJudge, RuleJudge
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.pairs import validate_pairs
-from selfplay_nb.players import Scripted
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.refinement import IterativeRefiner
-from selfplay_nb.reward import score
-from selfplay_nb.skill import SkillConditioning, check_levels
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
-from selfplay_nb.update import dpo, reinforce, sft
+from selfplay_nb.core.pairs import validate_pairs
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.methods.adversarial import AdversarialFilter
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.methods.refinement import IterativeRefiner
+from selfplay_nb.methods.skill import SkillConditioning, check_levels
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.update import dpo, reinforce, sft
+from selfplay_nb.scoring.evaluation import examine, versus
+from selfplay_nb.scoring.judge import RewardJudge, RuleJudge
+from selfplay_nb.scoring.reward import score
 
 LIBRARY = Path(__file__).parents[1] / "selfplay_nb"
 
@@ -37,9 +37,9 @@ def refused(call, value):
         pytest.fail(f"accepted {value!r:.80}")
     told = "".join(traceback.format_exception(error))[-1500:]
     ours = type(error) in (ValueError, TypeError) or type(error).__module__.startswith("selfplay_nb")
-    assert ours and isinstance(error, (ValueError, TypeError)), (
-        f"{type(error).__name__} for {value!r:.80}\n{told}"
-    )
+    assert ours and isinstance(
+        error, (ValueError, TypeError)
+    ), f"{type(error).__name__} for {value!r:.80}\n{told}"
     origin = traceback.extract_tb(error.__traceback__)[-1]
     written = Path(origin.filename).is_relative_to(LIBRARY) and "raise " in origin.line
     assert written, f"raised by {origin.filename}, {origin.line}\n{told}"
@@ -158,7 +158,7 @@ def test_prompts_of_the_trainer(folder, value):
 @pytest.mark.parametrize("value", PROMPTS)
 @pytest.mark.parametrize("stage", ["self-play", "grpo"])
 def test_prompts_of_the_pipeline(folder, stage, value):
-    from selfplay_nb.pipeline import RLHFOrchestrator
+    from selfplay_nb.loop.pipeline import RLHFOrchestrator
 
     o = RLHFOrchestrator(folder / "run", progress=False)
     calls = {
@@ -262,7 +262,7 @@ def test_unknown_tokens_are_refused(tiny):
 )
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_data_of_the_pipeline(folder, kind, value):
-    from selfplay_nb.pipeline import RLHFOrchestrator
+    from selfplay_nb.loop.pipeline import RLHFOrchestrator
 
     o = RLHFOrchestrator(folder / "run", progress=False)
     calls = {"sft": o.run_sft, "preference": o.run_reward_model_training}
@@ -367,7 +367,7 @@ SIZES = {
 @pytest.mark.parametrize("entry", SIZES)
 @pytest.mark.parametrize("value", NUMBERS)
 def test_counts_of_the_pipeline(folder, entry, value):
-    from selfplay_nb.pipeline import RLHFOrchestrator
+    from selfplay_nb.loop.pipeline import RLHFOrchestrator
 
     o = RLHFOrchestrator(folder / "run", progress=False)
     refused(lambda n: SIZES[entry](o, n), NUMBERS[value])

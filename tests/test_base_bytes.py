@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-import selfplay_nb.policy as policy_module
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.update import dpo, sft
+import selfplay_nb.models.policy as policy_module
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.update import dpo, sft
 
 ROWS = [dict(prompt="a", completion="yes"), dict(prompt="b", completion="no")]
 PAIRS = [dict(prompt="a", chosen="yes", rejected="no"), dict(prompt="b", chosen="no", rejected="yes")]

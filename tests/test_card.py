@@ -8,9 +8,14 @@ import ipywidgets as widgets
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from selfplay_nb.card import ConstitutionCard
-from selfplay_nb.constitutional import CONSTITUTION, Constitution, ConstitutionalRewardWrapper, Principle
-from selfplay_nb.widgets import preformatted
+from selfplay_nb.methods.constitutional import (
+    CONSTITUTION,
+    Constitution,
+    ConstitutionalRewardWrapper,
+    Principle,
+)
+from selfplay_nb.views.card import ConstitutionCard
+from selfplay_nb.views.widgets import preformatted
 
 HOSTILE = "</pre></td></table><script>alert(1)</script><img src=x onerror='alert(2)'> &lt;"
 PROMPT = "q?"
@@ -247,7 +252,7 @@ def test_only_controls_that_both_versions_have(card):
 
 def test_light_imports():
     code = (
-        "import sys, selfplay_nb.card; sys.exit(bool({'torch', 'transformers', 'matplotlib'} &"
+        "import sys, selfplay_nb.views.card; sys.exit(bool({'torch', 'transformers', 'matplotlib'} &"
         " set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selfplay_nb import checkpoint
-from selfplay_nb.checkpoint import (
+from selfplay_nb.core import checkpoint
+from selfplay_nb.core.checkpoint import (
     content,
     differences,
     forget_run,
@@ -30,8 +30,8 @@ from selfplay_nb.checkpoint import (
     write_record,
     writing,
 )
-from selfplay_nb.reward import WeightedReward, as_reward, exact_number, near_number
-from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.scoring.reward import WeightedReward, as_reward, exact_number, near_number
+from selfplay_nb.tasks.task import ArithmeticTask
 
 HERE = Path(__file__).parent
 
@@ -155,7 +155,7 @@ def test_random_states_go_on_where_they_were():
 
 
 def test_lock(tmp_path):
-    code = f"from selfplay_nb.checkpoint import locked\nwith locked({str(tmp_path)!r}): print('in')"
+    code = f"from selfplay_nb.core.checkpoint import locked\nwith locked({str(tmp_path)!r}): print('in')"
     with locked(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode and "another process" in other.stderr
@@ -163,7 +163,7 @@ def test_lock(tmp_path):
 
 
 SMALL_DISK = """
-import sys; from pathlib import Path; from selfplay_nb.checkpoint import newest_whole, writing
+import sys; from pathlib import Path; from selfplay_nb.core.checkpoint import newest_whole, writing
 disk = Path(sys.argv[1])
 with writing(disk/"round_1") as tmp: (tmp/"weights").write_bytes(b"1"*400_000)
 try:
@@ -353,8 +353,8 @@ def test_content_is_the_same_in_another_process(tmp_path):
         " self.verifier(x)\n    @property\n    def verifier(self): return lambda x: [c for c in x]\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mine; from selfplay_nb.checkpoint import"
-        " content; print(content(mine.Task()))"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import mine; from selfplay_nb.core.checkpoint"
+        " import content; print(content(mine.Task()))"
     )
     said = {
         subprocess.run(
@@ -371,8 +371,8 @@ def test_content_is_the_same_in_another_process(tmp_path):
 def test_a_model_is_known_by_its_weights(tiny_folder, tmp_path):
     import torch
 
-    from selfplay_nb.model import tiny_model_folder
-    from selfplay_nb.policy import Base, Policy
+    from selfplay_nb.models.base import tiny_model_folder
+    from selfplay_nb.models.policy import Base, Policy
 
     def load(folder):
         return Base.load(folder, dtype=torch.float32, device="cpu")

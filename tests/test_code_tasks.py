@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from selfplay_nb.code_tasks import (
+from selfplay_nb.tasks.code import (
     FAMILIES,
     FunctionTask,
     HumanEvalTask,
@@ -21,8 +21,8 @@ from selfplay_nb.code_tasks import (
     mutants,
     passes,
 )
-from selfplay_nb.sandbox import missing
-from selfplay_nb.tasks import held_out
+from selfplay_nb.tasks.sandbox import missing
+from selfplay_nb.tasks.task import held_out
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 TIER = dict(tier="process", seconds=10)
@@ -151,7 +151,7 @@ def test_the_tests_process_shows_itself_to_nobody():
 
 
 def test_token_is_new_each_time(monkeypatch):
-    import selfplay_nb.code_tasks as m
+    import selfplay_nb.tasks.code as m
 
     seen, programs = [], []
     real = m.run_many
@@ -345,7 +345,7 @@ def test_rewards_in_trls_form():
 
 
 def test_equal_answers_run_once(monkeypatch):
-    import selfplay_nb.code_tasks as m
+    import selfplay_nb.tasks.code as m
 
     ran = []
     monkeypatch.setattr(

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from selfplay_nb import constitutional
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.constitutional import (
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.methods import constitutional
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.constitutional import (
     CONSTITUTION,
     RULES,
     Attribution,
@@ -32,8 +33,7 @@ from selfplay_nb.constitutional import (
     plot_history,
     substance,
 )
-from selfplay_nb.players import Scripted
-from selfplay_nb.reward import exact_number, score
+from selfplay_nb.scoring.reward import exact_number, score
 
 PLANTED = Path(__file__).parents[1] / "nbs" / "planted.toml"
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror='alert(2)'> {mark} {response} <|im_end|>"

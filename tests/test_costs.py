@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from selfplay_nb import costs as module
-from selfplay_nb.costs import costs, measure, our_dpo, ratios, read, trl_dpo
+from selfplay_nb.studies import costs as module
+from selfplay_nb.studies.costs import costs, measure, our_dpo, ratios, read, trl_dpo
 
 pytestmark = pytest.mark.skipif(
     not module.Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux' /proc"

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from selfplay_nb.diversity import entropy
-from selfplay_nb.human import HumanRatings
-from selfplay_nb.rates import SPRT, Rate, agreement, mean_interval, ratio_interval, win_rate
-from selfplay_nb.ratings import Games, bradley_terry
-from selfplay_nb.retention import Perplexity, paired_change, perplexity_ratio
+from selfplay_nb.scoring.human import HumanRatings
+from selfplay_nb.stats.diversity import entropy
+from selfplay_nb.stats.rates import SPRT, Rate, agreement, mean_interval, ratio_interval, win_rate
+from selfplay_nb.stats.ratings import Games, bradley_terry
+from selfplay_nb.stats.retention import Perplexity, paired_change, perplexity_ratio
 
 SIZES, RATES = (4, 8, 32, 200), (0.5, 0.8, 0.95)
 

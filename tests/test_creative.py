@@ -6,7 +6,9 @@ import time
 
 import pytest
 
-from selfplay_nb.creative import (
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.scoring.reward import as_reward, score
+from selfplay_nb.tasks.creative import (
     CHECKS,
     FORMS,
     KINDS,
@@ -28,8 +30,6 @@ from selfplay_nb.creative import (
     dialogues,
     similarities,
 )
-from selfplay_nb.players import Scripted
-from selfplay_nb.reward import as_reward, score
 
 STORY = (
     "The lantern went out before the boat was tied. Ida felt for the rope with a shaking hand, and the whole"
@@ -171,7 +171,7 @@ def test_problems_are_seeded_and_splits_share_no_core(kind):
     )
     text = lambda rows: {r["prompt"][0]["content"] for r in rows}
     assert len(text(train)) == len(text(exam)) == 200 and not text(train) & text(exam)
-    from selfplay_nb.creative import WHAT, WHERE, WHO
+    from selfplay_nb.tasks.creative import WHAT, WHERE, WHO
 
     def core(t):  # who comes first, what, where
         who = min((t.find(f"{n}, {a}"), n) for n, a in WHO if f"{n}, {a}" in t)[1]

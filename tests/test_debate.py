@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from selfplay_nb.debate import (
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.games.debate import (
     FACTS,
     TOPICS,
     TOTAL,
@@ -32,8 +33,7 @@ from selfplay_nb.debate import (
     truth,
     worth,
 )
-from selfplay_nb.judge import ModelJudge, RuleJudge
-from selfplay_nb.players import Scripted
+from selfplay_nb.scoring.judge import ModelJudge, RuleJudge
 
 POOL = dict(book=3, hat=1, ball=2)
 
@@ -347,7 +347,7 @@ def test_each_pairing_ends_as_computed_by_hand(names):
 
 @pytest.mark.parametrize("names", [("fair", "greedy"), ("agreeable", "stubborn"), ("fair", "fair")])
 def test_the_harness_comes_to_the_same_end(names):
-    from selfplay_nb.games import play
+    from selfplay_nb.games.play import play
 
     game = Negotiation()
     played = play(game, [bargainer(STYLES[n]) for n in names], 6)
@@ -411,7 +411,7 @@ def test_deals_weigh_seeds():
 
 
 def test_illegal_answers_are_retried_and_not_replayed():
-    from selfplay_nb.games import play
+    from selfplay_nb.games.play import play
 
     script = iter(["PROPOSE: 99 hats", "PROPOSE: nothing"])
     first = Scripted(lambda prompt, rng: next(script))
@@ -423,7 +423,7 @@ def test_illegal_answers_are_retried_and_not_replayed():
 
 
 def test_a_forfeit_is_no_deal():
-    from selfplay_nb.games import play
+    from selfplay_nb.games.play import play
 
     game = Negotiation()
     played = play(game, [Scripted(lambda prompt, rng: "ACCEPT"), bargainer(fair)], 2, swap=False)
@@ -555,7 +555,7 @@ def test_to_look_at_a_debate_asks_nobody():
 
 
 def test_one_game_at_a_time_is_judged_when_it_ends():
-    from selfplay_nb.games import LiveGame, replay
+    from selfplay_nb.games.play import LiveGame, replay
 
     judge = Counted(counting)
     live = LiveGame(Debate(judge, rounds=1), 0, ["a", "b"])
@@ -567,7 +567,7 @@ def test_one_game_at_a_time_is_judged_when_it_ends():
 
 
 def test_the_harness_settles():
-    from selfplay_nb.games import play
+    from selfplay_nb.games.play import play
 
     judge = Counted(counting)
     played = play(Debate(judge), [debater(3), debater(1)], 4)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from selfplay_nb.diversity import (
+from selfplay_nb.stats.diversity import (
     MEASURES,
     adjusted_distinct,
     collapse_alarm,
@@ -121,7 +121,7 @@ def test_entropy_interval_knows_that_answers_to_a_prompt_hang_together():
 def test_entropy_of_the_model_itself(tiny):
     import torch
 
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     policy = Policy(tiny, "base")
     with tiny.running("base") as model:
@@ -229,7 +229,7 @@ def test_an_embedding_does_not_depend_on_its_batch(tiny):
 
 
 def test_healthy_sampling_of_the_real_model_does_not_trip(real):
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     prompts = [
         "Describe the sea.",
@@ -261,7 +261,9 @@ def test_the_strip_draws_every_round():
 
 
 def test_no_torch_at_import():
-    code = "import sys, selfplay_nb.diversity; print('torch' in sys.modules or 'sacrebleu' in sys.modules)"
+    code = (
+        "import sys, selfplay_nb.stats.diversity; print('torch' in sys.modules or 'sacrebleu' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     )

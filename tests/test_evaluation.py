@@ -7,10 +7,10 @@ import math
 import pytest
 from scipy import stats
 
-from selfplay_nb.evaluation import Exam, compare, examine, transcripts_html, versus
-from selfplay_nb.judge import RewardJudge, RuleJudge
-from selfplay_nb.players import Answer, Scripted
-from selfplay_nb.reward import Guarded, as_reward, exact_number
+from selfplay_nb.core.players import Answer, Scripted
+from selfplay_nb.scoring.evaluation import Exam, compare, examine, transcripts_html, versus
+from selfplay_nb.scoring.judge import RewardJudge, RuleJudge
+from selfplay_nb.scoring.reward import Guarded, as_reward, exact_number
 
 PROBLEMS = [dict(prompt=f"{i} + 1 =", answer=i + 1) for i in range(8)]
 

@@ -13,18 +13,18 @@ import warnings
 import pytest
 import torch
 
-from selfplay_nb import policy, update
-from selfplay_nb.callbacks import Live, ReportTo, control, flat, read_control
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.pairs import Ledger, loops, validate_pairs
-from selfplay_nb.players import Scripted
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.refinement import IterativeRefiner
-from selfplay_nb.reward import Guarded, exact_number, score
-from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
-from selfplay_nb.vitals import Vitals, alarms, vitals
+from selfplay_nb.core.pairs import Ledger, loops, validate_pairs
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.loop.callbacks import Live, ReportTo, control, flat, read_control
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.loop.vitals import Vitals, alarms, vitals
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.methods.refinement import IterativeRefiner
+from selfplay_nb.models import policy, update
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.scoring.reward import Guarded, exact_number, score
+from selfplay_nb.tasks.task import ArithmeticTask
 
 SMALL = dict(
     n_rounds=2,
@@ -590,7 +590,7 @@ def test_an_alarm_has_its_consequence(tmp_path, tiny_folder, on_alarm, monkeypat
         seen.append(1)
         return ["collapsed: everything is 17"] * (len(seen) > 2)
 
-    monkeypatch.setattr("selfplay_nb.trainer.alarms", rings)
+    monkeypatch.setattr("selfplay_nb.loop.trainer.alarms", rings)
     trainer = make(tmp_path / "run", tiny_folder, watch=True, on_alarm=on_alarm, n_rounds=6)
     trainer.train()
     assert [bool(m["alarms"]) for m in trainer.history][:3] == [False, False, True]

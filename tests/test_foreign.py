@@ -23,21 +23,24 @@ import torch
 from safetensors import SafetensorError
 
 import selfplay_nb
-from selfplay_nb import callbacks, checkpoint, model, pairs, update
-from selfplay_nb.adversarial import AdversarialFilter
-from selfplay_nb.card import ConstitutionCard
-from selfplay_nb.constitutional import Constitution, ConstitutionalRewardWrapper, Principle
-from selfplay_nb.debate import Negotiation
-from selfplay_nb.games import Played, Transcript, play
-from selfplay_nb.human import HumanRatings
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.pipeline import RLHFOrchestrator
-from selfplay_nb.players import Scripted
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.refinement import IterativeRefiner, Trace, Traces, Version
-from selfplay_nb.reward_model import RewardModel
-from selfplay_nb.stepper import RefinementStepper
-from selfplay_nb.trainer import MADE, SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.core import checkpoint, pairs
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.games.debate import Negotiation
+from selfplay_nb.games.play import Played, Transcript, play
+from selfplay_nb.loop import callbacks
+from selfplay_nb.loop.pipeline import RLHFOrchestrator
+from selfplay_nb.loop.trainer import MADE, SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.methods.adversarial import AdversarialFilter
+from selfplay_nb.methods.constitutional import Constitution, ConstitutionalRewardWrapper, Principle
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.methods.refinement import IterativeRefiner, Trace, Traces, Version
+from selfplay_nb.models import base as model
+from selfplay_nb.models import update
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.reward_model import RewardModel
+from selfplay_nb.scoring.human import HumanRatings
+from selfplay_nb.views.card import ConstitutionCard
+from selfplay_nb.views.stepper import RefinementStepper
 
 TELLING = re.compile(
     "save|write|writing|delete|discard|prune|forget|export|append|rewind|fresh|anew|locked|convert|fetch|"

@@ -6,8 +6,8 @@ from statistics import mean
 
 import pytest
 
-from selfplay_nb.game_training import SeatBaseline, advantages, position_pairs
-from selfplay_nb.games import Played, RandomPlayer, Transcript, Turn, play
+from selfplay_nb.games.play import Played, RandomPlayer, Transcript, Turn, play
+from selfplay_nb.methods.game_training import SeatBaseline, advantages, position_pairs
 
 
 class Pick:

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfplay_nb.games import (
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.core.templates import SPECIAL
+from selfplay_nb.games.play import (
     LiveGame,
     MCTSBot,
     MinimaxBot,
@@ -35,9 +37,7 @@ from selfplay_nb.games import (
     stream,
     tabular,
 )
-from selfplay_nb.players import Scripted
-from selfplay_nb.ratings import Games
-from selfplay_nb.templates import SPECIAL
+from selfplay_nb.stats.ratings import Games
 
 
 @pytest.fixture
@@ -796,11 +796,14 @@ def test_textarena_cards(arena):
 
 def test_the_extras_are_loaded_when_needed():
     code = (
-        "import sys, selfplay_nb.games; sys.exit(any(m in sys.modules for m in ('pyspiel', 'textarena',"
+        "import sys, selfplay_nb.games.play; sys.exit(any(m in sys.modules for m in ('pyspiel', 'textarena',"
         " 'torch', 'nltk')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    code = "import sys; sys.modules['pyspiel'] = None; from selfplay_nb.games import *; OpenSpielGame('nim')"
+    code = (
+        "import sys; sys.modules['pyspiel'] = None; from selfplay_nb.games.play import *;"
+        " OpenSpielGame('nim')"
+    )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'pip install "selfplay_nb[games]"' in r.stderr
 

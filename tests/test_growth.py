@@ -16,26 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from selfplay_nb import (
-    answers,
-    checks,
-    code_tasks,
-    constitutional,
-    creative,
-    debate,
-    diversity,
-    game_training,
-    games,
-    judge,
-    pairs,
-    players,
-    reasoning,
-    refinement,
-    reward,
-    skill,
-    templates,
-    widgets,
-)
+from selfplay_nb.core import answers, checks, pairs, players, templates
+from selfplay_nb.games import debate
+from selfplay_nb.games import play as games
+from selfplay_nb.methods import constitutional, game_training, refinement, skill
+from selfplay_nb.scoring import judge, reward
+from selfplay_nb.stats import diversity
+from selfplay_nb.tasks import code as code_tasks
+from selfplay_nb.tasks import creative, reasoning
+from selfplay_nb.views import widgets
 
 ROOT = Path(__file__).parents[1]
 
@@ -375,13 +364,13 @@ reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
     ),
     "reads the game's own lines of a prompt, or plays a move that was read before": (
-        "debate.read_view games.move games.OpenSpielState.move"
+        "debate.read_view play.move play.OpenSpielState.move"
     ),
     "a process of its own with a deadline (see below)": (
         "reasoning.math_equal reasoning.graded reasoning.fully_right"
     ),
     "runs programs in the sandbox, with limits of its own": (
-        "code_tasks.check_code code_tasks.verdicts code_tasks.mutants"
+        "code.check_code code.verdicts code.mutants"
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
         """competitive.train_step constitutional.revise constitutional.ai_feedback
@@ -408,14 +397,14 @@ costs.literal_round
         """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
 trainer.warn
-        rounds.answer_rows tasks.as_task trainer.progress"""
+        rounds.answer_rows task.as_task trainer.progress"""
     ),
 }
 
 
 def public_functions():
     "(module, qualified name, parameters) of what users can call with a text."
-    for file in sorted((ROOT / "selfplay_nb").glob("[a-z]*.py")):
+    for file in sorted((ROOT / "selfplay_nb").rglob("[a-z]*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             inside = (
                 [(f"{node.name}.", m) for m in node.body]
@@ -436,9 +425,9 @@ def test_every_public_function_that_takes_a_text_is_tried_or_has_a_reason():
         if parameters & NAMED_LIKE_A_TEXT and name not in {*READERS, *reasons}
     ]
     assert missing == [], "a new reader of texts: give it to READERS, or say in NO_READERS why it needs none"
-    assert [name for name in reasons if name not in every] == [] and len(set(reasons)) == len(reasons), (
-        "what is gone needs no reason"
-    )
+    assert [name for name in reasons if name not in every] == [] and len(set(reasons)) == len(
+        reasons
+    ), "what is gone needs no reason"
 
 
 # others' libraries may hang: they run in a process that is stopped, and nothing of a call outlives it

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import ipywidgets as widgets
 import pytest
 
-from selfplay_nb.human import VERDICTS, HumanRatings, _sides
-from selfplay_nb.rates import Rate, agreement, win_rate
-from selfplay_nb.widgets import RatingWidget, preformatted
+from selfplay_nb.scoring.human import VERDICTS, HumanRatings, _sides
+from selfplay_nb.stats.rates import Rate, agreement, win_rate
+from selfplay_nb.views.widgets import RatingWidget, preformatted
 
 ITEMS = [
     dict(
@@ -449,7 +449,7 @@ def test_only_controls_that_both_versions_have(ratings):
     "module, banned",
     [
         ("human", ["torch", "transformers", "ipywidgets"]),
-        ("widgets", ["torch", "transformers", "selfplay_nb.human"]),
+        ("widgets", ["torch", "transformers", "selfplay_nb.scoring.human"]),
     ],
 )
 def test_light_imports(module, banned):

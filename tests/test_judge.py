@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.evaluation import Comparison, versus
-from selfplay_nb.judge import (
+from selfplay_nb.core.templates import clip, escape_special, fence_mark
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.scoring.evaluation import Comparison, versus
+from selfplay_nb.scoring.judge import (
     CANARIES,
     TEMPLATE,
     ModelJudge,
@@ -21,9 +22,8 @@ from selfplay_nb.judge import (
     correlation,
     without_length,
 )
-from selfplay_nb.reward import as_reward
-from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.templates import clip, escape_special, fence_mark
+from selfplay_nb.scoring.reward import as_reward
+from selfplay_nb.tasks.task import ArithmeticTask
 
 length = as_reward(lambda p, c: len(c))
 
@@ -225,7 +225,7 @@ def test_what_is_harmless_is_left_as_it_is():
 
 
 def test_no_special_token_gets_through_the_real_tokenizer(real):
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     judge = ModelJudge(Policy(real, "base"))
     special = set(real.tokenizer.all_special_ids)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 matplotlib.use("Agg")
-from selfplay_nb.board import Board
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.pairs import Ledger
-from selfplay_nb.players import Scripted
-from selfplay_nb.ratings import MOST, Games, bradley_terry, cycles
-from selfplay_nb.scoreboard import Scoreboard
+from selfplay_nb.core.pairs import Ledger
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.stats.ratings import MOST, Games, bradley_terry, cycles
+from selfplay_nb.views.board import Board
+from selfplay_nb.views.scoreboard import Scoreboard
 
 MEMBERS, ROWS = 300, 200_000
 # of the processor: half of it is for slow machines

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.judge import RuleJudge
-from selfplay_nb.league import DISTRIBUTIONS, ROLES, LeagueTraining, PolicySnapshot, near_skill, pfsp
-from selfplay_nb.players import Scripted
-from selfplay_nb.rates import SPRT
-from selfplay_nb.ratings import bradley_terry
-from selfplay_nb.reward import Guarded, as_reward, exact_number
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.league import DISTRIBUTIONS, ROLES, LeagueTraining, PolicySnapshot, near_skill, pfsp
+from selfplay_nb.scoring.judge import RuleJudge
+from selfplay_nb.scoring.reward import Guarded, as_reward, exact_number
+from selfplay_nb.stats.rates import SPRT
+from selfplay_nb.stats.ratings import bradley_terry
 
 # the same examples every time
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50, database=None)
@@ -530,7 +530,7 @@ def test_it_needs_no_torch():
             sys.executable,
             "-c",
             (
-                "import sys, selfplay_nb.league; sys.exit(bool({'torch', 'transformers', 'scipy'} &"
+                "import sys, selfplay_nb.methods.league; sys.exit(bool({'torch', 'transformers', 'scipy'} &"
                 " set(sys.modules)))"
             ),
         ],
@@ -546,7 +546,7 @@ def noisy(tiny):
     "A student with weights of its own, and a way to move it."
     import torch
 
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     student, g = Policy(tiny, "student", r=2), torch.Generator().manual_seed(0)
 
@@ -639,7 +639,7 @@ def test_leagues_on_one_base_do_not_mix(noisy, tmp_path):
     move()
     again.add(student)
     assert ask(again["league_0"]) == ask(student)
-    from selfplay_nb.policy import Base
+    from selfplay_nb.models.policy import Base
 
     other = LeagueTraining(base=Base(student.base.model, student.base.tokenizer))
     with pytest.raises(ValueError, match="not on this league's base"):
@@ -647,7 +647,7 @@ def test_leagues_on_one_base_do_not_mix(noisy, tmp_path):
 
 
 def test_eight_members_weigh_a_quarter_of_eight_copies(tiny):
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     student = Policy(tiny, "student", r=1)
     league = LeagueTraining(8, tiny, resident=8)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from selfplay_nb.judge import without_length
+from selfplay_nb.scoring.judge import without_length
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 29])

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.pairs import Ledger, validate_pairs
-from selfplay_nb.rates import Rate, wilson, win_rate
-from selfplay_nb.reward import (
+from selfplay_nb.core.pairs import Ledger, validate_pairs
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.scoring.reward import (
     WeightedReward,
     as_reward,
     coin_flip,
@@ -22,7 +21,8 @@ from selfplay_nb.reward import (
     near_number,
     score,
 )
-from selfplay_nb.tasks import LEVELS, ArithmeticTask
+from selfplay_nb.stats.rates import Rate, wilson, win_rate
+from selfplay_nb.tasks.task import LEVELS, ArithmeticTask
 
 PAIR = dict(prompt="2 + 2 =", chosen="4", rejected="5", margin=1.0)
 

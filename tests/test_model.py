@@ -9,9 +9,13 @@ import tarfile
 
 import pytest
 
-from selfplay_nb.model import load_model, tiny_model_folder, wheel_model_folder
+from selfplay_nb.models.base import load_model, tiny_model_folder, wheel_model_folder
 
-CONVERT = [sys.executable, "-c", "from selfplay_nb.model import wheel_model_folder; wheel_model_folder()"]
+CONVERT = [
+    sys.executable,
+    "-c",
+    "from selfplay_nb.models.base import wheel_model_folder; wheel_model_folder()",
+]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +215,7 @@ already `pip install kernels`", "x")
 def test_an_adapter_of_the_wheel_model_names_the_model_on_the_hub(real, tmp_path):
     import json
 
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     student = Policy(real, "student", r=2, target_modules=["q_proj"])
     config = json.loads((student.save(tmp_path / "saved") / "adapter_config.json").read_text())

@@ -11,13 +11,13 @@ import pytest
 import torch
 from filelock import FileLock
 
-from selfplay_nb.__main__ import main
-from selfplay_nb.callbacks import Live, control, process_begun, read_control
-from selfplay_nb.monitor import Background, Monitor, headline, run_state
-from selfplay_nb.policy import Base
-from selfplay_nb.reward import as_reward, exact_number
-from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.cli import main
+from selfplay_nb.loop.callbacks import Live, control, process_begun, read_control
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.models.policy import Base
+from selfplay_nb.scoring.reward import as_reward, exact_number
+from selfplay_nb.tasks.task import ArithmeticTask
+from selfplay_nb.views.monitor import Background, Monitor, headline, run_state
 
 
 class Letters(ArithmeticTask):
@@ -150,7 +150,7 @@ def test_an_error_of_a_run_in_the_background_is_kept(tmp_path, tiny_folder):
 
 def test_a_word_from_the_command_line(tmp_path, tiny_folder, monkeypatch, capsys):
     # it is for good, and these are in this process
-    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)
+    monkeypatch.setattr("selfplay_nb.cli._keep_freed_memory", lambda: None)
     done = trainer(tmp_path / "run", tiny_folder, n_rounds=1)
     done.train()
 

@@ -8,8 +8,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from selfplay_nb.answers import answer_and_rest, answer_in, gold_numbers, last_number, read_number
-from selfplay_nb.reward import Guarded, WeightedReward, check_columns, exact_number, finished, near_number
+from selfplay_nb.core.answers import answer_and_rest, answer_in, gold_numbers, last_number, read_number
+from selfplay_nb.scoring.reward import (
+    Guarded,
+    WeightedReward,
+    check_columns,
+    exact_number,
+    finished,
+    near_number,
+)
 
 NUMBERS = {
     "18": "18",

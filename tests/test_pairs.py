@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from selfplay_nb.pairs import Ledger, load_rows, question, question_key, same_questions, write_whole
-from selfplay_nb.pipeline import combine
-from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.core.pairs import Ledger, load_rows, question, question_key, same_questions, write_whole
+from selfplay_nb.loop.pipeline import combine
+from selfplay_nb.tasks.task import ArithmeticTask
 
 
 def U(text):
@@ -287,6 +287,6 @@ def test_half_a_character_is_kept(tmp_path):
 
 def test_damage_is_found_without_assertions(tmp_path):
     (tmp_path / "a.jsonl").write_text('[1]\n' + json.dumps(PAIR) + "\n")
-    code = f"from selfplay_nb.pairs import Ledger; Ledger({os.fspath(tmp_path / 'a.jsonl')!r})"
+    code = f"from selfplay_nb.core.pairs import Ledger; Ledger({os.fspath(tmp_path / 'a.jsonl')!r})"
     ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
     assert ran.returncode and "line 1 is damaged" in ran.stderr

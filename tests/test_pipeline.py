@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfplay_nb import pipeline, rounds
-from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.pipeline import (
+from selfplay_nb.loop import pipeline, rounds
+from selfplay_nb.loop.pipeline import (
     METHODS,
     RLHFOrchestrator,
     combine,
@@ -18,8 +17,9 @@ from selfplay_nb.pipeline import (
     sppo,
     win_probability,
 )
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.models.base import tiny_model_folder
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.tasks.task import ArithmeticTask
 
 
 class Letters:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import selfplay_nb.policy as policy_module
-import selfplay_nb.update as update_module
-from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.players import Scripted, answers_of
-from selfplay_nb.policy import Base, Policy, lay_out, pack
-from selfplay_nb.update import dpo, reinforce, sft
+import selfplay_nb.models.policy as policy_module
+import selfplay_nb.models.update as update_module
+from selfplay_nb.core.players import Scripted, answers_of
+from selfplay_nb.models.base import tiny_model_folder
+from selfplay_nb.models.policy import Base, Policy, lay_out, pack
+from selfplay_nb.models.update import dpo, reinforce, sft
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
 

@@ -4,18 +4,23 @@ import ast
 import atexit
 import configparser
 import gc
+import graphlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "index.ipynb"]
+CONTENTS = yaml.safe_load((ROOT / "nbs" / "_toc.yml").read_text())
+CHAPTERS = [chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"]]
+NOTEBOOKS = [*sorted((ROOT / "nbs").rglob("*.ipynb")), ROOT / "index.ipynb"]
 NBDEV = [Path(sys.executable).parent / f"nbdev_{c}" for c in ("export", "clean")]
 
 
@@ -39,15 +44,18 @@ def copy(tmp_path_factory):
 
 
 def test_library_is_what_the_notebooks_export(copy):
-    mine, made = ({f.name: f.read_text() for f in (d / "selfplay_nb").glob("*.py")} for d in (ROOT, copy))
+    mine, made = (
+        {f.relative_to(d).as_posix(): f.read_text() for f in (d / "selfplay_nb").rglob("*.py")}
+        for d in (ROOT, copy)
+    )
     assert mine == made, "run: make readme"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT).with_suffix("").as_posix())
 def test_notebook_is_clean(copy, notebook):
-    assert json.loads(notebook.read_text()) == json.loads((copy / notebook.relative_to(ROOT)).read_text()), (
-        "run: make readme"
-    )
+    assert json.loads(notebook.read_text()) == json.loads(
+        (copy / notebook.relative_to(ROOT)).read_text()
+    ), "run: make readme"
     text = notebook.read_text()
     assert str(ROOT) not in text and "/root/" not in text and "/tmp/" not in text
 
@@ -64,88 +72,101 @@ def test_versions_agree():
     assert settings["DEFAULT"]["version"] == selfplay_nb.__version__
 
 
-# A module imports only from the floors below its own.
-FLOORS = [
-    {"checks"},
-    {"answers", "model", "players", "rates", "templates", "sandbox", "checkpoint"},
-    {"policy", "reward", "pairs", "ratings"},
-    {"update", "judge", "games"},
-    {"tasks"},
-    {
-        "competitive",
-        "evaluation",
-        "diversity",
-        "retention",
-        "human",
-        "reward_model",
-        "refinement",
-        "constitutional",
-        "skill",
-        "adversarial",
-        "code_tasks",
-        "reasoning",
-        "creative",
-        "game_training",
-    },
-    {"league", "debate", "widgets", "scoreboard", "vitals", "callbacks", "rounds"},
-    {"trainer", "pipeline", "protocols", "costs", "monitor", "stepper", "card", "board"},
-    {"__main__", "viewer"},
+# A module imports only from its own wing and from those in the lines above.
+WINGS = [
+    {"core"},
+    {"stats"},
+    {"models"},
+    {"scoring"},
+    {"tasks", "games"},
+    {"methods"},
+    {"loop", "scale"},
+    {"views", "studies"},
+    {"cli"},
+    {"__main__"},
 ]
+LIBRARY = ROOT / "selfplay_nb"
+MODULES = sorted(
+    ".".join(f.relative_to(LIBRARY).with_suffix("").parts)
+    for f in LIBRARY.rglob("*.py")
+    if f.stem not in ("__init__", "_modidx")
+)
+TORCHLESS_WINGS = {"core", "stats", "scoring", "tasks", "games", "methods", "views"}
+TORCHLESS = [m for m in MODULES if m.split(".")[0] in TORCHLESS_WINGS] + ["loop.callbacks"]
 
 
-def imports(module):
-    for node in ast.walk(ast.parse((ROOT / "selfplay_nb" / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield node.module
+def imports(source: str, module: str):
+    "Modules of the library that a source imports: at the top or in a function, by relative or full names."
+    package = ["selfplay_nb", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            whole = ".".join([*base, *filter(None, [node.module])])
+            names = [f"{whole}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        else:
+            continue
+        for name in names:
+            found = [m for m in MODULES if f"{name}.".startswith(f"selfplay_nb.{m}.")]
+            yield from found
 
 
-def test_floors():
-    modules = {f.stem for f in (ROOT / "selfplay_nb").glob("*.py")} - {"__init__", "_modidx"}
-    assert modules == set().union(*FLOORS)
-    assert set(imports("trainer")) >= {"policy", "update"}
-    for i, floor in enumerate(FLOORS):
-        for module in floor:
-            assert set(imports(module)) <= set().union(*FLOORS[:i]), module
+def wing(module: str) -> str:
+    return module.split(".")[0]
 
 
-TORCHLESS = [
-    "answers",
-    "checks",
-    "players",
-    "templates",
-    "reward",
-    "pairs",
-    "rates",
-    "ratings",
-    "tasks",
-    "judge",
-    "competitive",
-    "evaluation",
-    "diversity",
-    "retention",
-    "human",
-    "widgets",
-    "scoreboard",
-    "refinement",
-    "constitutional",
-    "stepper",
-    "card",
-    "skill",
-    "adversarial",
-    "league",
-    "board",
-    "sandbox",
-    "code_tasks",
-    "reasoning",
-    "creative",
-    "games",
-    "debate",
-    "game_training",
-    "viewer",
-    "checkpoint",
-    "callbacks",
-    "monitor",
-]
+def forbidden(source: str, module: str, allowed=()) -> list[str]:
+    "What a module imports from a wing that does not lie below its own."
+    level = next(i for i, names in enumerate(WINGS) if wing(module) in names)
+    below = set().union(*WINGS[:level], {wing(module)})
+    never = {"models"} if wing(module) in ("scoring", "tasks", "games", "methods") else set()
+    return [m for m in imports(source, module) if wing(m) not in below - never and (module, m) not in allowed]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_wings(module):
+    source = (LIBRARY / f"{module.replace('.', '/')}.py").read_text()
+    assert not forbidden(source, module, {("methods.skill", "models.policy")})  # guidance's decoder
+
+
+def test_no_circles():
+    found = {m: set(imports((LIBRARY / f"{m.replace('.', '/')}.py").read_text(), m)) for m in MODULES}
+    assert found["loop.trainer"] >= {"models.policy", "models.update"}
+    list(graphlib.TopologicalSorter(found).static_order())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..loop.trainer import SelfPlayTrainer",
+        "from selfplay_nb.models.policy import Policy",
+        "from selfplay_nb.models import policy",
+        "import selfplay_nb.views.widgets as w",
+        "def f():\n    from ..loop import rounds",
+        "importlib.import_module('selfplay_nb.loop.trainer')",
+    ],
+)
+def test_wings_see_a_planted_import(line):
+    assert forbidden(line, "methods.league")
+    assert not forbidden("from ..core.pairs import Ledger", "methods.league")
+
+
+def test_pages_and_modules_have_the_same_path():
+    "The table of contents has every page once; a page that exports has its module's path."
+    pages = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in NOTEBOOKS if p.stem != "index"]
+    assert sorted(pages) == sorted(CHAPTERS)
+    for page in pages:
+        text = (ROOT / "nbs" / f"{page}.ipynb").read_text()
+        exported = re.search(r"#\| default_exp ([\w.]+)", text)
+        assert not exported or exported[1].replace(".", "/") == page
+    index = (ROOT / "index.ipynb").read_text()
+    assert re.findall(r"\| \[[^\]]+\]\(nbs/([\w/]+)\.ipynb\)", index) == CHAPTERS
 
 
 @pytest.mark.parametrize("module", TORCHLESS)
@@ -171,14 +192,14 @@ def run_notebook(notebook, log):
     sys.exit(not right)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT).with_suffix("").as_posix())
 def test_notebook_runs(notebook, tmp_path):
     """In a process of its own, forked from one that has imported the libraries, which takes longer than many
     a page.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["nbdev.test", "matplotlib.pyplot", "selfplay_nb.pipeline", "selfplay_nb.costs"]
+        ["nbdev.test", "matplotlib.pyplot", "selfplay_nb.loop.pipeline", "selfplay_nb.studies.costs"]
     )
     (log := tmp_path / "log").touch()
     process = context.Process(target=run_notebook, args=(notebook, log))

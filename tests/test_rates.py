@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from selfplay_nb.rates import SPRT, Rate, agreement, finite, rate_interval, wilson, win_rate
+from selfplay_nb.stats.rates import SPRT, Rate, agreement, finite, rate_interval, wilson, win_rate
 
 
 def verdicts(table):

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from selfplay_nb.rates import win_rate
-from selfplay_nb.ratings import ELO, Elo, Games, bradley_terry, cycles, nash_averaging
+from selfplay_nb.stats.rates import win_rate
+from selfplay_nb.stats.ratings import ELO, Elo, Games, bradley_terry, cycles, nash_averaging
 
 
 def expect(a, b):
@@ -407,7 +407,7 @@ def test_ratings_need_neither_torch_nor_scipy_to_import():
     import sys
 
     code = (
-        "import sys, selfplay_nb.ratings; sys.exit(any(m in sys.modules for m in ('torch', 'scipy',"
+        "import sys, selfplay_nb.stats.ratings; sys.exit(any(m in sys.modules for m in ('torch', 'scipy',"
         " 'matplotlib', 'pandas')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

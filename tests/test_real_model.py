@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from selfplay_nb.model import load_model
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.update import dpo, sft
+from selfplay_nb.models.base import load_model
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.update import dpo, sft
 
 PROMPTS = [
     "Name a fruit.",

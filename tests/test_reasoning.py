@@ -11,8 +11,7 @@ from itertools import permutations, product
 
 import pytest
 
-from selfplay_nb import reasoning
-from selfplay_nb.reasoning import (
+from selfplay_nb.tasks.reasoning import (
     FORMS,
     KnightsAndKnaves,
     MathTask,
@@ -26,7 +25,7 @@ from selfplay_nb.reasoning import (
     math_equal,
     solutions,
 )
-from selfplay_nb.tasks import held_out
+from selfplay_nb.tasks.task import held_out, reasoning
 
 gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None,
@@ -331,9 +330,7 @@ def test_the_answers_of_math_problems_are_right_and_their_questions_are_no_answe
         true = (
             diff(read(q))
             if level == 3
-            else expand(read(q))
-            if level == 2
-            else Rational(0) + sum(Rational(x) for x in q.split(" + "))
+            else expand(read(q)) if level == 2 else Rational(0) + sum(Rational(x) for x in q.split(" + "))
         )
         assert expand(read(r["answer"]) - true) == 0
     columns = dict(answer=[r["answer"] for r in rows], form=[r["form"] for r in rows])

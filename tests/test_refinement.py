@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 
-from selfplay_nb.judge import without_mark
-from selfplay_nb.pairs import FIELDS, validate_pairs
-from selfplay_nb.players import Scripted
-from selfplay_nb.refinement import (
+from selfplay_nb.core.pairs import FIELDS, validate_pairs
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.core.templates import escape_special, fill
+from selfplay_nb.methods.refinement import (
     CRITIQUE,
     REFINE,
     STOPS,
@@ -30,7 +30,7 @@ from selfplay_nb.refinement import (
     finds_nothing,
     word_diff,
 )
-from selfplay_nb.templates import escape_special, fill
+from selfplay_nb.scoring.judge import without_mark
 
 MARK = re.compile(r"^[0-9a-f]{16}$", re.M)
 HOSTILE = [

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from selfplay_nb.evaluation import compare
-from selfplay_nb.policy import Policy
-from selfplay_nb.retention import (
+from selfplay_nb.models.policy import Policy
+from selfplay_nb.scoring.evaluation import compare
+from selfplay_nb.stats.retention import (
     ITEMS,
     PASSAGES,
     Capability,

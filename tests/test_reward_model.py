@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from selfplay_nb.policy import Policy
-from selfplay_nb.reward_model import RewardModel, Scores
+from selfplay_nb.models.policy import Policy
+from selfplay_nb.models.reward_model import RewardModel, Scores
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes " * (1 + i % 3), rejected="no") for i in range(12)]
 

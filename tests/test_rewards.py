@@ -13,13 +13,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from selfplay_nb.adversarial import AdversarialFilter, Screened
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.constitutional import ConstitutionalReviser, ConstitutionalRewardWrapper
-from selfplay_nb.judge import ModelJudge, Panel, RewardJudge, RuleJudge, as_labels
-from selfplay_nb.players import Answer, Scripted
-from selfplay_nb.refinement import IterativeRefiner
-from selfplay_nb.reward import (
+from selfplay_nb.core.players import Answer, Scripted
+from selfplay_nb.methods.adversarial import AdversarialFilter, Screened
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.constitutional import ConstitutionalReviser, ConstitutionalRewardWrapper
+from selfplay_nb.methods.refinement import IterativeRefiner
+from selfplay_nb.methods.skill import SkillConditioning, by_grade, by_quantile, check_levels
+from selfplay_nb.scoring.judge import ModelJudge, Panel, RewardJudge, RuleJudge, as_labels
+from selfplay_nb.scoring.reward import (
     Guarded,
     WeightedReward,
     as_reward,
@@ -35,7 +36,6 @@ from selfplay_nb.reward import (
     score,
     score_samples,
 )
-from selfplay_nb.skill import SkillConditioning, by_grade, by_quantile, check_levels
 
 THREE = ["a", "bb", "cccc"]
 NAN = math.nan
@@ -636,7 +636,7 @@ def test_an_empty_prompt_is_refused_before_anything_is_asked(prompt):
 
 
 def test_what_has_a_time_limit_cannot_touch_the_model(tiny):
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     policy = Policy(tiny, "judge", seed=0)
 
@@ -654,7 +654,7 @@ def test_what_has_a_time_limit_cannot_touch_the_model(tiny):
 
 
 def test_what_was_given_up_on_finds_the_model_closed(tiny):
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     policy, told, go = Policy(tiny, "student", seed=0), [], threading.Event()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import selfplay_nb.sandbox as sandbox
-from selfplay_nb.sandbox import TIERS, Result, SandboxUnavailable, missing, run, run_many
+import selfplay_nb.tasks.sandbox as sandbox
+from selfplay_nb.tasks.sandbox import TIERS, Result, SandboxUnavailable, missing, run, run_many
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -275,9 +275,9 @@ def test_strong_writes_nothing_outside(strong, tmp_path):
             before.st_ctime,
         ), program
     assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine]
-    assert run("open('x', 'w').write('y'); print(open('x').read())", tier=strong).stdout == "y\n", (
-        "its own folder is its own"
-    )
+    assert (
+        run("open('x', 'w').write('y'); print(open('x').read())", tier=strong).stdout == "y\n"
+    ), "its own folder is its own"
 
 
 def test_strong_has_no_network(strong):
@@ -320,8 +320,8 @@ def test_strong_cannot_signal_us(strong):
 
 KERNEL_OF = r"""
 import ctypes, struct
-from selfplay_nb.code_tasks import check_code
-from selfplay_nb.sandbox import SandboxUnavailable, run
+from selfplay_nb.tasks.code import check_code
+from selfplay_nb.tasks.sandbox import SandboxUnavailable, run
 libc = ctypes.CDLL(None, use_errno=True)
 assert not libc.prctl(38, 1, 0, 0, 0)
 class Filter(ctypes.Structure): _fields_ = [("n", ctypes.c_ushort), ("code", ctypes.c_char_p)]
@@ -431,8 +431,8 @@ def test_arguments():
 def test_an_interrupted_caller_leaves_nothing():
     program = "import os\nif os.fork() == 0: os.setsid()\nwhile True: pass"
     code = (
-        f"from selfplay_nb.sandbox import run\nprint('go', flush=True)\nrun({program!r}, tier='process',"
-        " seconds=30)"
+        f"from selfplay_nb.tasks.sandbox import run\nprint('go', flush=True)\nrun({program!r},"
+        " tier='process', seconds=30)"
     )
     before = set(ours())
     for kill in "terminate", "kill":

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from selfplay_nb.code_tasks import check_code, check_many
-from selfplay_nb.sandbox import _descendants, missing, run_many
+from selfplay_nb.tasks.code import check_code, check_many
+from selfplay_nb.tasks.sandbox import _descendants, missing, run_many
 
 HEAD = """import ctypes, errno, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -591,7 +591,8 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "none": "def add(a, b): return None",
     "builtins": (
         "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.repr = lambda x: '-5'\nbuiltins.bool = lambda"
-        " x=0: True\n" + W
+        " x=0: True\n"
+        + W
     ),
     "literal_eval": "import ast, json\nast.literal_eval = lambda s: 5\n" + W,
     "error's text": "class E(Exception):\n    __str__ = lambda s: 'x\\n=5\\n=30'\ndef add(a, b): raise E",
@@ -617,7 +618,8 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "standard input": C + "x = os.read(0, 9999)\ndef add(a, b): return 5 if x else 0",
     "modules in the folder": (
         "for n in 'ast', 'json', 'random', 'sitecustomize': open(n + '.py', 'w').write('def literal_eval(s):"
-        " return 5')\n" + W
+        " return 5')\n"
+        + W
     ),
     "main.py": "open('main.py', 'w').write('print(1)')\n" + W,
     "reads on": AHEAD.format("0"),
@@ -661,18 +663,23 @@ earns = {name: AS.format(*x) for name, x in VALUES.items()} | {
     "ahead, then stops itself": C + AHEAD.format("os.kill(os.getpid(), 19)"),
     "ahead, then a child answers": C + AHEAD.format("os.fork()"),
     "the tests' memory": (
-        C + "def add(a, b):\n    for n in 'mem', 'environ', 'maps', 'fd/0', 'fd/1', 'cmdline':\n        try:"
+        C
+        + "def add(a, b):\n    for n in 'mem', 'environ', 'maps', 'fd/0', 'fd/1', 'cmdline':\n        try:"
         " open(f'/proc/{os.getppid()}/{n}', 'rb').read(9); return a + b\n        except OSError: pass\n   "
         " return 0"
     ),
     "traces the tests": C + "def add(a, b): return a + b if libc.ptrace(16, os.getppid(), 0, 0) == 0 else 0",
     "a thread that answers": (
-        C + "def go():\n    while True: [quiet(os.write, f, b'=0\\n') for f in range(3, 9)];"
-        " time.sleep(.01)\nthreading.Thread(target=go, daemon=True).start()\n" + W
+        C
+        + "def go():\n    while True: [quiet(os.write, f, b'=0\\n') for f in range(3, 9)];"
+        " time.sleep(.01)\nthreading.Thread(target=go, daemon=True).start()\n"
+        + W
     ),
     "a daemon that answers": (
-        C + "if os.fork() == 0:\n    os.setsid()\n    while True: [quiet(os.write, f, b'=0\\n') for f in"
-        " range(3, 9)]; time.sleep(.01)\n" + W
+        C
+        + "if os.fork() == 0:\n    os.setsid()\n    while True: [quiet(os.write, f, b'=0\\n') for f in"
+        " range(3, 9)]; time.sleep(.01)\n"
+        + W
     ),
     "invalid text": (
         C + "def add(a, b): [quiet(os.write, f, b'=\\xff\\xfe\\n') for f in range(3, 9)]; return 0"
@@ -893,7 +900,7 @@ def nobody():
     for python in sys.executable, "/usr/bin/python3", "/usr/local/bin/python3":
         try:
             code = (
-                "import sys, selfplay_nb.code_tasks; sys.exit(sys.version_info[:2] !="
+                "import sys, selfplay_nb.tasks.code; sys.exit(sys.version_info[:2] !="
                 f" {tuple(sys.version_info[:2])})"
             )
             if not subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL, **as_nobody).returncode:

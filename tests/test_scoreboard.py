@@ -6,9 +6,9 @@ import matplotlib
 import pytest
 
 matplotlib.use("Agg")
-from selfplay_nb.diversity import diversity
-from selfplay_nb.ratings import Games
-from selfplay_nb.scoreboard import Scoreboard, plot_rating_curve
+from selfplay_nb.stats.diversity import diversity
+from selfplay_nb.stats.ratings import Games
+from selfplay_nb.views.scoreboard import Scoreboard, plot_rating_curve
 
 PLAYERS = ["base", "round_0", "round_1", "round_2"]
 

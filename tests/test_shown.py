@@ -14,38 +14,39 @@ from pathlib import Path
 import pytest
 
 import selfplay_nb
-from selfplay_nb import callbacks, ratings
-from selfplay_nb.adversarial import AdversarialFilter, Findings, Screened
-from selfplay_nb.board import Board, BoardWidget
-from selfplay_nb.card import ConstitutionCard
-from selfplay_nb.checks import LONGEST, escape, printed
-from selfplay_nb.code_tasks import Verdict
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.constitutional import (
+from selfplay_nb.core.checks import LONGEST, escape, printed
+from selfplay_nb.core.pairs import Ledger
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.games.play import Played, Transcript, Turn
+from selfplay_nb.loop import callbacks
+from selfplay_nb.loop.trainer import SelfPlayConfig
+from selfplay_nb.methods.adversarial import AdversarialFilter, Findings, Screened
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.constitutional import (
     Constitution,
     ConstitutionalReviser,
     ConstitutionalRewardWrapper,
     Principle,
 )
-from selfplay_nb.creative import Conversation, Persona, Said
-from selfplay_nb.evaluation import Exam, compare, examine, transcripts_html, versus
-from selfplay_nb.games import Played, Transcript, Turn
-from selfplay_nb.human import HumanRatings
-from selfplay_nb.judge import RewardJudge
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.monitor import Monitor, headline
-from selfplay_nb.pairs import Ledger
-from selfplay_nb.players import Scripted
-from selfplay_nb.reasoning import Families
-from selfplay_nb.refinement import IterativeRefiner, Step, Trace, Traces, Version
-from selfplay_nb.reward import Guarded, WeightedReward
-from selfplay_nb.sandbox import Result
-from selfplay_nb.scoreboard import Scoreboard
-from selfplay_nb.skill import SkillConditioning, check_levels
-from selfplay_nb.stepper import RefinementStepper
-from selfplay_nb.trainer import SelfPlayConfig
-from selfplay_nb.viewer import GameViewer, PlaySeat
-from selfplay_nb.widgets import RatingWidget, preformatted
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.methods.refinement import IterativeRefiner, Step, Trace, Traces, Version
+from selfplay_nb.methods.skill import SkillConditioning, check_levels
+from selfplay_nb.scoring.evaluation import Exam, compare, examine, transcripts_html, versus
+from selfplay_nb.scoring.human import HumanRatings
+from selfplay_nb.scoring.judge import RewardJudge
+from selfplay_nb.scoring.reward import Guarded, WeightedReward
+from selfplay_nb.stats import ratings
+from selfplay_nb.tasks.code import Verdict
+from selfplay_nb.tasks.creative import Conversation, Persona, Said
+from selfplay_nb.tasks.reasoning import Families
+from selfplay_nb.tasks.sandbox import Result
+from selfplay_nb.views.board import Board, BoardWidget
+from selfplay_nb.views.card import ConstitutionCard
+from selfplay_nb.views.monitor import Monitor, headline
+from selfplay_nb.views.scoreboard import Scoreboard
+from selfplay_nb.views.stepper import RefinementStepper
+from selfplay_nb.views.viewer import GameViewer, PlaySeat
+from selfplay_nb.views.widgets import RatingWidget, preformatted
 
 LIBRARY = Path(selfplay_nb.__file__).parent
 HOSTILE = {
@@ -455,9 +456,9 @@ def test_one_function_for_terminals_and_one_for_pages():
             assert not re.search(r"^(from html |import html$)", source, re.MULTILINE), module.name
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and node.name == "__repr__":
-                assert "printable" in [ast.unparse(d) for d in node.decorator_list], (
-                    f"{module.name}.py, line {node.lineno}: `@printable` above it"
-                )
+                assert "printable" in [
+                    ast.unparse(d) for d in node.decorator_list
+                ], f"{module.name}.py, line {node.lineno}: `@printable` above it"
 
 
 def test_classes_keep_their_names_and_documentation():
@@ -471,7 +472,8 @@ def test_classes_keep_their_names_and_documentation():
 
 
 @pytest.mark.parametrize(
-    "text", ["plain\n\ttext", "é ñ 中文 日本語", "العربية‏ עברית", "👩‍💻 🏴", "می‌خواهم", "a\u00a0b", "x² ≤ −3"]
+    "text",
+    ["plain\n\ttext", "é ñ 中文 日本語", "العربية‏ עברית", "👩‍💻 🏴", "می‌خواهم", "a\u00a0b", "x² ≤ −3"],
 )
 def test_other_scripts_are_text_too(text):
     assert printed(text) == text and escape(text) == text

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from selfplay_nb.pipeline import RLHFOrchestrator
-from selfplay_nb.tasks import ArithmeticTask
+from selfplay_nb.loop.pipeline import RLHFOrchestrator
+from selfplay_nb.tasks.task import ArithmeticTask
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 SMALL = (

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, page_trend_test
 
-from selfplay_nb.players import Answer, Scripted
-from selfplay_nb.policy import Policy
-from selfplay_nb.reward import exact_number, near_number
-from selfplay_nb.skill import (
+from selfplay_nb.core.players import Answer, Scripted
+from selfplay_nb.methods.skill import (
     SKILLS,
     AtLevel,
     Guided,
@@ -28,6 +26,8 @@ from selfplay_nb.skill import (
     trend,
     without_level,
 )
+from selfplay_nb.models.policy import Policy
+from selfplay_nb.scoring.reward import exact_number, near_number
 
 CHAT = [
     dict(role="system", content="You add."),
@@ -325,7 +325,7 @@ def test_an_exam_without_problems_or_with_another_scale_is_refused():
 def policy(tiny):
     import torch
 
-    from selfplay_nb.policy import Policy
+    from selfplay_nb.models.policy import Policy
 
     policy = Policy(tiny, "student")
     g = torch.Generator().manual_seed(1)

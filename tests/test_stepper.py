@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import ipywidgets as widgets
 import pytest
 
-from selfplay_nb.players import Scripted
-from selfplay_nb.refinement import IterativeRefiner, Trace, Traces, fenced_texts
-from selfplay_nb.stepper import RefinementStepper, score_curve
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.methods.refinement import IterativeRefiner, Trace, Traces, fenced_texts
+from selfplay_nb.views.stepper import RefinementStepper, score_curve
 
 HOSTILE = "</pre></td><script>alert(1)</script><img src=x onerror='alert(2)'> \" ' &amp;"
 
@@ -265,9 +265,7 @@ def test_errors_are_shown_with_the_place_and_nothing_is_lost(part):
     for button in (
         [broken.generate]
         if part == "policy"
-        else [broken.critique]
-        if part == "critic"
-        else [broken.generate]
+        else [broken.critique] if part == "critic" else [broken.generate]
     ):
         button.click()
         assert (

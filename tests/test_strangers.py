@@ -18,18 +18,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selfplay_nb.__main__ import main
-from selfplay_nb.competitive import CompetitiveSelfPlay
-from selfplay_nb.evaluation import versus
-from selfplay_nb.game_training import Sticks
-from selfplay_nb.games import RandomPlayer
-from selfplay_nb.pairs import Ledger
-from selfplay_nb.pipeline import RLHFOrchestrator
-from selfplay_nb.policy import Base
-from selfplay_nb.protocols import Game, Judge, Player, Task, as_game, as_judge, as_player, as_task
-from selfplay_nb.rounds import Compete, GameTask, arena
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
-from selfplay_nb.update import dpo
+from selfplay_nb import as_game, as_judge, as_player, as_task
+from selfplay_nb.cli import main
+from selfplay_nb.core.pairs import Ledger
+from selfplay_nb.core.protocols import Game, Judge, Player, Task
+from selfplay_nb.games.play import RandomPlayer
+from selfplay_nb.loop.pipeline import RLHFOrchestrator
+from selfplay_nb.loop.rounds import Compete, GameTask, arena
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.methods.competitive import CompetitiveSelfPlay
+from selfplay_nb.methods.game_training import Sticks
+from selfplay_nb.models.policy import Base
+from selfplay_nb.models.update import dpo
+from selfplay_nb.scoring.evaluation import versus
 
 THINGS = (
     "river bridge coffee window garden winter piano train bread candle forest island letter market".split()
@@ -199,7 +200,7 @@ def test_it_plays_and_goes_on_after_a_kill(name, tmp_path, tiny_folder):
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_from_the_command_line(tmp_path, tiny_folder, monkeypatch, capsys):
     # it is for good, and these are in this process
-    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)
+    monkeypatch.setattr("selfplay_nb.cli._keep_freed_memory", lambda: None)
     (tmp_path / "mine.py").write_text(
         "def variety(prompt, answer): return len(set(answer))/30\n"
         "def shorter(prompt, a, b): return float(len(a) < len(b))\n"
@@ -341,7 +342,7 @@ def test_the_split_is_by_what_is_asked():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_pipeline_from_a_file(tmp_path, tiny_folder, monkeypatch, capsys):
-    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)
+    monkeypatch.setattr("selfplay_nb.cli._keep_freed_memory", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
         "def variety(prompt, answer): return len(set(answer))/30\n"

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from selfplay_nb import update
-from selfplay_nb.__main__ import main
-from selfplay_nb.callbacks import default_callbacks, summary
-from selfplay_nb.league import LeagueTraining
-from selfplay_nb.model import tiny_model_folder
-from selfplay_nb.pairs import Ledger
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.reward import as_reward, exact_number
-from selfplay_nb.tasks import ArithmeticTask
-from selfplay_nb.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.cli import main
+from selfplay_nb.core.pairs import Ledger
+from selfplay_nb.loop.callbacks import default_callbacks, summary
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.models import update
+from selfplay_nb.models.base import tiny_model_folder
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.scoring.reward import as_reward, exact_number
+from selfplay_nb.tasks.task import ArithmeticTask
 
 SMALL = dict(
     n_rounds=3,
@@ -495,7 +495,7 @@ def test_command_line(tmp_path, tiny_folder, monkeypatch, capsys):
     first = subprocess.run([sys.executable, "-m", "selfplay_nb", *command], capture_output=True, text=True)
     assert first.returncode == 0 and "before" in first.stdout, first.stderr
     # it is for good, and these are in this process
-    monkeypatch.setattr("selfplay_nb.__main__._keep_freed_memory", lambda: None)
+    monkeypatch.setattr("selfplay_nb.cli._keep_freed_memory", lambda: None)
     main(command)
     assert "Going on after round 1" in capsys.readouterr().out
     main([*command, "--fresh"])

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from selfplay_nb import update
-from selfplay_nb.pipeline import RLHFOrchestrator, sppo
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.reward_model import RewardModel
-from selfplay_nb.update import dpo, reinforce, sft
+from selfplay_nb.loop.pipeline import RLHFOrchestrator, sppo
+from selfplay_nb.models import update
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.reward_model import RewardModel
+from selfplay_nb.models.update import dpo, reinforce, sft
 
 # of the tiny model; adapters are scaled by alpha/r
 LAYERS = 2
@@ -182,10 +182,8 @@ PAIRWISE = {  # of the log-ratios of chosen and rejected (n,), and of their leng
         for p, q in (((BETA * (c - r)).sigmoid(), 1 - SMOOTH), ((BETA * (r - c)).sigmoid(), SMOOTH))
     ),
     "nca_pair": lambda c, r, n, m: logistic(BETA * c) + 0.5 * logistic(-BETA * c) + 0.5 * logistic(-BETA * r),
-    "robust": (
-        lambda c, r, n, m: (
-            ((1 - SMOOTH) * logistic(BETA * (c - r)) - SMOOTH * logistic(BETA * (r - c))) / (1 - 2 * SMOOTH)
-        )
+    "robust": lambda c, r, n, m: (
+        ((1 - SMOOTH) * logistic(BETA * (c - r)) - SMOOTH * logistic(BETA * (r - c))) / (1 - 2 * SMOOTH)
     ),
     "bco_pair": lambda c, r, n, m: logistic(BETA * c) + logistic(-BETA * r),
     "sppo_hard": lambda c, r, n, m: (c - 0.5 / BETA) ** 2 + (r + 0.5 / BETA) ** 2,
@@ -242,9 +240,7 @@ def wins(row):
     return (
         row["probability"]
         if "probability" in row
-        else 1 / (1 + math.exp(-row["margin"]))
-        if "margin" in row
-        else 1.0
+        else 1 / (1 + math.exp(-row["margin"])) if "margin" in row else 1.0
     )
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
-from selfplay_nb import update as update_module
-from selfplay_nb.policy import Base, Policy
-from selfplay_nb.reward_model import RewardModel
-from selfplay_nb.update import dpo, reinforce, sft
+from selfplay_nb.models import update as update_module
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.reward_model import RewardModel
+from selfplay_nb.models.update import dpo, reinforce, sft
 
 ROW = dict(prompt="1 + 2 =", chosen="3", rejected="five", completion="3", advantage=1.0)
 UPDATES = {
@@ -489,7 +489,7 @@ def test_two_processes_make_the_steps_of_one(policy, tiny_folder, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfplay_nb.update"])
+    context.set_forkserver_preload(["selfplay_nb.models.update"])
     torch.multiprocessing.start_processes(
         in_two, (tiny_folder, tmp_path, port), nprocs=2, start_method="forkserver"
     )

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import ipywidgets as widgets
 import pytest
 
-from selfplay_nb.games import MinimaxBot, OpenSpielGame, Played, RandomPlayer, Transcript, play, replay
-from selfplay_nb.players import Scripted
-from selfplay_nb.viewer import GameViewer, PlaySeat, board_html, board_svg
+from selfplay_nb.core.players import Scripted
+from selfplay_nb.games.play import MinimaxBot, OpenSpielGame, Played, RandomPlayer, Transcript, play, replay
+from selfplay_nb.views.viewer import GameViewer, PlaySeat, board_html, board_svg
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='alert(2)'> \" ' &amp;"
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from selfplay_nb.diversity import Entropy, diversity
-from selfplay_nb.retention import Estimate, Perplexity
-from selfplay_nb.vitals import Vitals, alarms
+from selfplay_nb.loop.vitals import Vitals, alarms
+from selfplay_nb.stats.diversity import Entropy, diversity
+from selfplay_nb.stats.retention import Estimate, Perplexity
 
 SPOKEN = [
     [f"the answer number {i} is about {word}" for word in ("bees", "rivers", "bread")] for i in range(6)
