@@ -39,7 +39,7 @@ def _bracketed(text, moves):
         return inner if inner in moves else outer
     raise ValueError(f"{outer:.80} is not a legal move")
 
-# %% ../../nbs/games/play.ipynb #35e4a8fe
+# %% ../../nbs/games/play.ipynb #47edd2a4
 _QUOTES = re.compile(r'"([^"\n]*)"|`([^`\n]*)`|(?<!\w)\'([^\'\n]*)\'|\*\*([^*\n]*)\*\*')
 
 
@@ -50,7 +50,7 @@ def _quoted(text, moves):
         if inner in moves and not denied(text, *m.span()):
             return inner
 
-# %% ../../nbs/games/play.ipynb #a4ff9c96
+# %% ../../nbs/games/play.ipynb #65789ca7
 _BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"
 
 
@@ -354,7 +354,7 @@ class LiveGame:
             self.transcript.end = str(self.state)
             self.transcript.record = getattr(self.state, "record", None)
 
-# %% ../../nbs/games/play.ipynb #c2b0c299
+# %% ../../nbs/games/play.ipynb #9d2ef859
 def _again(prompt, said: str, reason: str):
     "The prompt after an illegal answer: a string, or messages, as `prompt` is."
     again = f"This was not accepted: {escape_special(reason)}. Answer again."
@@ -379,7 +379,7 @@ def ask_all(
         else:
             yield [samples[0] for samples in next(answers)[0]]
 
-# %% ../../nbs/games/play.ipynb #8aded06a
+# %% ../../nbs/games/play.ipynb #19e0c91c
 def _question(player, games) -> tuple:
     "A player, its prompts, and their seeds: one for each if it takes them, else one for all."
     seeds = [g.seed for g in games]
@@ -532,7 +532,7 @@ def _check(game, players, n, illegal, retries, batch):
     if illegal == "random" and game.start(0).legal is None:
         raise ValueError(f"illegal is 'random', but {game.name} has no list of legal moves.")
 
-# %% ../../nbs/games/play.ipynb #0a710923
+# %% ../../nbs/games/play.ipynb #75420f4a
 def _continued(path, game, settings: dict, total: int) -> tuple:
     "The ledger at `path`, the settings as it has them, and the transcripts that are there already."
     if not path:
@@ -593,7 +593,7 @@ def play(
     played.sort(key=lambda t: t.number)
     return played
 
-# %% ../../nbs/games/play.ipynb #30825bae
+# %% ../../nbs/games/play.ipynb #aac59492
 def _begin(game, names, orders, number, seed) -> LiveGame:
     "The game with this number: its start is shared with the other seatings."
     start, seating = divmod(number, len(orders))
@@ -643,7 +643,7 @@ class OpenSpielGame:
     def __repr__(self):
         return f"OpenSpielGame({self.name}: {self.seats} seats)"
 
-# %% ../../nbs/games/play.ipynb #c853d4b0
+# %% ../../nbs/games/play.ipynb #9a116e44
 def _load(name, params):
     "OpenSpiel's game; `ValueError` for one that cannot be played here."
     spiel = _spiel()
@@ -847,7 +847,7 @@ class Tabular:
         p = self.probabilities(state)
         return rng.choices(list(p), list(p.values()))[0]
 
-# %% ../../nbs/games/play.ipynb #b2a9226e
+# %% ../../nbs/games/play.ipynb #c2afac9d
 def positions(game: OpenSpielGame):  # a small one: all are visited
     "All positions of a game in which a player is to move, once for each way that leads there."
     todo = [s for _, s in game.starts()]
@@ -891,7 +891,8 @@ def best_response(
     known = {}  # OpenSpiel's form of a policy: information state -> (action, probability) of each move
     for s, information in everywhere:
         if s.seat != seat:
-            known[information] = [(s.moves[m], p) for m, p in player.probabilities(s).items()]
+            p = player.probabilities(s)
+            known[information] = [(action, p.get(m, 0.0)) for m, action in s.moves.items()]
     response = _spiel().TabularBestResponse(game.spiel, seat, known)
     points = response.value_from_state(game.spiel.new_initial_state())
     actions, moves = response.get_best_response_actions(), {}
