@@ -101,7 +101,7 @@ def divisions(
     "All ways to divide the pool."
     return [dict(zip(pool, take)) for take in product(*(range(n + 1) for n in pool.values()))]
 
-# %% ../../nbs/games/debate.ipynb #dfa04cfd
+# %% ../../nbs/games/debate.ipynb #f20736a1
 def worth(
     take: dict,  # item -> count
     values: dict,  # item -> points for one of it
@@ -304,7 +304,7 @@ def stubborn(view, rng):
     "Wants the whole pool, always."
     return f"PROPOSE: {listed(view.pool)}"
 
-# %% ../../nbs/games/debate.ipynb #f53004af
+# %% ../../nbs/games/debate.ipynb #9360beed
 def greedy(view, rng):
     "Wants all that it values; with its last message it takes what it can get."
     if view.left <= 2 and view.offered and view.worth(view.offered) > 0:
@@ -317,7 +317,7 @@ def agreeable(view, rng):
     "Takes any proposal, and makes none."
     return "What would you like?" if view.offered is None else "ACCEPT"
 
-# %% ../../nbs/games/debate.ipynb #05577578
+# %% ../../nbs/games/debate.ipynb #c2776324
 def fair(view, rng):
     """Takes what gives it half of its points or more; proposes the largest Nash product, as if the other
     valued all items alike (the first of equals).
@@ -356,7 +356,7 @@ _LINES = {
     "envy_free": "deals: nobody envies",
 }
 
-# %% ../../nbs/games/debate.ipynb #a79a1c55
+# %% ../../nbs/games/debate.ipynb #a4ee6225
 @dataclass
 class Deals:
     "Scores of many negotiations."
@@ -447,7 +447,7 @@ Referendums make democracies better.
 Parents should be free to teach their children at home."""
 TOPICS = tuple(map(Motion, TOPICS.split("\n")))
 
-# %% ../../nbs/games/debate.ipynb #8f76383a
+# %% ../../nbs/games/debate.ipynb #9ff7447c
 FACTS = (
     Motion("Lightning can strike the same place twice.", "for"),
     Motion("Venus takes longer to turn once on its axis than to go once around the Sun.", "for"),
@@ -517,7 +517,7 @@ class DebateState:
         said = [f"[{SIDES[i % 2]}] {t}" for i, t in enumerate(self.said)]
         return "\n".join([f"motion: {self.motion.text}", *said, end])
 
-# %% ../../nbs/games/debate.ipynb #3727f394
+# %% ../../nbs/games/debate.ipynb #c73f1f50
 def _debate_prompt(state: DebateState) -> str:
     "What the side to speak is shown: the motion, its side and the round, and what was said."
     side, number, most = SIDES[len(state.said) % 2], len(state.said) // 2 + 1, state.game.max_chars
@@ -600,7 +600,7 @@ class Truth:
         lines = {"right alone": self.alone, "right with debate": self.debated, "motions": self.change}
         return "\n".join(f"{name:19} {value}" for name, value in lines.items())
 
-# %% ../../nbs/games/debate.ipynb #ffc1e7af
+# %% ../../nbs/games/debate.ipynb #9439b671
 def _found(debates, judge) -> list[float]:
     "For each debate whether the judge finds the right side: 1, 0, or 0.5 where it is undecided."
     found = []

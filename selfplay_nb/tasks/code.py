@@ -28,7 +28,7 @@ from ..scoring.reward import WeightedReward
 from .sandbox import Result, SandboxUnavailable, _enclose, missing, run, run_many, source_of
 from .task import held_out
 
-# %% ../../nbs/tasks/code.ipynb #fda07bbd
+# %% ../../nbs/tasks/code.ipynb #525d5555
 def _plain(x):
     "A value in which subclasses of the builtin containers are those containers."
     if isinstance(x, dict):
@@ -38,7 +38,7 @@ def _plain(x):
             return kind(map(_plain, x))
     return x
 
-# %% ../../nbs/tasks/code.ipynb #992f3445
+# %% ../../nbs/tasks/code.ipynb #017f1650
 def _reply(space, name, failed, line) -> str:
     "What the function says to the arguments in `line`: = and a value, or ! and an error."
     args, kwargs = ast.literal_eval(line)
@@ -67,7 +67,7 @@ def _server():
         reply.write(_reply(space, name, failed, line) + "\n")
         reply.flush()
 
-# %% ../../nbs/tasks/code.ipynb #27f90cdf
+# %% ../../nbs/tasks/code.ipynb #eadc07d8
 def _noted(tests: str):
     "The tests as a compiled program in which each assert notes its outcome and goes on."
 
@@ -81,7 +81,7 @@ def _noted(tests: str):
 
     return compile(ast.fix_missing_locations(Notes().visit(ast.parse(tests))), "tests", "exec")
 
-# %% ../../nbs/tasks/code.ipynb #cbdc1f94
+# %% ../../nbs/tasks/code.ipynb #0ed38b20
 def _caller(child):
     "How the tests' process talks to the answer's: `send` writes a line, `candidate` calls the function."
 
@@ -98,7 +98,7 @@ def _caller(child):
 
     return send, candidate
 
-# %% ../../nbs/tasks/code.ipynb #62a44d70
+# %% ../../nbs/tasks/code.ipynb #a8239714
 def _begin(server: str):
     "Start the answer's process, out of reach of this one; `OSError` or `SubprocessError` if that is refused."
     libc = ctypes.CDLL(None)
@@ -136,13 +136,13 @@ def _harness():
     finally:
         child.kill()
 
-# %% ../../nbs/tasks/code.ipynb #55e38b59
+# %% ../../nbs/tasks/code.ipynb #e50410ae
 _ANSWER_SIDE, _TEST_SIDE = (_plain, _reply, _server), (_enclose, _noted, _caller, _begin, _harness)
 
 
 def _program(functions) -> str:
     "A program for another process: the functions, with what they import; it runs the last one."
-    imports = "import ast, ctypes, json, os, random, subprocess, sys"
+    imports = "import ast, ctypes, json, os, random, struct, subprocess, sys"
     return f"{imports}\n{source_of(*functions)}\n{functions[-1].__name__}()"
 
 # %% ../../nbs/tasks/code.ipynb #95af1795
@@ -172,13 +172,13 @@ class Verdict:
         end = "" if self.ended else ", not ended"
         return f"<b>{self.passed} of {self.total}</b> tests passed{end}<br>{escape(str(self.result))}"
 
-# %% ../../nbs/tasks/code.ipynb #8700e79c
+# %% ../../nbs/tasks/code.ipynb #d417e899
 def _asserts(tests: str) -> int:
     "How many asserts the text of the tests has, without those of constants."
     nodes = ast.walk(ast.parse(tests))
     return sum(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in nodes)
 
-# %% ../../nbs/tasks/code.ipynb #cd714883
+# %% ../../nbs/tasks/code.ipynb #86d03c58
 def _verdict(job: dict, result: Result) -> Verdict:
     "Read the tests' report; `SandboxUnavailable` if the two processes could not be kept apart."
     token = job["token"]
@@ -272,7 +272,7 @@ def _head(signature, name):
     found = list(re.finditer(rf"^def {name}\b", signature, re.MULTILINE))
     return signature[: found[-1].start()] if found else ""
 
-# %% ../../nbs/tasks/code.ipynb #3f4a9b0a
+# %% ../../nbs/tasks/code.ipynb #029ef696
 def _continuation(text: str) -> list[str]:
     "The lines of a function's body: what is indented, or begins with return."
     lines = text.strip("\n").split("\n")
@@ -312,7 +312,7 @@ def _codes(completions, signature, entry_point, truncated):
     rows = zip(completions, signature, entry_point, cut)
     return [None if t else extract_code(text_of(c), s, e) for c, s, e, t in rows]
 
-# %% ../../nbs/tasks/code.ipynb #5e9bc6a0
+# %% ../../nbs/tasks/code.ipynb #03b293db
 def defined(prompts, completions, signature, entry_point, truncated=None, **columns) -> list[float]:
     "1 where the answer has the function in it, as code that parses, else 0."
     return [float(c is not None) for c in _codes(completions, signature, entry_point, truncated)]
@@ -385,7 +385,7 @@ FAMILIES = {
                lambda k: lambda text: sum(c in "aeiou" for c in text) + k, (_text,), range(1, 21)),
 }
 
-# %% ../../nbs/tasks/code.ipynb #e1230fe9
+# %% ../../nbs/tasks/code.ipynb #c21d8229
 def _asserts_for(reference, draw, n: int, rng: random.Random) -> str:
     "A `check(candidate)` of n different asserts, with arguments drawn at random."
     asserts = {}
@@ -567,7 +567,7 @@ def mutants(
         if what := _mutate(_places(tree, entry_point)[i]):
             yield what, ast.unparse(tree)
 
-# %% ../../nbs/tasks/code.ipynb #cbed1202
+# %% ../../nbs/tasks/code.ipynb #903ec23b
 def _places(tree: ast.Module, name: str) -> list:
     "The nodes of a function's body, without its docstring and the parts of f-strings."
     f = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name][-1]
