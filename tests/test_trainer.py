@@ -64,7 +64,7 @@ class Stop:
 def outcome(trainer):
     ledger = Ledger(trainer.dir / "pairs.jsonl").rows()
     plain = [{k: v for k, v in m.items() if "second" not in k} for m in trainer.history]
-    return trainer.student.state(), trainer.reference.state(), trainer.optimizer, ledger, plain
+    return trainer.student.state(), trainer.reference.state(), trainer.learner.optimizer, ledger, plain
 
 
 def equal(a, b):

@@ -939,6 +939,7 @@ class StageRun:
     update_settings: dict = field(default_factory=dict)
     warned: set = field(default_factory=set)
     league = None
+    role = "main"
     fresh_reference = False
 
     def seed(self, what: str) -> int:

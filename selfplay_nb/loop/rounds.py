@@ -82,6 +82,7 @@ class Run(Protocol):
     student: Any  # the policy that learns
     reference: Any  # its frozen opponent, and what its updates are held against
     league: Any  # a `LeagueTraining`, or None
+    role: str  # of the student in the league
     reward: Any  # what judges; None for a game
     sampling: dict  # how the players sample: `max_new_tokens`, `temperature`
     round: int  # rounds that are over
@@ -132,8 +133,11 @@ class Compete:
         match = CompetitiveSelfPlay(
             run.student, run.reference, run.reward, self.n_samples, self.pairs_per_prompt, **run.sampling
         )
-        step = run.league.train_step if run.league else CompetitiveSelfPlay.train_step
-        made = step(match, problems, seed=run.seed("matches"), round=run.round + 1, progress=run.progress)
+        told = dict(seed=run.seed("matches"), round=run.round + 1, progress=run.progress)
+        if run.league:
+            made = run.league.train_step(match, problems, run.role, **told)
+        else:
+            made = match.train_step(problems, **told)
         longer = f"raise max_new_tokens (now {run.sampling['max_new_tokens']})"
         _warn_of_cut_answers(run, made, longer)
         return Experience(
@@ -163,8 +167,9 @@ def _figures(run, made: Preferences) -> dict:
 
 # %% ../../nbs/loop/rounds.ipynb #73232d7b
 def _met(run) -> dict:
-    "How many games of this round each member of the league played."
-    return dict(Counter(r["b"] for r in run.league.rows if r.get("round") == run.round + 1))
+    "How many games of this round the student played against each member of the league."
+    mine = [r for r in run.league.rows if r.get("round") == run.round + 1 and r["a"] == run.role]
+    return dict(Counter(r["b"] for r in mine))
 
 # %% ../../nbs/loop/rounds.ipynb #b406fcb3
 def _warn_of_cut_answers(run, made: Preferences, longer: str):
@@ -520,7 +525,7 @@ def _opponents(run, problems: list[dict]) -> list[tuple]:
     "Who is met at which starts: the reference, or members that the league draws."
     if not run.league:
         return [(run.reference, problems)]
-    drawn = [run.league.sample_opponent() for _ in range(min(4, len(problems)))]
+    drawn = [run.league.sample_opponent(role=run.role) for _ in range(min(4, len(problems)))]
     return [(member, problems[i :: len(drawn)]) for i, member in enumerate(drawn)]
 
 # %% ../../nbs/loop/rounds.ipynb #72290d34
@@ -528,7 +533,7 @@ def _against(run, opponent, problems: list[dict]) -> Played:
     games = _games(run, [run.student, opponent], problems)
     if run.league:
         rows = [
-            dict(a="main", b=opponent.name, prompt=p["prompt"], score=fmean(s), round=run.round + 1)
+            dict(a=run.role, b=opponent.name, prompt=p["prompt"], score=fmean(s), round=run.round + 1)
             for p, s in zip(problems, games.scores(0))
         ]
         run.league.record(rows)
