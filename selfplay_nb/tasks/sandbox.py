@@ -12,10 +12,6 @@ import json
 import math
 import os
 import secrets
-import select
-import shutil
-import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -28,7 +24,12 @@ from functools import lru_cache
 
 from ..core.checks import escape, printable
 
-# %% ../../nbs/tasks/sandbox.ipynb #a6879a93
+# %% ../../nbs/tasks/sandbox.ipynb #3a4a5df1
+import select
+import shutil
+import signal
+import stat
+
 try:
     import resource
 except ImportError:  # not on Windows
