@@ -416,7 +416,7 @@ def _read(pipe, lines):
 _worker = _Worker()
 atexit.register(_worker.stop)
 
-# %% ../../nbs/tasks/reasoning.ipynb #7549c232
+
 def _checked(name, *args):
     "A score in [0, 1] by the worker; 0 for an answer at which the checker fails or is late."
     try:
