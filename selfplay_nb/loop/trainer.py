@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
 from ..stats.rates import SPRT, finite
 from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
+from .collectors import named
 from .rounds import METHODS, Experience, GameTask, arena, as_game, collect
 from ..tasks.task import ArithmeticTask, as_task
 from ..models.update import COMMON, DPO, load_optimizer, save_optimizer
@@ -69,6 +71,9 @@ class SelfPlayConfig:
     method: str = "dpo"  # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12  # rounds of self-play
     prompts_per_round: int = 32  # fresh prompts each round; of a game, starts that are played in both seats
+    # in place of what the method asks for: names of `collectors.COLLECTORS` with shares of the round, such as
+    # "compete 0.7, screen 0.3"
+    collect: str = ""
     compete: bool = True  # play the opponent, and learn from who wins
     n_samples: int = 8  # answers a side and prompt
     pairs_per_prompt: int = 4  # at most
@@ -165,8 +170,10 @@ def check(self: SelfPlayConfig):
             f"bad configuration: learners={self.learners!r}: exploiters play in a league, give"
             " opponents='league'."
         )
-    if self.game and (self.watch or self.refine_iterations):
-        raise ValueError("bad configuration: on a game there is no watch and no refine_iterations.")
+    if self.collect:
+        named(self.collect, self)
+    if self.game and (self.watch or self.refine_iterations or self.collect):
+        raise ValueError("bad configuration: on a game there is no watch, refine_iterations or collect.")
     if not 0.1 < self.gate_win_rate < 0.9:
         raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
     if self.on_alarm != "warn" and not self.watch:
@@ -221,7 +228,8 @@ class SelfPlayTrainer:
         self.method = method or method_of(config)
         self.own_gate = gate
         self.parts = collectors, method, gate
-        self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
+        own = named(config.collect, config) if config.collect else self.arena.collectors(config)
+        self.collectors = own if collectors is None else list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         columns = columns_of(self.exam_problems)[1]
         for scorer in filter(None, (self.task.reward, self.task.verifier)):
@@ -249,9 +257,11 @@ class SelfPlayTrainer:
         self.made_of = self.identity()
         if config.gate:
             self.task.problems("train", min(32, config.gate_prompts))
-        if config.refine_iterations and is_judge(self.task.reward):
+        single = config.refine_iterations or re.search("refine|screen|levels", config.collect)
+        if single and is_judge(self.task.reward):
             raise ValueError(
-                "refine_iterations needs a reward that scores single answers; this task's judge compares two."
+                "refinement, screening and levels need a reward that scores single answers; this task's judge"
+                " compares two."
             )
 
     def call(self, event: str, **kwargs):
