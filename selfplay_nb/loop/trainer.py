@@ -52,7 +52,9 @@ from ..models.policy import Base, Policy
 from ..stats.rates import SPRT, finite
 from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
 from .collectors import named
-from .rounds import METHODS, Experience, GameTask, arena, as_game, collect
+from .arena import arena
+from .game_rounds import GameTask, as_game
+from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
 from ..models.update import COMMON, DPO, load_optimizer, save_optimizer
 from .vitals import Vitals, alarms, vitals
