@@ -399,7 +399,8 @@ costs.literal_round
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
 trainer.warn
         rounds.answer_rows task.as_task trainer.progress
-        pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn"""
+        collectors.named pipeline.StageRun.progress pipeline.StageRun.warn
+        rounds.Run.progress rounds.Run.warn"""
     ),
 }
 
