@@ -357,14 +357,15 @@ NO_READERS = {
         """answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
         creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
 constitutional.score constitutional.attribution
-        constitutional.evaluate_principle constitutional.render judge.render play.take debate.move \
+        constitutional.evaluate_principle constitutional.render judge.render \
+play.LiveGame.take debate.NegotiationState.move \
 pairs.question diversity.adjusted_distinct
         diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
 reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
     ),
     "reads the game's own lines of a prompt, or plays a move that was read before": (
-        "debate.read_view play.move play.OpenSpielState.move"
+        "debate.read_view play.TextArenaState.move play.OpenSpielState.move"
     ),
     "a process of its own with a deadline (see below)": (
         "reasoning.math_equal reasoning.graded reasoning.fully_right"
