@@ -357,8 +357,7 @@ NO_READERS = {
         """answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
         creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
 constitutional.score constitutional.attribution
-        constitutional.evaluate_principle constitutional.render judge.render \
-play.LiveGame.take debate.NegotiationState.move \
+        constitutional.evaluate_principle constitutional.render play.LiveGame.take debate.NegotiationState.move judge.ModelJudge.render \
 pairs.question diversity.adjusted_distinct
         diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
 reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
