@@ -254,13 +254,13 @@ class IterativeRefiner:
         judged = f", scored by {name_of(self.reward)}" if self.reward else ""
         return f"IterativeRefiner({name_of(self.policy)} criticised by {by}{judged})"
 
-# %% ../../nbs/methods/refinement.ipynb #05ac52db
+# %% ../../nbs/methods/refinement.ipynb #0682a90b
 class _Question(NamedTuple):
     prompt: object
     seed: int
     mark: str = ""
 
-
+# %% ../../nbs/methods/refinement.ipynb #e8140476
 class _Reply(NamedTuple):
     text: str
     truncated: bool
@@ -335,12 +335,12 @@ def _score(self: IterativeRefiner, new: list[tuple]):
     for (_, v), x in zip(new, values):
         v.score = None if math.isnan(x) else x
 
-# %% ../../nbs/methods/refinement.ipynb #0405b2c1
+# %% ../../nbs/methods/refinement.ipynb #a1238002
 @patch
 def _render(self: IterativeRefiner, reader, template, prompt, **texts):
     return fill(template, special_tokens(reader), prompt=prompt_text(prompt), **texts)
 
-
+# %% ../../nbs/methods/refinement.ipynb #e3797101
 def _stage_seed(t: Trace, stage: str, at: int) -> int:
     return seed_of(t.seed, stage, len(t.path(at)), sum(s.source == at for s in t.steps))
 
