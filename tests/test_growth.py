@@ -356,10 +356,10 @@ NO_READERS = {
     "called by a reader above, with the same text": (
         """answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
         creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
-constitutional.score constitutional.attribution
-        constitutional.evaluate_principle constitutional.render judge.render play.take debate.move \
-pairs.question diversity.adjusted_distinct
-        diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
+constitutional.ConstitutionalRewardWrapper.score constitutional.ConstitutionalRewardWrapper.attribution
+        constitutional.ConstitutionalRewardWrapper.evaluate_principle constitutional.render judge.render \
+play.take debate.move pairs.question diversity.adjusted_distinct
+        diversity.diversity refinement.Trace.criticise reasoning.KnightsAndKnaves.verifier \
 reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
     ),
@@ -373,7 +373,8 @@ reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         "code.check_code code.verdicts code.mutants"
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
-        """competitive.train_step constitutional.revise constitutional.ai_feedback
+        """competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
+        constitutional.ai_feedback
         league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate \
 policy.spell policy.whole_characters
         reward_model.train reward_model.scores players.answers_of players.Scripted.generate \
