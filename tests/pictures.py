@@ -94,7 +94,11 @@ def running(command: list, log: Path, **env):
         yield process
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -177,9 +181,12 @@ def chromium(folder: Path):
 
 RUN = """(async () => {
   await jupyterapp.restored;
-  const panel = jupyterapp.shell.currentWidget;
+  const open = () => [...jupyterapp.shell.widgets('main')].find(w => w.sessionContext && w.content.widgets);
+  while (!open()) await new Promise(done => setTimeout(done, 200));
+  const panel = open();
   await panel.context.ready;
   await panel.sessionContext.ready;
+  jupyterapp.shell.activateById(panel.id);
   await jupyterapp.commands.execute('notebook:run-all-cells');
   const outputs = panel.content.widgets.flatMap(c => c.model.outputs.toJSON());
   return outputs.filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`);
