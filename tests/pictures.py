@@ -33,6 +33,8 @@ WIDTH, HEIGHT = 1100, 3000  # of the browser's window, so that no widget has to 
 
 # What is done to a widget before its picture is taken, as code for the page's kernel.
 DONE_BEFORE = {
+    "card": "card.file.value = 'runs/constitution.toml'",  # where it is by default
+    "stepper": "view.file.value = 'runs/refinement.json'",
     "viewer": "viewer.step.value = 5",
     "monitor": "wait(lambda: monitor.state['live']['round'] >= 2)\nmonitor.pause.click()\n"
     "wait(lambda: monitor.state['live']['paused'])\nmonitor.look()",
