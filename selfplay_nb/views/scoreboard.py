@@ -10,6 +10,13 @@ from ..core.checks import escape, printable
 from ..stats.diversity import plot_strip
 from ..stats.ratings import MOST, Games, Ratings, bradley_terry, cycles, spaced
 
+# %% ../../nbs/views/scoreboard.ipynb #15dd7c08
+def _plot_lines(ax, ratings: Ratings, players: list[str], end: int):
+    "Ratings that do not move, as lines with their names at the end of the curve."
+    for p in players[:MOST]:
+        ax.axhline(ratings[p], ls=":", color="0.45")
+        ax.annotate(p, (end, ratings[p]), fontsize=8, ha="right", va="bottom")
+
 # %% ../../nbs/views/scoreboard.ipynb #4c611093
 def plot_rating_curve(
     ratings: Ratings,  # of all players
@@ -27,10 +34,7 @@ def plot_rating_curve(
     low, high = zip(*[interval[p] for p in order])
     ax.plot(x, [ratings[p] for p in order], "k-o", ms=4 if len(order) <= MOST else 1)
     ax.fill_between(x, low, high, color="0.85", label="95 % interval")
-    others = [p for p in ratings.players if p not in set(order)]
-    for p in others[:MOST]:
-        ax.axhline(ratings[p], ls=":", color="0.45")
-        ax.annotate(p, (len(order) - 1, ratings[p]), fontsize=8, ha="right", va="bottom")
+    _plot_lines(ax, ratings, [p for p in ratings.players if p not in set(order)], len(order) - 1)
     ax.set_xticks(*spaced(order), rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("rating (Elo scale)")
     ax.legend(fontsize=8)
