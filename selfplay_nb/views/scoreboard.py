@@ -31,9 +31,8 @@ def plot_rating_curve(
 
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
     x, interval = range(len(order)), dict(zip(ratings.players, ratings.intervals.tolist()))
-    low, high = zip(*[interval[p] for p in order])
     ax.plot(x, [ratings[p] for p in order], "k-o", ms=4 if len(order) <= MOST else 1)
-    ax.fill_between(x, low, high, color="0.85", label="95 % interval")
+    ax.fill_between(x, *zip(*[interval[p] for p in order]), color="0.85", label="95 % interval")
     _plot_lines(ax, ratings, [p for p in ratings.players if p not in set(order)], len(order) - 1)
     ax.set_xticks(*spaced(order), rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("rating (Elo scale)")
