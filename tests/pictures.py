@@ -35,7 +35,7 @@ WIDTH, HEIGHT = 1100, 3000  # of the browser's window, so that no widget has to 
 DONE_BEFORE = {
     "card": "card.file.value = 'runs/constitution.toml'",  # where it is by default
     "stepper": "view.file.value = 'runs/refinement.json'",
-    "viewer": "viewer.step.value = 5",
+    "viewer": "viewer.step.value = 7",
     "monitor": "wait(lambda: monitor.state['live']['round'] >= 2)\nmonitor.pause.click()\n"
     "wait(lambda: monitor.state['live']['paused'])\nmonitor.look()",
 }
