@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,8 +37,13 @@ DONE_BEFORE = {
     "card": "card.file.value = 'runs/constitution.toml'",  # where it is by default
     "stepper": "view.file.value = 'runs/refinement.json'",
     "viewer": "viewer.step.value = 7",
-    "monitor": "wait(lambda: monitor.state['live']['round'] >= 2)\nmonitor.pause.click()\n"
-    "wait(lambda: monitor.state['live']['paused'])\nmonitor.look()",
+    "monitor": """
+while run.is_alive() and monitor.state["live"]["round"] < 2:
+    time.sleep(0.1)
+monitor.pause.click()
+while run.is_alive() and not monitor.state["live"]["paused"]:
+    time.sleep(0.1)
+""",
 }
 
 
@@ -231,6 +237,7 @@ def take(tab: Browser, url: str) -> bytes:
 
 
 def main(names: list[str]):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, too
     asked = pictures()
     if unknown := sorted(set(names) - set(asked)):
         sys.exit(f"No page shows {', '.join(unknown)}: expected some of {', '.join(sorted(asked))}.")
