@@ -46,6 +46,14 @@ def test_a_widget_has_a_picture_with_words(name):
     assert len(PICTURES[name]["alt"].split()) > 8
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_can_be_taken_again(name):
+    cells = pictures.notebook(PICTURES[name], name)["cells"]
+    for cell in cells:
+        compile(cell["source"], name, "exec")
+    assert not {"notest", "google.colab"} & set(re.findall(r"notest|google\.colab", cells[0]["source"]))
+
+
 def test_every_widget_has_a_picture():
     assert {"stepper", "card", "viewer", "board", "monitor", "rating"} <= set(PICTURES)
     files = {f.name for f in pictures.IMAGES.glob("widget-*.png")}
