@@ -190,10 +190,10 @@ class Monitor(widgets.VBox):
         self.alarms.value = "".join(line.format(n, escape(alarm)) for n, alarm in alarms)
 
     def watch(self) -> threading.Thread:
-        "Look again and again, in a thread, until the run is over."
+        "Look again and again, in a thread, until the run is over or its folder is gone."
 
         def run():
-            while self.look():
+            while self.dir.exists() and self.look():
                 time.sleep(self.every)
 
         thread = threading.Thread(target=run, daemon=True)
