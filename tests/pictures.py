@@ -196,11 +196,12 @@ RUN = """(async () => {
   await panel.sessionContext.ready;
   jupyterapp.shell.activateById(panel.id);
   await jupyterapp.commands.execute('notebook:run-all-cells');
+  window.widgetCell = panel.content.widgets[1].node;
   const outputs = panel.content.widgets.flatMap(c => c.model.outputs.toJSON());
   return outputs.filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`);
 })()"""
 PLACE = """(() => {
-  const w = document.querySelector('.jp-OutputArea-output .jupyter-widgets');
+  const w = window.widgetCell.querySelector('.jp-OutputArea-output .jupyter-widgets');
   if (!w) return null;
   const r = w.getBoundingClientRect();
   return r.height > 20 ? {x: r.x, y: r.y, width: r.width, height: w.scrollHeight} : null;
@@ -221,7 +222,7 @@ def small(png: bytes) -> bytes:
 
 
 def take(tab: Browser, url: str) -> bytes:
-    "Open a notebook, run it, and picture the first widget in it."
+    "Open a notebook, run it, and picture the widget of its second cell."
     tab.send("Page.navigate", url=url)
     wait_for(
         "no notebook",
