@@ -4,12 +4,13 @@
 # make lab    JupyterLab at index.ipynb
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
+# make course     student and solution notebooks, slides and a zip of the course, into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
 DIR ?= runs/demo
 
-.PHONY: demo test floor lab learning costs readme clean
+.PHONY: demo test floor lab learning costs course readme clean
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
@@ -34,6 +35,9 @@ learning: .venv/run
 costs: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[costs]"
 	$(BIN)/python -m selfplay_nb costs --out nbs/studies/costs.jsonl
+
+course: .venv/dev
+	$(BIN)/python tests/course.py
 
 # After editing a notebook: export, clean, and make README.md from index.ipynb
 readme: .venv/dev
