@@ -219,6 +219,37 @@ planted("09", 3, "average of all picks", NASH.format(score=AVERAGE, end="np.eye(
 planted("09", 3, "A third each is beaten", NASH.format(score="payoff[:, pick]", end=SHARES))
 planted("09", 3, "Do rows score", NASH.format(score="(counts / counts.sum()) @ payoff", end=SHARES))
 planted("09", 3, "Shares sum to 1", NASH.format(score=AVERAGE, end="counts"))
+GRADIENT = """
+def policy_gradient(x, moves, advantage):
+    p = np.exp(x - np.max(x))
+    p = p / p.sum()
+    made, A = np.eye(len(x))[moves], np.asarray(advantage)[:, None]
+    return {what}
+"""
+planted("08", 1, "is the sign turned", GRADIENT.format(what="(A * (p - made)).mean(0)"))
+planted("08", 1, "Subtract pi", GRADIENT.format(what="(A * made).mean(0)"))
+planted("08", 1, "not the sum", GRADIENT.format(what="(A * (made - p)).sum(0)"))
+planted("08", 1, "No advantage", GRADIENT.format(what="(made - p).mean(0)"))
+planted("08", 1, "one number for each move", GRADIENT.format(what="A * (made - p)"))
+SEATS = """
+def seat_advantages(seats, outcomes):
+    expected = {{s: {mean} for s in set(seats)}}
+    return [{what} for s, o in zip(seats, outcomes)]
+"""
+OWN = "mean(o for t, o in zip(seats, outcomes) if t == s)"
+planted("08", 2, "One mean for both seats", SEATS.format(mean="mean(outcomes)", what="o - expected[s]"))
+planted("08", 2, "not the reverse", SEATS.format(mean=OWN, what="expected[s] - o"))
+planted("08", 2, "subtract what to expect", SEATS.format(mean=OWN, what="o"))
+planted("08", 2, "sum to 0", SEATS.format(mean=OWN, what="o - expected[1 - s]"))
+GROUP = """
+def group_advantages(rewards):
+    r = np.asarray(rewards, float)
+    return (r - r.mean({m}{keep})) / {by}
+"""
+planted("08", 3, "0 divided by 0", GROUP.format(m=1, keep=", keepdims=True", by="r.std(1, keepdims=True)"))
+planted("08", 3, "not of all", GROUP.format(m="", keep="", by="r.std()"))
+planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="1.0"))
+planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="r.std()"))
 
 
 def read(file):
