@@ -250,6 +250,28 @@ planted("08", 3, "0 divided by 0", GROUP.format(m=1, keep=", keepdims=True", by=
 planted("08", 3, "not of all", GROUP.format(m="", keep="", by="r.std()"))
 planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="1.0"))
 planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="r.std()"))
+DOUBT = "\ndef uncertainty(k, n):\n    return {what}\n"
+planted("07", 1, "compared with itself", DOUBT.format(what="4 * k * (n - k) / n**2"))
+planted("07", 1, "is the 4 there", DOUBT.format(what="k * (n - k) / (n * (n - 1)) if n > 1 else 0"))
+planted("07", 1, "nothing is uncertain", DOUBT.format(what="k / n"))
+planted("07", 1, "too large", DOUBT.format(what="8 * k * (n - k) / (n * (n - 1)) if n > 1 else 0"))
+YIELD = "\ndef decided(chances, n):\n    return {what}\n"
+planted("07", 2, "every answer meets every", YIELD.format(what="sum(n * 2 * p * (1 - p) for p in chances)"))
+planted("07", 2, "Either side", YIELD.format(what="sum(n * n * p * (1 - p) for p in chances)"))
+planted("07", 2, "draw half of the time", YIELD.format(what="sum(n * n * 4 * p * (1 - p) for p in chances)"))
+planted("07", 2, "the sum", YIELD.format(what="n * n * 2 * chances[0] * (1 - chances[0])"))
+HONEST = """
+def honest(ask, prompts, keep, n):
+    def estimate(prompt, seed):
+        k = ask(prompt, n, seed=seed)
+        return 4 * k * (n - k) / (n * (n - 1))
+    chosen = sorted(prompts, key=lambda p: {order})[:keep]
+    return sum(estimate(p, {seed}) for p in chosen) / {by}
+"""
+planted("07", 3, "chose and measured", HONEST.format(order="-estimate(p, 0)", seed=0, by="keep"))
+planted("07", 3, "mean over the chosen", HONEST.format(order="-estimate(p, 0)", seed=1, by="len(prompts)"))
+planted("07", 3, "largest kept", HONEST.format(order="estimate(p, 0)", seed=1, by="keep"))
+planted("07", 3, "largest kept", HONEST.format(order="0", seed=1, by="keep"))
 
 
 def read(file):
