@@ -272,6 +272,75 @@ planted("07", 3, "chose and measured", HONEST.format(order="-estimate(p, 0)", se
 planted("07", 3, "mean over the chosen", HONEST.format(order="-estimate(p, 0)", seed=1, by="len(prompts)"))
 planted("07", 3, "largest kept", HONEST.format(order="estimate(p, 0)", seed=1, by="keep"))
 planted("07", 3, "largest kept", HONEST.format(order="0", seed=1, by="keep"))
+SPIN = "\ndef spin_pairs(prompts, written, own):\n    return [{what}]\n"
+ROW, LOOP = "dict(prompt=p, chosen=w, rejected=o)", "for p, w, o in zip(prompts, written, own)"
+SWAP = "for p, o, w in zip(prompts, written, own)"
+planted("03", 1, "same text", SPIN.format(what=f"{ROW} {LOOP}"))
+planted("03", 1, "not own answers", SPIN.format(what=f"{ROW} {SWAP} if w != o"))
+planted("03", 1, "SPIN does not ask", SPIN.format(what=f"{ROW} {LOOP} if w > o"))
+planted("03", 1, "A pair has", SPIN.format(what=f"dict(chosen=w, rejected=o) {LOOP} if w != o"))
+CHOOSE = """
+def choose_pairs(mine, theirs, k):
+    matches = [sorted(m, key=lambda a: {better}) for m in product(mine, theirs)]
+    decided = [(w[0], v[0], w[1] - v[1]) for w, v in matches if {keep}]
+    kept, used = [], set()
+    for pair in {order}:
+        if {fresh} and len(kept) < k:
+            used.add(pair[1])
+            kept.append(pair)
+    return kept
+"""
+CHOICE = dict(better="-a[1]", keep="w[1] > v[1]", order="sorted(decided, key=lambda p: -p[2])",
+              fresh="pair[1] not in used")
+planted("03", 2, "A draw is in it", CHOOSE.format(**CHOICE | {"keep": "True"}))
+planted("03", 2, "better one is to be chosen", CHOOSE.format(
+    **CHOICE | {"better": "a[1]", "keep": "w[1] < v[1]"}))
+planted("03", 2, "Each rejected text once", CHOOSE.format(**CHOICE | {"fresh": "True"}))
+planted("03", 2, "Widest margin first", CHOOSE.format(**CHOICE | {"order": "decided[::-1]"}))
+planted("03", 2, "Theirs may be better too", CHOOSE.format(**CHOICE | {"better": "0"}))
+DIRECTION = """
+def judged_direction(policy, reward):
+    gap = reward[:, None] - reward[None, :]
+    return {what}
+"""
+planted("03", 3, "By how much does not count", DIRECTION.format(what="2 * policy * (gap @ policy)"))
+planted("03", 3, "The sign", DIRECTION.format(what="2 * policy * (-torch.sign(gap) @ policy)"))
+planted("03", 3, "the sum is 0", DIRECTION.format(what="2 * (torch.sign(gap) @ policy)"))
+planted("03", 3, "the 2", DIRECTION.format(what="policy * (torch.sign(gap) @ policy)"))
+planted("03", 3, "Equal rewards", DIRECTION.format(
+    what="2 * policy * (torch.sign(gap) @ policy) if gap.any() else policy - policy.mean()"))
+BEST = "\ndef best_policy(reference, reward, beta):\n    weight = {what}\n    return {end}\n"
+NORMAL = "weight / weight.sum()"
+planted("02", 1, "sum to 1", BEST.format(what="reference * torch.exp(reward / beta)", end="weight"))
+planted("02", 1, "divide by beta", BEST.format(what="reference * torch.exp(reward * beta)", end=NORMAL))
+planted("02", 1, "no influence", BEST.format(what="torch.exp(reward / beta)", end=NORMAL))
+LOSS = """
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
+    rho = {rho}
+    return {what}
+"""
+RHO, LOG = "(chosen - ref_chosen) - (rejected - ref_rejected)", "-F.logsigmoid(beta * rho).mean()"
+planted("02", 2, "Reference", LOSS.format(rho="chosen - rejected", what=LOG))
+planted("02", 2, "turned sign", LOSS.format(rho=f"-({RHO})", what=LOG))
+planted("02", 2, "is positive", LOSS.format(rho=RHO, what="F.logsigmoid(beta * rho).mean()"))
+planted("02", 2, "take the log", LOSS.format(rho=RHO, what="torch.sigmoid(-beta * rho).mean()"))
+planted("02", 2, "the mean", LOSS.format(rho=RHO, what="-F.logsigmoid(beta * rho)"))
+planted("02", 2, "beta = 0.1", LOSS.format(rho=RHO, what="-F.logsigmoid(rho).mean()"))
+ODDS = "(beta * rho).exp()"
+planted("02", 2, "use logsigmoid", LOSS.format(rho=RHO, what=f"-({ODDS} / (1 + {ODDS})).log().mean()"))
+ANSWER = """
+def answer_logprob(logits, ids, n_prompt):
+    n = n_prompt
+    logp = {logp}
+    answer = ids[{begin}:]
+    return logp[torch.arange(len(answer)), answer].{end}()
+"""
+SHIFT = "logits.log_softmax(-1)[n - 1 : -1]"
+planted("02", 3, "Off by one", ANSWER.format(logp="logits.log_softmax(-1)[n:]", begin="n", end="sum"))
+WHOLE = "logits.log_softmax(-1)[:-1]"
+planted("02", 3, "The prompt is in it", ANSWER.format(logp=WHOLE, begin="1", end="sum"))
+planted("02", 3, "That is the mean", ANSWER.format(logp=SHIFT, begin="n", end="mean"))
+planted("02", 3, "log_softmax first", ANSWER.format(logp="logits[n - 1 : -1]", begin="n", end="sum"))
 
 
 def read(file):
