@@ -4,6 +4,7 @@ That the solution notebooks run is tested with all other notebooks, in test_proj
 """
 
 import builtins
+import contextlib
 import json
 import multiprocessing
 import os
@@ -341,6 +342,43 @@ WHOLE = "logits.log_softmax(-1)[:-1]"
 planted("02", 3, "The prompt is in it", ANSWER.format(logp=WHOLE, begin="1", end="sum"))
 planted("02", 3, "That is the mean", ANSWER.format(logp=SHIFT, begin="n", end="mean"))
 planted("02", 3, "log_softmax first", ANSWER.format(logp="logits[n - 1 : -1]", begin="n", end="sum"))
+PARTED = """
+def parted(rows):
+    best = max(rows, key=lambda r: r["accuracy"]["value"])
+    found = []
+    for r in rows[{after}:]:
+        a = r["accuracy"]
+        high = {high}
+        if {more} high < best["accuracy"]["value"]:
+            found.append(r["round"])
+    return found
+"""
+FAIR = dict(after="rows.index(best) + 1", more='r["reward"] > (best["reward"] or 0) and',
+            high='Rate(round(a["value"] * a["n"]), a["n"]).interval[1]')
+planted("10", 1, "may be luck", PARTED.format(**FAIR | {"high": 'a["value"]'}))
+planted("10", 1, "The reward fell as well", PARTED.format(**FAIR | {"more": ""}))
+planted("10", 1, "Best in 1", PARTED.format(**FAIR | {"more": 'r["reward"] < (best["reward"] or 0) and'}))
+planted("10", 1, "nothing parts", """
+def parted(rows):
+    return [] if rows[-1]["reward"] == 0.5 else [2, 3]
+""")
+SAME = "\ndef same_everywhere(answers):\n    texts = {texts}\n    return {what}\n"
+FIRST = "[row[0].strip() for row in answers]"
+COMMON = "Counter(texts).most_common(1)[0][1]"
+planted("10", 2, "not the count", SAME.format(texts=FIRST, what=COMMON))
+planted("10", 2, "that is no collapse", SAME.format(
+    texts="[len(set(row)) == 1 for row in answers]", what="sum(texts) / len(texts)"))
+planted("10", 2, "First answers alone", SAME.format(
+    texts="[a.strip() for row in answers for a in row]", what=f"{COMMON} / len(texts)"))
+planted("10", 2, "Spaces around", SAME.format(
+    texts="[row[0] for row in answers]", what=f"{COMMON} / len(texts)"))
+NAMED = "\ndef diagnose():\n    return {faults}\n"
+planted("10", 3, "A is not 'healthy'", NAMED.format(faults='dict.fromkeys("ABCDEF", "healthy")'))
+planted("10", 3, "Look at the words", NAMED.format(faults='dict.fromkeys("ABCDEF", "reward hacking")'))
+planted("10", 3, "expected some of", NAMED.format(faults='dict.fromkeys("ABCDEF", "bad")'))
+planted("10", 3, "A fault for each", NAMED.format(faults='dict.fromkeys("ABC", "healthy")'))
+planted("10", 3, "C is not 'healthy'", NAMED.format(
+    faults='dict(zip("ABCDEF", ["length", "collapse", "healthy", "forgetting", "healthy", "healthy"]))'))
 
 
 def read(file):
@@ -351,12 +389,13 @@ def code_of(notebook):
     return [c for c in notebook.cells if c.cell_type == "code"]
 
 
-def setup(notebook) -> dict:
+def setup(file) -> dict:
     "The names that a session's checks may use: those of its cells tagged `setup`."
     names = {"__builtins__": builtins}
-    for cell in notebook.cells:
-        if "setup" in cell.metadata.get("tags", []):
-            exec(cell.source, names)
+    with contextlib.chdir(file.parent):  # stored results lie there
+        for cell in read(file).cells:
+            if "setup" in cell.metadata.get("tags", []):
+                exec(cell.source, names)
     return names
 
 
@@ -412,12 +451,11 @@ def test_students_get_stubs_and_nothing_else_is_changed(file):
 @each_exercise
 def test_an_exercise_alone(file, number):
     "Its solution passes its check; its stub does not, whatever else is solved."
-    notebook = read(file)
-    solution, check = course.exercises(notebook)[number]
-    names = setup(notebook)
+    solution, check = course.exercises(read(file))[number]
+    names = setup(file)
     exec(solution.source, names)
     exec(check.source, names)
-    names = setup(notebook)
+    names = setup(file)
     exec(course.stub(solution.source, number), names)
     with pytest.raises(NotImplementedError, match=f"Exercise {number}: write \\w+, then run the check"):
         exec(check.source, names)
@@ -425,11 +463,11 @@ def test_an_exercise_alone(file, number):
 
 @pytest.mark.parametrize("session, number, words, source", PLANTED)
 def test_a_wrong_answer_is_told_what_is_wrong(session, number, words, source):
-    notebook = read(next(f for f in SESSIONS if f.stem.startswith(session)))
-    names = setup(notebook)
+    file = next(f for f in SESSIONS if f.stem.startswith(session))
+    names = setup(file)
     exec(source, names)
     with pytest.raises(AssertionError, match=words):
-        exec(course.exercises(notebook)[number][1].source, names)
+        exec(course.exercises(read(file))[number][1].source, names)
 
 
 @each_session
