@@ -379,6 +379,37 @@ planted("10", 3, "expected some of", NAMED.format(faults='dict.fromkeys("ABCDEF"
 planted("10", 3, "A fault for each", NAMED.format(faults='dict.fromkeys("ABC", "healthy")'))
 planted("10", 3, "C is not 'healthy'", NAMED.format(
     faults='dict(zip("ABCDEF", ["length", "collapse", "healthy", "forgetting", "healthy", "healthy"]))'))
+ORDERS = "\ndef both_orders(judge, prompt, a, b):\n    return {what}\n"
+planted("05", 1, "sum to 1", ORDERS.format(what="(judge(prompt, a, b) + judge(prompt, b, a)) / 2"))
+planted("05", 1, "both orders", ORDERS.format(what="judge(prompt, a, b)"))
+planted("05", 1, "probability is expected", ORDERS.format(
+    what="judge(prompt, a, b) + 1 - judge(prompt, b, a)"))
+KAPPA = """
+def kappa(first, second):
+    n = len(first)
+    p, q = Counter(first), Counter(second)
+    observed = sum(a == b for a, b in zip(first, second)) / n
+    chance = {chance}
+    return {what}
+"""
+CHANCE, BEYOND = "sum(p[v] * q[v] for v in p) / n**2", "(observed - chance) / (1 - chance)"
+planted("05", 2, "raw agreement", KAPPA.format(chance=CHANCE, what="observed"))
+planted("05", 2, "not one half", KAPPA.format(chance="0.5", what=BEYOND))
+planted("05", 2, "Divide by", KAPPA.format(chance=CHANCE, what="observed - chance"))
+planted("05", 2, "undefined", KAPPA.format(chance=CHANCE, what=f"{BEYOND} if chance < 1 else 1.0"))
+WARM = """
+def best_temperature(z, outcome, grid=np.arange(0.25, 8, 0.25)):
+    def loss(t):
+        return ({loss}).mean()
+    return {best}(grid, key=loss)
+"""
+FULL = "outcome * np.logaddexp(0, -z / t) + (1 - outcome) * np.logaddexp(0, z / t)"
+planted("05", 3, "maximised|divide by T", WARM.format(loss=FULL, best="max"))
+TIMES = FULL.replace("z / t", "z * max(t, 0.3)")
+planted("05", 3, "divide by T", WARM.format(loss=TIMES, best="min"))
+planted("05", 3, "both o and 1 - o", WARM.format(loss="outcome * np.logaddexp(0, -z / t)", best="min"))
+TURNED = FULL.replace("-z", "+z").replace("0, z", "0, -z")
+planted("05", 3, "a sign turned", WARM.format(loss=TURNED, best="min"))
 
 
 def read(file):
