@@ -91,7 +91,9 @@ def slides(notebook) -> str:
             cell.metadata["slideshow"] = {"slide_type": "skip"}
     exporter = SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.reveal_scroll = True
-    return exporter.from_notebook_node(shown)[0]
+    page = exporter.from_notebook_node(shown)[0]
+    style = "<style>.reveal div.highlight pre { font-size: 80%; }</style>"  # 88 characters fit
+    return page.replace("</head>", f"{style}\n</head>", 1)
 
 
 def data(notebook) -> list[Path]:
