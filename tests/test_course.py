@@ -410,6 +410,35 @@ planted("05", 3, "divide by T", WARM.format(loss=TIMES, best="min"))
 planted("05", 3, "both o and 1 - o", WARM.format(loss="outcome * np.logaddexp(0, -z / t)", best="min"))
 TURNED = FULL.replace("-z", "+z").replace("0, z", "0, -z")
 planted("05", 3, "a sign turned", WARM.format(loss=TURNED, best="min"))
+AFTER = "\ndef after_critique(p, s, f, again):\n    return {what}\n"
+planted("06", 1, "A blind critic", AFTER.format(what="p + (1 - p) * s * again"))
+planted("06", 1, "A blind critic", AFTER.format(what="p * (1 - f) + (1 - p) * s"))
+planted("06", 1, "A blind critic|that is harm", AFTER.format(what="p + p * (1 - p) * s"))
+planted("06", 1, "each mistake", AFTER.format(what="p + p * (1 - p) * (s - f)"))
+planted("06", 1, "never doubts", AFTER.format(what="again if s > f else p if s == f == 0.5 else 0"))
+RATES = """
+def critic_rates(rows):
+    hit = sum(d and not r for r, d, _ in rows)
+    false = sum(d and r for r, d, _ in rows)
+    wrong = sum(not r for r, _, _ in rows)
+    return {what}
+"""
+planted("06", 2, "share of the wrong ones", RATES.format(what="hit / (hit + false), false / (hit + false)"))
+planted("06", 2, "of all 20", RATES.format(what="hit / len(rows), false / len(rows)"))
+planted("06", 2, "f and s", RATES.format(what="false / (len(rows) - wrong), hit / wrong"))
+POLITE = """
+def polite(text):
+    words = re.findall(r"[a-z]+", text.lower())
+    return {what}
+"""
+planted("06", 3, "Repeating the word", POLITE.format(what="float('please' in words)"))
+planted("06", 3, "Repeating the word|in \\[0, 1\\]", POLITE.format(what="min(1, words.count('please') / 3)"))
+planted("06", 3, "in \\[0, 1\\]", POLITE.format(what="words.count('please') * len(set(words))"))
+planted("06", 3, "Twenty times", POLITE.format(
+    what="min(1, len([w for w in words if w != 'please']) / 5) * (0.5 + 0.5 * ('please' in words))"))
+planted("06", 3, "lower the text", POLITE.format(
+    what="min(1, len(set(words) - {'please'}) / 5) * (0.5 + 0.5 * ('lease' in text))"))
+planted("06", 3, "has to get more", POLITE.format(what="min(1, len(set(words)) / 5)"))
 
 
 def read(file):
