@@ -103,20 +103,18 @@ def data(notebook) -> list[Path]:
 
 
 def make(out: Path) -> list[Path]:
-    "Write all products to `out`, in place of those of an earlier call; returns the files."
+    "Write all products to `out`, over those of an earlier call, and nothing else; returns the files."
     made = []
     for name in "students", "solutions", "slides":
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir(parents=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
     for file in sessions():
         notebook = nbformat.read(file, 4)
-        nbformat.write(student(notebook), out / "students" / file.name)
-        nbformat.write(alone(notebook), out / "solutions" / file.name)
-        (out / "slides" / f"{file.stem}.html").write_text(slides(notebook), encoding="utf-8")
-        for stored in data(notebook):
-            shutil.copy(stored, out / "students")
-            shutil.copy(stored, out / "solutions")
-    made = sorted(f for f in out.glob("*/*") if f.is_file())
+        for name, product in ("students", student(notebook)), ("solutions", alone(notebook)):
+            nbformat.write(product, out / name / file.name)
+            made.append(out / name / file.name)
+            made += [Path(shutil.copy(stored, out / name)) for stored in data(notebook)]
+        made.append(out / "slides" / f"{file.stem}.html")
+        made[-1].write_text(slides(notebook), encoding="utf-8")
     with zipfile.ZipFile(out / "course.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for f in made:
             if f.parent.name != "solutions":

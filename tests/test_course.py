@@ -475,7 +475,16 @@ def test_form(file):
         assert re.search(part.replace("*", r"\*").replace("$", r"\$"), text), part
     assert len(re.findall(r"### Exercise \d: .+ \((?:easy|medium|hard), \d+ minutes\)", text)) == 3
     assert list(course.exercises(notebook)) == [1, 2, 3]
+    assert sum(map(int, re.findall(r"^## .+ \((\d+) minutes\)$", text, re.M))) == 90
+    assert "@" not in text.split("## The question")[0]  # measured, and no place left open
     assert not any("default_exp" in c.source or "#| export" in c.source for c in notebook.cells)
+
+
+@pytest.mark.parametrize("file", [*SESSIONS, course.SOURCE / "instructors.md"], ids=lambda f: f.stem)
+def test_links_lead_somewhere(file):
+    text = file.read_text() if file.suffix == ".md" else "".join(c.source for c in read(file).cells)
+    links = re.findall(r"\]\((?!https?://)([^)#\s]+)\)", text)
+    assert links and not [x for x in links if not (file.parent / x).exists()]
 
 
 @each_session
