@@ -5,12 +5,13 @@
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
 # make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
+# make course     student and solution notebooks, slides and a zip of the course, into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
 DIR ?= runs/demo
 
-.PHONY: demo test floor lab learning costs pictures readme clean
+.PHONY: demo test floor lab learning costs pictures readme clean course
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
@@ -39,6 +40,9 @@ costs: .venv/dev
 # NAMES="stepper card" takes these alone
 pictures: .venv/dev
 	$(BIN)/python tests/pictures.py $(NAMES)
+
+course: .venv/dev
+	$(BIN)/python tests/course.py
 
 # After editing a notebook: export, clean, and make README.md from index.ipynb
 readme: .venv/dev
