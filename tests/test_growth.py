@@ -374,11 +374,12 @@ reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
         """competitive.train_step constitutional.revise constitutional.ai_feedback
-        league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate \
-policy.spell policy.whole_characters
+        league.train_step base.encode base.completion_ids policy.logprobs policy.sample policy.generate \
+base.spell base.whole_characters sampling.requests
         reward_model.train reward_model.scores players.answers_of players.Scripted.generate \
 refinement.refine refinement.refine_batch refinement.begin
-        skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate \
+        skill.collect skill.sample skill.generate skill.AtLevel.generate skill.Guidance.contexts \
+league.PolicySnapshot.generate \
 trainer.train trainer.check_prompts
         vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check \
 pipeline.run_self_play
@@ -386,7 +387,7 @@ pipeline.run_self_play
 rounds.group_rewards"""
     ),
     "says what a user's own class has to offer": (
-        "protocols.Judge.compare protocols.Position.move protocols.Player.generate"
+        "protocols.Judge.compare protocols.Position.move protocols.Player.generate sampling.Guide.contexts"
     ),
     "measures with prompts of its own": (
         """costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity \

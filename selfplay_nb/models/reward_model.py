@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from safetensors.torch import load_file
 
 from ..core.checks import number, printable
-from .policy import Base, Policy, _batches, can_share, lay_out, pack
+from .policy import Base, Policy
+from .sampling import batches, can_share, lay_out, pack
 from ..stats.rates import Rate
 from ..core.players import text_of
 from selfplay_nb.models.update import (
@@ -110,8 +111,7 @@ def __call__(
             )
     out = [0.0] * len(ids)
     with b.running(self.policy.name):
-        for rows in _batches([len(x) for x in ids], 1, 0, b.max_batch_tokens // 4):
-            here = [i for i, _ in rows]
+        for here in batches([len(x) for x in ids], 0, b.max_batch_tokens // 4):
             for i, v in zip(here, _worth(b, self.head, [ids[i] for i in here]).tolist()):
                 out[i] = v
     return out

@@ -37,7 +37,8 @@ from selfplay_nb.models.base import (
 )
 from ..core.pairs import write_whole
 from ..core.players import text_of
-from ..models.policy import Base, Policy, free_memory, sample_together
+from ..models.base import free_memory
+from ..models.policy import Base, Policy, sample_together
 from ..tasks.task import ArithmeticTask
 from ..models.update import dpo, reinforce
 
