@@ -175,7 +175,7 @@ def skill_rows(
             "expected one for each prompt, a label for each answer."
         )
     found = {l: {} for l in levels}
-    dropped = Counter({"unjudged": unjudged} if unjudged else {})
+    dropped = Counter(unjudged=unjudged)
     rng = random.Random(seed)
     for i, (p, said, its) in enumerate(zip(prompts, answers, labels)):
         for a, l in zip(said, its):
@@ -203,7 +203,7 @@ def skill_rows(
     n = min([len(rows) for rows in found.values()] + [per_level or math.inf])
     if not n:
         raise ValueError(
-            f"a level has no answers: { ({l: len(r) for l, r in found.items()}) }; left out {dict(dropped)}."
+            f"a level has no answers: { ({l: len(r) for l, r in found.items()}) }; left out {dict(+dropped)}."
             " Sample more, or set other boundaries."
         )
     dropped["to balance"] += sum(len(r) - n for r in found.values())
@@ -330,14 +330,8 @@ def trend(scores) -> Trend:  # (n, k): a row a prompt, a column a level, lowest 
     weight = np.r_[np.ones(n), 0.5, 1, 0.5]
     mean = value @ weight / weight.sum()
     half = 1.96 * math.sqrt((value - mean) ** 2 @ weight) / weight.sum()
-    return Trend(
-        float(d.mean()),
-        float(mean - half),
-        float(mean + half),
-        float(tail(d.sum())),
-        float(tail(-d.sum())),
-        n,
-    )
+    told = d.mean(), mean - half, mean + half, tail(d.sum()), tail(-d.sum())
+    return Trend(*map(float, told), n)
 
 # %% ../../nbs/methods/skill.ipynb #cd45bca6
 @dataclass
@@ -467,7 +461,7 @@ class Guidance:
         high, low = logits.float().log_softmax(-1)
         return low + self.scale * (high - low)
 
-# %% ../../nbs/methods/skill.ipynb #bf85ef32
+# %% ../../nbs/methods/skill.ipynb #126483ff
 class Guided:
     "A `Policy` that answers under `Guidance`, a player like any other."
 
@@ -486,12 +480,12 @@ class Guided:
         self.guidance = Guidance(low, high, scale)
         self.name = f"{policy.name} {low}{high}×{scale:g}"
 
-# %% ../../nbs/methods/skill.ipynb #5ec47877
+# %% ../../nbs/methods/skill.ipynb #86659412
 @patch
 def sample(
     self: Guided,
     prompts,  # a string, a conversation, or a list of either; without a level
-    n_samples: int = 1,  # answers for each prompt
+    *args,  # as in `Policy.sample`
     seed: int | list[int] = 0,  # of the random streams; a list has one for each prompt
     **sampling,  # as in `Policy.sample`
 ):
@@ -499,13 +493,13 @@ def sample(
 
     With scale 1, to rounding, those of the high level.
     """
-    return self.policy.sample(prompts, n_samples, seed=seed, guide=self.guidance, **sampling)
+    return self.policy.sample(prompts, *args, seed=seed, guide=self.guidance, **sampling)
 
 # %% ../../nbs/methods/skill.ipynb #c1152b53
 @patch
-def generate(self: Guided, prompts, n_samples: int = 1, seed: int | list[int] = 0, **sampling):
+def generate(self: Guided, prompts, *args, seed: int | list[int] = 0, **sampling):
     "Answer `prompts` with text, in their shape; see `sample`."
-    return self.policy.generate(prompts, n_samples, seed=seed, guide=self.guidance, **sampling)
+    return self.policy.generate(prompts, *args, seed=seed, guide=self.guidance, **sampling)
 
 
 @patch

@@ -51,19 +51,20 @@ class Policy:
         )
         base.add_adapter(name, config, seed)
 
-    @classmethod
-    def resident(
-        cls,
-        base: Base,  # what it stands on
-        name: str,  # an adapter that `base` already has
-        frozen: bool = True,  # refuse to train it
-    ) -> "Policy":
-        "A policy for an adapter that is already there; raises `ValueError` if it is not."
-        if name not in base.adapters:
-            raise ValueError(f"unknown adapter {name!r}; resident: {['base', *base.adapters]}.")
-        self = cls.__new__(cls)
-        self.base, self.name, self.frozen = base, name, frozen
-        return self
+# %% ../../nbs/models/policy.ipynb #8707a2f5
+@patch(cls_method=True)
+def resident(
+    cls: Policy,
+    base: Base,  # what it stands on
+    name: str,  # an adapter that `base` already has
+    frozen: bool = True,  # refuse to train it
+) -> Policy:
+    "A policy for an adapter that is already there; raises `ValueError` if it is not."
+    if name not in base.adapters:
+        raise ValueError(f"unknown adapter {name!r}; resident: {['base', *base.adapters]}.")
+    self = cls.__new__(cls)
+    self.base, self.name, self.frozen = base, name, frozen
+    return self
 
 # %% ../../nbs/models/policy.ipynb #29c3d9cd
 def _size(n):
@@ -322,7 +323,7 @@ def load(
         raise
     return self
 
-# %% ../../nbs/models/policy.ipynb #a8375ccb
+# %% ../../nbs/models/policy.ipynb #c9e3c771
 def _read_adapter(folder: Path):
     "The configuration and the weights in an adapter folder, checked."
     from safetensors import SafetensorError
@@ -338,9 +339,14 @@ def _read_adapter(folder: Path):
         config = PeftConfig.from_pretrained(str(folder))
     except (SafetensorError, ValueError, TypeError, KeyError) as e:
         raise ValueError(f"the adapter in {folder} is damaged: {e}") from e
-    check_adapter(config)
+    _check_weights(folder, config, state)
     # its weights are in the file, and some of the other ways are not for packed layers
     config.init_lora_weights = True
+    return config, state
+
+# %% ../../nbs/models/policy.ipynb #c7f8977b
+def _check_weights(folder: Path, config, state: dict):
+    check_adapter(config)
     odd = [k for k, w in state.items() if not w.isfinite().all()]
     if odd:
         raise ValueError(
@@ -353,7 +359,6 @@ def _read_adapter(folder: Path):
             f"the adapter in {folder} is damaged: its configuration says rank {config.r}, its matrices have"
             f" {sorted(ranks)}."
         )
-    return config, state
 
 # %% ../../nbs/models/policy.ipynb #11ce96d6
 @patch
