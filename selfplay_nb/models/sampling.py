@@ -399,7 +399,7 @@ def decode(
         texts.read(model, token.repeat(sides))
     return list(zip(tokens, logprobs))
 
-# %% ../../nbs/models/sampling.ipynb #0aef9567
+# %% ../../nbs/models/sampling.ipynb #cbbb1d87
 def _frozen(layer):
     "The frozen layer in a layer with adapters, or the layer itself."
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
@@ -415,7 +415,7 @@ def is_product(layer, adapter: str) -> bool:  # the module that is called
         return False
     return not _has(layer, adapter) or not (adapter in layer.lora_variant or layer.lora_bias[adapter])
 
-# %% ../../nbs/models/sampling.ipynb #b0fdb053
+# %% ../../nbs/models/sampling.ipynb #01e8a8a3
 def _matrix(layer, adapter: str, dtype) -> torch.Tensor:
     "W + s B A of a 4-bit layer; W, if it does not have the adapter."
     frozen = _frozen(layer)
@@ -425,7 +425,7 @@ def _matrix(layer, adapter: str, dtype) -> torch.Tensor:
     A, B = layer.lora_A[adapter].weight.to(dtype), layer.lora_B[adapter].weight.to(dtype)
     return weight.addmm_(B, A, alpha=layer.scaling[adapter])
 
-# %% ../../nbs/models/sampling.ipynb #a91a3d46
+# %% ../../nbs/models/sampling.ipynb #e5f0820b
 def _one_product(layer, adapter: str, dtype, once: bool):
     "A forward of `layer`: its matrix is made now, or at each call."
     made = partial(_matrix, layer, adapter, dtype)
@@ -434,7 +434,7 @@ def _one_product(layer, adapter: str, dtype, once: bool):
         return partial(F.linear, weight=made(), bias=bias)
     return lambda x: F.linear(x, made(), bias)
 
-# %% ../../nbs/models/sampling.ipynb #f8c92b04
+# %% ../../nbs/models/sampling.ipynb #713f4758
 @patch
 def _products(self: Base, *adapters) -> list:
     "The layers that are a product with each of `adapters`."
@@ -442,7 +442,7 @@ def _products(self: Base, *adapters) -> list:
     inside = {_frozen(m) for m in layers if isinstance(m, LoraLayer)}
     return [m for m in layers if m not in inside and all(is_product(m, a) for a in adapters)]
 
-# %% ../../nbs/models/sampling.ipynb #aa934aea
+# %% ../../nbs/models/sampling.ipynb #d023fdab
 @patch
 @contextmanager
 def _with_forwards(self: Base, adapter: str, forwards):  # makes pairs of a layer and its forward
@@ -458,7 +458,7 @@ def _with_forwards(self: Base, adapter: str, forwards):  # makes pairs of a laye
             for layer in changed:
                 del layer.forward
 
-# %% ../../nbs/models/sampling.ipynb #156ad79b
+# %% ../../nbs/models/sampling.ipynb #5e5e9110
 @patch
 def unpacked(
     self: Base,
@@ -469,14 +469,14 @@ def unpacked(
     layers, dtype = self._products(adapter), self.model.dtype
     return self._with_forwards(adapter, ((m, _one_product(m, adapter, dtype, once)) for m in layers))
 
-# %% ../../nbs/models/sampling.ipynb #0ee228f7
+# %% ../../nbs/models/sampling.ipynb #d5962137
 def _pair(layer, adapter: str):
     "A (r, n) and s B (m, r) of an adapter; r is 0 where the layer does not have it."
     if not _has(layer, adapter):
         return torch.zeros(0, _frozen(layer).in_features), torch.zeros(_frozen(layer).out_features, 0)
     return layer.lora_A[adapter].weight, layer.scaling[adapter] * layer.lora_B[adapter].weight
 
-# %% ../../nbs/models/sampling.ipynb #1268d0df
+# %% ../../nbs/models/sampling.ipynb #c9315b20
 class Fused:
     """Layers that read the same input, with all adapters, as two products.
 
@@ -503,7 +503,7 @@ class Fused:
             self.input, self.output = x, output.split(self.sizes, -1)
         return self.output
 
-# %% ../../nbs/models/sampling.ipynb #22f5c163
+# %% ../../nbs/models/sampling.ipynb #13cd9e0a
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -517,7 +517,7 @@ def _families(model, layers: set) -> list[list]:
             families.setdefault(key, []).append(m)
     return list(families.values())
 
-# %% ../../nbs/models/sampling.ipynb #64241d90
+# %% ../../nbs/models/sampling.ipynb #baddefae
 @patch
 def together(self: Base, owners: Owners):  # of the rows of a batch
     "As `running`, for a batch in which each row has its own of several adapters."
@@ -564,7 +564,7 @@ class Samples(list):
     def texts(self) -> list[list[str]]:
         return [[s.text for s in row] for row in self]
 
-# %% ../../nbs/models/sampling.ipynb #179b3026
+# %% ../../nbs/models/sampling.ipynb #e67b6e66
 @patch
 @printable
 def __repr__(self: Samples):
@@ -575,7 +575,7 @@ def __repr__(self: Samples):
         f" {self.tokens_per_second:.0f}/s, seed {self.seed})"
     )
 
-# %% ../../nbs/models/sampling.ipynb #3f3b5fe2
+# %% ../../nbs/models/sampling.ipynb #be80f0e1
 @patch
 def answers(
     self: Base,
@@ -603,7 +603,7 @@ def answers(
         self._in_memory(todo, run)
     return samples
 
-# %% ../../nbs/models/sampling.ipynb #8ec8dda1
+# %% ../../nbs/models/sampling.ipynb #4d084a80
 def sample_together(
     asked: list[tuple],  # `(policy, prompts, seed)`, as in `Policy.sample`, of policies on one base
     n_samples: int = 1,  # answers for each prompt
@@ -640,7 +640,7 @@ def sample_together(
             samples.append(Samples(rows, each * len(rows), seed))
     return samples
 
-# %% ../../nbs/models/sampling.ipynb #96e4e5be
+# %% ../../nbs/models/sampling.ipynb #ca0b193c
 @patch
 def requests(
     self: Base,
@@ -665,14 +665,14 @@ def requests(
         seen[s, ids[0]] += n
     return out, seed
 
-# %% ../../nbs/models/sampling.ipynb #6ef2c90e
+# %% ../../nbs/models/sampling.ipynb #d6ff28ed
 def _seeds(seed, n: int) -> list[int]:
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * n
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts: expected one number, or one for each.")
     return [whole("a seed", s, 0) for s in seeds]
 
-# %% ../../nbs/models/sampling.ipynb #c65465b2
+# %% ../../nbs/models/sampling.ipynb #0ab49791
 @patch
 def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
     "Token ids of `prompts`, each checked to leave `room` tokens of the context."
@@ -699,7 +699,7 @@ def _sample(self: Base, ids, logprobs) -> Sample:
         "stop" if stop else "length",
     )
 
-# %% ../../nbs/models/sampling.ipynb #c50fc21c
+# %% ../../nbs/models/sampling.ipynb #a396cb8c
 @patch
 def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
     """Few rows on a CPU, adapters that are no more than products, and a cache of keys and values alone, one
@@ -709,7 +709,7 @@ def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
         return False
     return all(is_product(m, a) for m in self.model.modules() for a in adapters if _has(m, a))
 
-# %% ../../nbs/models/sampling.ipynb #a7ec88bb
+# %% ../../nbs/models/sampling.ipynb #afe613b3
 @patch
 def _fastest(self: Base, owners: Owners, rows: int, new: int, guide):
     """The model as it is fastest for `new` tokens of `rows` answers at once; a few tokens are not worth the
@@ -718,6 +718,7 @@ def _fastest(self: Base, owners: Owners, rows: int, new: int, guide):
     if len(owners.adapters) > 1:
         return self.together(owners)
     adapter = owners.adapters[0]
+    # guided answers keep to the adapter's own layers, and so to their last digit what they were before
     if guide or new <= 4 or self.device.type != "cpu":
         return self.running(adapter)
     return self.unpacked(adapter, once=rows <= self.unpack_rows)
