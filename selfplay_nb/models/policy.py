@@ -51,7 +51,7 @@ class Policy:
         )
         base.add_adapter(name, config, seed)
 
-# %% ../../nbs/models/policy.ipynb #8707a2f5
+# %% ../../nbs/models/policy.ipynb #d41fa29b
 @patch(cls_method=True)
 def resident(
     cls: Policy,
@@ -323,7 +323,7 @@ def load(
         raise
     return self
 
-# %% ../../nbs/models/policy.ipynb #c9e3c771
+# %% ../../nbs/models/policy.ipynb #dd757427
 def _read_adapter(folder: Path):
     "The configuration and the weights in an adapter folder, checked."
     from safetensors import SafetensorError
@@ -344,7 +344,7 @@ def _read_adapter(folder: Path):
     config.init_lora_weights = True
     return config, state
 
-# %% ../../nbs/models/policy.ipynb #c7f8977b
+# %% ../../nbs/models/policy.ipynb #4c329781
 def _check_weights(folder: Path, config, state: dict):
     check_adapter(config)
     odd = [k for k, w in state.items() if not w.isfinite().all()]

@@ -7,7 +7,7 @@ __all__ = ['EXPERTS', 'SAME_INPUT', 'nucleus', 'draw', 'choose', 'uniforms', 'Re
            'Guide', 'batches', 'Tree', 'lay_out', 'pack', 'can_share', 'Texts', 'join', 'read', 'Owners', 'decode',
            'is_product', 'Fused', 'Sample', 'Samples', 'sample_together']
 
-# %% ../../nbs/models/sampling.ipynb #66dd3fad
+# %% ../../nbs/models/sampling.ipynb #c3185e5c
 import hashlib
 import math
 import time
@@ -19,7 +19,7 @@ from functools import partial
 from os.path import commonprefix
 from typing import Protocol
 
-# %% ../../nbs/models/sampling.ipynb #8c2475b9
+# %% ../../nbs/models/sampling.ipynb #c8b1ce6f
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from ..core.checks import number, printable, whole
 from ..core.players import as_prompts
 from .base import Base, cache_argument, free_memory, out_of_memory
 
-# %% ../../nbs/models/sampling.ipynb #01f3a5af
+# %% ../../nbs/models/sampling.ipynb #53ebc44a
 def nucleus(
     probs: torch.Tensor,  # (B, V)
     top_p: float,  # the share that is kept
@@ -44,7 +44,7 @@ def nucleus(
     drop = (likelier >= top_p).gather(-1, order.argsort(-1))  # back in the order of the vocabulary
     return probs.masked_fill(drop, 0)
 
-# %% ../../nbs/models/sampling.ipynb #1243b207
+# %% ../../nbs/models/sampling.ipynb #7d58cafb
 def draw(
     probs: torch.Tensor,  # (B, V)
     u: torch.Tensor,  # (B,) numbers in [0, 1)
@@ -57,7 +57,7 @@ def draw(
     at = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
 
-# %% ../../nbs/models/sampling.ipynb #2fd3e09a
+# %% ../../nbs/models/sampling.ipynb #2e440fdd
 def choose(
     logits: torch.Tensor,  # (B, V)
     u: torch.Tensor,  # (B,) numbers in [0, 1)
@@ -74,7 +74,7 @@ def choose(
     token = logits.argmax(-1) if temperature == 0 else draw((logits / temperature).softmax(-1), u, top_p)
     return token, logits.gather(-1, token[:, None])[:, 0] - norm
 
-# %% ../../nbs/models/sampling.ipynb #1bdf6f3b
+# %% ../../nbs/models/sampling.ipynb #7826082c
 def uniforms(
     seed: int,  # at least 0
     ids,  # token ids of the prompt
@@ -85,7 +85,7 @@ def uniforms(
     digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).digest()
     return np.random.default_rng([seed, k, *np.frombuffer(digest, np.uint32)]).random(n)
 
-# %% ../../nbs/models/sampling.ipynb #18ecb201
+# %% ../../nbs/models/sampling.ipynb #9a853a05
 @dataclass(frozen=True)
 class Request:
     "`n` answers to a prompt."
@@ -100,7 +100,7 @@ class Request:
         "The first `n` random numbers of answer `k`."
         return uniforms(self.seed, self.prompts[0], self.first + k, n)
 
-# %% ../../nbs/models/sampling.ipynb #bbde1764
+# %% ../../nbs/models/sampling.ipynb #fb003510
 @dataclass(frozen=True)
 class Sampling:
     "How to sample. Raises `ValueError` for a bad value."
@@ -114,7 +114,7 @@ class Sampling:
         number("temperature", self.temperature, 0)
         number("top_p", self.top_p, high=1, above=0)
 
-# %% ../../nbs/models/sampling.ipynb #12270e57
+# %% ../../nbs/models/sampling.ipynb #445ac6de
 def alone(logits: torch.Tensor) -> torch.Tensor:  # (1, answers, V)
     "The hook that changes nothing: the logits behind the only prompt."
     return logits[0]
@@ -124,7 +124,7 @@ def _call(model, cache, **inputs) -> torch.Tensor:
     "The logits of `model`, which reads and fills `cache`."
     return model(**inputs, **{cache_argument(type(model)): cache}, use_cache=True).logits
 
-# %% ../../nbs/models/sampling.ipynb #f6ffb3ad
+# %% ../../nbs/models/sampling.ipynb #3f5259e2
 def decode_plainly(
     model,  # with the request's adapter active
     request: Request,
@@ -149,7 +149,7 @@ def decode_plainly(
         unread = [tokens[-1:] for _ in caches]
     return tokens, logprobs
 
-# %% ../../nbs/models/sampling.ipynb #984126d0
+# %% ../../nbs/models/sampling.ipynb #746de41b
 class Guide(Protocol):
     "A hook on the logits of every step."
 
@@ -161,7 +161,7 @@ class Guide(Protocol):
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         "Logits (contexts, answers, V) to those that are sampled from (answers, V)."
 
-# %% ../../nbs/models/sampling.ipynb #d7c4eb34
+# %% ../../nbs/models/sampling.ipynb #df71c8a2
 def batches(
     lengths: list[int],  # tokens of each text
     new: int,  # tokens that each may grow by
@@ -174,7 +174,7 @@ def batches(
         yield longest_first[:size]
         longest_first = longest_first[size:]
 
-# %% ../../nbs/models/sampling.ipynb #abe95619
+# %% ../../nbs/models/sampling.ipynb #25cfc7be
 @dataclass
 class Tree:
     "Texts as a tree of tokens."
@@ -183,7 +183,7 @@ class Tree:
     before: list[int]  # the column of the token before each, -1 for a first one
     positions: list[int]  # where each stands in its text
 
-# %% ../../nbs/models/sampling.ipynb #2479e012
+# %% ../../nbs/models/sampling.ipynb #7132ec98
 def lay_out(
     lists: list[list[int]],  # n token lists
     share: bool = True,  # one copy of what they begin with? Else a tree for each
@@ -209,7 +209,7 @@ def lay_out(
         places[i] = len(trees) - 1, columns
     return trees, [places[i] for i in range(len(lists))]
 
-# %% ../../nbs/models/sampling.ipynb #b069d494
+# %% ../../nbs/models/sampling.ipynb #6819783a
 def _behind(lists, fill):
     "Lists of one length, filled up behind."
     length = max(map(len, lists))
@@ -225,7 +225,7 @@ def _sees(trees, length) -> np.ndarray:  # (B, 1, L, L)
                 sees[column] |= sees[before]
     return mask
 
-# %% ../../nbs/models/sampling.ipynb #4a628e88
+# %% ../../nbs/models/sampling.ipynb #faabf5d8
 def pack(
     trees: list[Tree],  # of `lay_out`
     pad: int,  # the padding token
@@ -240,7 +240,7 @@ def pack(
     inputs = dict(input_ids=ids, position_ids=positions, attention_mask=mask)
     return {name: torch.as_tensor(x, device=device) for name, x in inputs.items()}
 
-# %% ../../nbs/models/sampling.ipynb #ccb19f7d
+# %% ../../nbs/models/sampling.ipynb #18e53e78
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 
 
@@ -255,7 +255,7 @@ def can_share(config) -> bool:  # a model's
     experts = any(getattr(config, name, None) for name in EXPERTS)
     return everything and not experts and config._attn_implementation == "sdpa"
 
-# %% ../../nbs/models/sampling.ipynb #2534920d
+# %% ../../nbs/models/sampling.ipynb #ad2838a2
 @dataclass
 class Texts:
     "Texts that the model has read, a row for each, padded in front."
@@ -274,7 +274,7 @@ class Texts:
         inputs = dict(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=positions)
         self.logits = _call(model, self.cache, **inputs)[:, -1]
 
-# %% ../../nbs/models/sampling.ipynb #e12ec2a8
+# %% ../../nbs/models/sampling.ipynb #0ab32a55
 def join(parts: list[Texts]) -> Texts:  # of one length
     "Texts below one another."
     first, *others = parts
@@ -286,7 +286,7 @@ def join(parts: list[Texts]) -> Texts:  # of one length
     logits, masks = zip(*((part.logits, part.mask) for part in parts))
     return Texts(torch.cat(logits), first.cache, torch.cat(masks))
 
-# %% ../../nbs/models/sampling.ipynb #e6a7d3e5
+# %% ../../nbs/models/sampling.ipynb #19d0456d
 def read(
     model,
     lists: list[list[int]],  # n token lists
@@ -302,14 +302,14 @@ def read(
         mine = [i for i, (at, _) in enumerate(places) if at == n]
         yield _read_tree(model, tree, [places[i][1] for i in mine], pad, length), mine
 
-# %% ../../nbs/models/sampling.ipynb #c22a708f
+# %% ../../nbs/models/sampling.ipynb #bbf4a26a
 def _in_front(model, lists, pad, length):
     "Lists as a tensor, padded in front, and its mask."
     padded = [[pad] * (length - len(x)) + x for x in lists]
     mask = [[0] * (length - len(x)) + [1] * len(x) for x in lists]
     return torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
 
-# %% ../../nbs/models/sampling.ipynb #43ee4e40
+# %% ../../nbs/models/sampling.ipynb #5ac331a0
 def _read_padded(model, lists, pad, length) -> Texts:
     ids, mask = _in_front(model, lists, pad, length)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -317,7 +317,7 @@ def _read_padded(model, lists, pad, length) -> Texts:
     inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
     return Texts(_call(model, cache, **inputs)[:, -1], cache, mask)
 
-# %% ../../nbs/models/sampling.ipynb #402ba3e6
+# %% ../../nbs/models/sampling.ipynb #66ab7fe1
 def _read_tree(model, tree, columns, pad, length) -> Texts:
     "The texts of one tree, which stand in these of its columns."
     cache = DynamicCache(config=model.config)
@@ -328,7 +328,7 @@ def _read_tree(model, tree, columns, pad, length) -> Texts:
         layer.keys, layer.values = (x[0][:, own].transpose(0, 1) for x in (layer.keys, layer.values))
     return Texts(logits, cache, mask)
 
-# %% ../../nbs/models/sampling.ipynb #9cfd5a5f
+# %% ../../nbs/models/sampling.ipynb #af95be80
 class Owners:
     "Which of `adapters` each row of a batch belongs to."
 
@@ -339,7 +339,7 @@ class Owners:
     def are(self, names: list[str]):  # one for each row, or one for all rows
         self.rows = torch.tensor([self.adapters.index(name) for name in names])
 
-# %% ../../nbs/models/sampling.ipynb #6de95a5b
+# %% ../../nbs/models/sampling.ipynb #6f617399
 def _begin(model, batch, pad, owners) -> Texts:
     "The prompts of a batch, read once each: a row for each answer and prompt, first all first prompts."
     sides = range(len(batch[0][0].prompts))
@@ -356,11 +356,11 @@ def _begin(model, batch, pad, owners) -> Texts:
     texts.keep(torch.tensor([row[key] for key in wanted], device=model.device))
     return texts
 
-# %% ../../nbs/models/sampling.ipynb #cf82c74b
+# %% ../../nbs/models/sampling.ipynb #0c758da9
 def _silent(*counts):
     "Progress that is not shown."
 
-# %% ../../nbs/models/sampling.ipynb #d221a2ee
+# %% ../../nbs/models/sampling.ipynb #05b30a25
 def decode(
     model,  # with the adapter of the requests active, or all of theirs as in `Base.together`
     batch: list[tuple[Request, int]],  # and the number of the answer
@@ -399,7 +399,7 @@ def decode(
         texts.read(model, token.repeat(sides))
     return list(zip(tokens, logprobs))
 
-# %% ../../nbs/models/sampling.ipynb #cbbb1d87
+# %% ../../nbs/models/sampling.ipynb #6b900acb
 def _frozen(layer):
     "The frozen layer in a layer with adapters, or the layer itself."
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
@@ -415,7 +415,7 @@ def is_product(layer, adapter: str) -> bool:  # the module that is called
         return False
     return not _has(layer, adapter) or not (adapter in layer.lora_variant or layer.lora_bias[adapter])
 
-# %% ../../nbs/models/sampling.ipynb #01e8a8a3
+# %% ../../nbs/models/sampling.ipynb #1a1d566f
 def _matrix(layer, adapter: str, dtype) -> torch.Tensor:
     "W + s B A of a 4-bit layer; W, if it does not have the adapter."
     frozen = _frozen(layer)
@@ -425,7 +425,7 @@ def _matrix(layer, adapter: str, dtype) -> torch.Tensor:
     A, B = layer.lora_A[adapter].weight.to(dtype), layer.lora_B[adapter].weight.to(dtype)
     return weight.addmm_(B, A, alpha=layer.scaling[adapter])
 
-# %% ../../nbs/models/sampling.ipynb #e5f0820b
+# %% ../../nbs/models/sampling.ipynb #387d6eb4
 def _one_product(layer, adapter: str, dtype, once: bool):
     "A forward of `layer`: its matrix is made now, or at each call."
     made = partial(_matrix, layer, adapter, dtype)
@@ -434,7 +434,7 @@ def _one_product(layer, adapter: str, dtype, once: bool):
         return partial(F.linear, weight=made(), bias=bias)
     return lambda x: F.linear(x, made(), bias)
 
-# %% ../../nbs/models/sampling.ipynb #713f4758
+# %% ../../nbs/models/sampling.ipynb #594428f3
 @patch
 def _products(self: Base, *adapters) -> list:
     "The layers that are a product with each of `adapters`."
@@ -442,7 +442,7 @@ def _products(self: Base, *adapters) -> list:
     inside = {_frozen(m) for m in layers if isinstance(m, LoraLayer)}
     return [m for m in layers if m not in inside and all(is_product(m, a) for a in adapters)]
 
-# %% ../../nbs/models/sampling.ipynb #d023fdab
+# %% ../../nbs/models/sampling.ipynb #cdafe489
 @patch
 @contextmanager
 def _with_forwards(self: Base, adapter: str, forwards):  # makes pairs of a layer and its forward
@@ -458,7 +458,7 @@ def _with_forwards(self: Base, adapter: str, forwards):  # makes pairs of a laye
             for layer in changed:
                 del layer.forward
 
-# %% ../../nbs/models/sampling.ipynb #5e5e9110
+# %% ../../nbs/models/sampling.ipynb #91470444
 @patch
 def unpacked(
     self: Base,
@@ -469,14 +469,14 @@ def unpacked(
     layers, dtype = self._products(adapter), self.model.dtype
     return self._with_forwards(adapter, ((m, _one_product(m, adapter, dtype, once)) for m in layers))
 
-# %% ../../nbs/models/sampling.ipynb #d5962137
+# %% ../../nbs/models/sampling.ipynb #4f00f33f
 def _pair(layer, adapter: str):
     "A (r, n) and s B (m, r) of an adapter; r is 0 where the layer does not have it."
     if not _has(layer, adapter):
         return torch.zeros(0, _frozen(layer).in_features), torch.zeros(_frozen(layer).out_features, 0)
     return layer.lora_A[adapter].weight, layer.scaling[adapter] * layer.lora_B[adapter].weight
 
-# %% ../../nbs/models/sampling.ipynb #c9315b20
+# %% ../../nbs/models/sampling.ipynb #6ef66e5a
 class Fused:
     """Layers that read the same input, with all adapters, as two products.
 
@@ -503,7 +503,7 @@ class Fused:
             self.input, self.output = x, output.split(self.sizes, -1)
         return self.output
 
-# %% ../../nbs/models/sampling.ipynb #13cd9e0a
+# %% ../../nbs/models/sampling.ipynb #57412559
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -517,7 +517,7 @@ def _families(model, layers: set) -> list[list]:
             families.setdefault(key, []).append(m)
     return list(families.values())
 
-# %% ../../nbs/models/sampling.ipynb #baddefae
+# %% ../../nbs/models/sampling.ipynb #e772b65a
 @patch
 def together(self: Base, owners: Owners):  # of the rows of a batch
     "As `running`, for a batch in which each row has its own of several adapters."
@@ -564,7 +564,7 @@ class Samples(list):
     def texts(self) -> list[list[str]]:
         return [[s.text for s in row] for row in self]
 
-# %% ../../nbs/models/sampling.ipynb #e67b6e66
+# %% ../../nbs/models/sampling.ipynb #8ba511e7
 @patch
 @printable
 def __repr__(self: Samples):
@@ -575,7 +575,7 @@ def __repr__(self: Samples):
         f" {self.tokens_per_second:.0f}/s, seed {self.seed})"
     )
 
-# %% ../../nbs/models/sampling.ipynb #be80f0e1
+# %% ../../nbs/models/sampling.ipynb #f1ba90d8
 @patch
 def answers(
     self: Base,
@@ -603,7 +603,7 @@ def answers(
         self._in_memory(todo, run)
     return samples
 
-# %% ../../nbs/models/sampling.ipynb #4d084a80
+# %% ../../nbs/models/sampling.ipynb #7962b9f5
 def sample_together(
     asked: list[tuple],  # `(policy, prompts, seed)`, as in `Policy.sample`, of policies on one base
     n_samples: int = 1,  # answers for each prompt
@@ -640,7 +640,7 @@ def sample_together(
             samples.append(Samples(rows, each * len(rows), seed))
     return samples
 
-# %% ../../nbs/models/sampling.ipynb #ca0b193c
+# %% ../../nbs/models/sampling.ipynb #0c896e15
 @patch
 def requests(
     self: Base,
@@ -654,7 +654,7 @@ def requests(
     "Requests; a prompt that is given twice with one seed goes on counting its answers."
     self.check_resident(adapter)
     prompts, _ = as_prompts(prompts)
-    sides = zip(*map(guide.contexts, prompts)) if guide else [prompts]
+    sides = zip(*map(guide.contexts, prompts), strict=True) if guide else [prompts]
     encoded = list(zip(*(self._encode_all(side, max_new_tokens) for side in sides)))
     if seed is None:
         seed = int(torch.randint(2**31, (1,)))
@@ -665,14 +665,14 @@ def requests(
         seen[s, ids[0]] += n
     return out, seed
 
-# %% ../../nbs/models/sampling.ipynb #d6ff28ed
+# %% ../../nbs/models/sampling.ipynb #5ff39dc0
 def _seeds(seed, n: int) -> list[int]:
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * n
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts: expected one number, or one for each.")
     return [whole("a seed", s, 0) for s in seeds]
 
-# %% ../../nbs/models/sampling.ipynb #0ab49791
+# %% ../../nbs/models/sampling.ipynb #48996abf
 @patch
 def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
     "Token ids of `prompts`, each checked to leave `room` tokens of the context."
@@ -699,7 +699,7 @@ def _sample(self: Base, ids, logprobs) -> Sample:
         "stop" if stop else "length",
     )
 
-# %% ../../nbs/models/sampling.ipynb #a396cb8c
+# %% ../../nbs/models/sampling.ipynb #20edc5bd
 @patch
 def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
     """Few rows on a CPU, adapters that are no more than products, and a cache of keys and values alone, one
@@ -709,7 +709,7 @@ def _can_mix(self: Base, adapters: list[str], rows: int, new: int) -> bool:
         return False
     return all(is_product(m, a) for m in self.model.modules() for a in adapters if _has(m, a))
 
-# %% ../../nbs/models/sampling.ipynb #afe613b3
+# %% ../../nbs/models/sampling.ipynb #a4feb7cf
 @patch
 def _fastest(self: Base, owners: Owners, rows: int, new: int, guide):
     """The model as it is fastest for `new` tokens of `rows` answers at once; a few tokens are not worth the
