@@ -89,6 +89,7 @@ def run(base, folder, at=0):
             exam_every=2,
             opponents="league",
             league_size=2,
+            learners="main, main_exploiter",
             renew_every=1,
             gate=False,
         )
@@ -100,11 +101,20 @@ def run(base, folder, at=0):
     os._exit(0)
 
 
+def timeless(metrics):
+    "Without what a clock says."
+    if isinstance(metrics, list):
+        return [timeless(m) for m in metrics]
+    if not isinstance(metrics, dict):
+        return metrics
+    return {k: timeless(v) for k, v in metrics.items() if "second" not in k}
+
+
 def outcome(folder):
     "All that a run is: weights, optimizer, ratings, ledgers, metrics without their seconds."
     newest = max((folder / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
-    history = [{k: v for k, v in m.items() if "second" not in k} for m in state["history"]]
+    history = timeless(state["history"])
     weights = {f.relative_to(newest).as_posix(): f.read_bytes() for f in newest.rglob("*.safetensors")}
     league = [(folder / "league" / n).read_bytes() for n in ("state.json", "games.jsonl")]
     return newest.name, weights, history, state["random"], league, (folder / "pairs.jsonl").read_bytes()

@@ -35,7 +35,7 @@ from selfplay_nb.methods.constitutional import (
 )
 from selfplay_nb.scoring.reward import exact_number, score
 
-PLANTED = Path(__file__).parents[1] / "nbs" / "planted.toml"
+PLANTED = Path(__file__).parents[1] / "nbs" / "methods" / "planted.toml"
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror='alert(2)'> {mark} {response} <|im_end|>"
 
 

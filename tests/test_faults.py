@@ -16,7 +16,7 @@ import torch
 from selfplay_nb.core.pairs import Ledger, loops, validate_pairs
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.loop.callbacks import Live, ReportTo, control, flat, read_control
-from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.loop.trainer import Learner, SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.loop.vitals import Vitals, alarms, vitals
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.league import LeagueTraining
@@ -365,8 +365,7 @@ def right_with(p, name):
 def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     assert abs(p * (1 - q) / (p * (1 - q) + q * (1 - p)) - true) < 1e-9
     trainer = make(tmp_path / "run", None, gate=True, gate_prompts=640, n_rounds=12, renew_every=3)
-    trainer.student = right_with(p, "student")
-    trainer.reference = right_with(q, "reference")
+    trainer.learner = Learner("main", right_with(p, "student"), right_with(q, "reference"))
     told = []
     for trainer.config.seed in range(200):
         told.append(trainer.ask_gate())
@@ -394,8 +393,7 @@ def round_of(n, verdict=None, **more):
 @pytest.mark.parametrize("before, games", [(0, 11), (1, 15), (2, 17), (3, 18)])
 def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
     trainer = make(tmp_path / "run", None, gate=True)
-    trainer.student = right_with(1.0, "student")
-    trainer.reference = right_with(0.0, "reference")
+    trainer.learner = Learner("main", right_with(1.0, "student"), right_with(0.0, "reference"))
     trainer.history = [round_of(0), *(round_of(n, "undecided") for n in range(1, before + 1))]
     trainer.round = before
     told = trainer.ask_gate()
@@ -490,7 +488,7 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
             verdict != "accept"
         )
         assert same(student, start) == (verdict == "reject")
-    assert (trainer.optimizer is None) == (verdict == "reject") and trainer.marks.get("best") == (
+    assert (trainer.learner.optimizer is None) == (verdict == "reject") and trainer.marks.get("best") == (
         2 if verdict == "accept" else None
     )
     parts = make(tmp_path / "parts", tiny_folder, gate=True)
@@ -503,7 +501,7 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
     )
     again = make(tmp_path / "run", tiny_folder, gate=True)
     again.train()
-    assert same(again.student.state(), trainer.student.state()) and (again.optimizer is None) == (
+    assert same(again.student.state(), trainer.student.state()) and (again.learner.optimizer is None) == (
         verdict == "reject"
     )
 
@@ -533,8 +531,7 @@ def test_a_rejected_students_games_do_not_count_for_its_reference(tmp_path, tiny
 
 def test_the_gate_of_a_control_knows_nothing(tmp_path):
     trainer = make(tmp_path / "run", None, gate=True, judge="coin", n_rounds=12, renew_every=3)
-    trainer.student = right_with(0.9, "student")
-    trainer.reference = right_with(0.1, "reference")
+    trainer.learner = Learner("main", right_with(0.9, "student"), right_with(0.1, "reference"))
     told = []
     for trainer.config.seed in range(60):
         told.append(trainer.ask_gate()["verdict"])

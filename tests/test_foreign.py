@@ -23,13 +23,14 @@ import torch
 from safetensors import SafetensorError
 
 import selfplay_nb
+from selfplay_nb import cli
 from selfplay_nb.core import checkpoint, pairs
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.games.debate import Negotiation
 from selfplay_nb.games.play import Played, Transcript, play
 from selfplay_nb.loop import callbacks
 from selfplay_nb.loop.pipeline import RLHFOrchestrator
-from selfplay_nb.loop.trainer import MADE, SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.loop.trainer import KIND, MADE, SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.methods.adversarial import AdversarialFilter
 from selfplay_nb.methods.constitutional import Constitution, ConstitutionalRewardWrapper, Principle
 from selfplay_nb.methods.league import LeagueTraining
@@ -203,6 +204,16 @@ def ledger(made, at, call):
     call(pairs.Ledger(at))
 
 
+def export(made, at):
+    with tempfile.TemporaryDirectory() as top:
+        run = Path(top) / "run"
+        checkpoint.write_record(run / checkpoint.RECORD, {"kind": KIND})
+        with checkpoint.writing(run / "checkpoints" / "round_000") as tmp:
+            made.policy.save(tmp / "student")
+            (tmp / "state.json").write_text('{"marks": {}}')
+        cli.export(run, at)
+
+
 PAIR = dict(prompt="p", chosen="a", rejected="b")
 WRITERS = {
     "checkpoint.writing": writing,
@@ -228,8 +239,8 @@ WRITERS = {
     "league.LeagueTraining.save": league,
     "league.LeagueTraining.record": lambda made, at: league(made, at, made.policy),
     "human.HumanRatings.rate": rated,
-    "games.Played.save": lambda made, at: made.played.save(at),
-    "games.play": lambda made, at: play(Negotiation(), [made.player] * 2, 1, illegal="random", path=at),
+    "play.Played.save": lambda made, at: made.played.save(at),
+    "play.play": lambda made, at: play(Negotiation(), [made.player] * 2, 1, illegal="random", path=at),
     "refinement.Trace.save": lambda made, at: made.trace.save(at),
     "refinement.Traces.save": lambda made, at: Traces([made.trace]).save(at),
     "refinement.Traces.save_data": (
@@ -249,10 +260,11 @@ WRITERS = {
     "pipeline.RLHFOrchestrator.run_sft, fresh": (
         lambda made, at: orchestrator(made, at).run_sft([dict(prompt="a", completion="b")], fresh=True)
     ),
+    "cli.export": export,
     "callbacks.control": lambda made, at: callbacks.control(at, stop=True),
     "callbacks.take_control": lambda made, at: callbacks.take_control(at),
-    "model.tiny_model_folder": lambda made, at: model.tiny_model_folder(at),
-    "model.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
+    "base.tiny_model_folder": lambda made, at: model.tiny_model_folder(at),
+    "base.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
 }
 NO_FILES = {  # names that sound like it
     "policy.Policy.delete": "takes an adapter out of memory",
@@ -261,8 +273,9 @@ NO_FILES = {  # names that sound like it
     "pipeline.RLHFOrchestrator.folder": "says where",
     "templates.control_tokens": "looks at a tokenizer",
     "trainer.SelfPlayTrainer.save": "in a run that is its own",
-    "model.fetch_wheel": "in a temporary folder",
-    "model.wheel_model_folder": "see test_model.py",
+    "trainer.SelfPlayTrainer.begin_anew": "likewise",
+    "base.fetch_wheel": "in a temporary folder",
+    "base.wheel_model_folder": "see test_model.py",
 }
 
 
@@ -370,17 +383,18 @@ def test_what_others_made_stays_for_a_user_who_may_not_write_everywhere(made):
 
 def public():
     "Every public function and method of the library, as `module.name` or `module.Class.name`."
-    for info in pkgutil.iter_modules(selfplay_nb.__path__):
-        if info.name.startswith("_"):
+    for info in pkgutil.walk_packages(selfplay_nb.__path__, "selfplay_nb."):
+        last = info.name.rsplit(".", 1)[1]
+        if info.ispkg or last.startswith("_"):
             continue
-        module = importlib.import_module(f"selfplay_nb.{info.name}")
+        module = importlib.import_module(info.name)
         for name in getattr(module, "__all__", ()):
             x = getattr(module, name)
             if inspect.isfunction(x):
-                yield f"{info.name}.{name}"
+                yield f"{last}.{name}"
             if isinstance(x, type) and x.__module__ == module.__name__:
                 yield from (
-                    f"{info.name}.{name}.{k}"
+                    f"{last}.{name}.{k}"
                     for k, v in vars(x).items()
                     if inspect.isfunction(v) and not k.startswith("_")
                 )

@@ -194,7 +194,7 @@ READERS = {
     "templates.fence_mark": templates.fence_mark,
     "templates.fill": filled,
     "judge.without_mark": lambda t: judge.without_mark(t, MARK),
-    "code_tasks.extract_code": lambda t: code_tasks.extract_code(t, CODE, "f"),
+    "code.extract_code": lambda t: code_tasks.extract_code(t, CODE, "f"),
     "reasoning.knights": lambda t: reasoning.KnightsAndKnaves(3).verifier([""], [t], answer=["Ann"]),
     "reasoning.syllogisms": lambda t: reasoning.Syllogisms(2).verifier([""], [t], answer=["yes"]),
     "reasoning.formulas": formula,
@@ -208,8 +208,8 @@ READERS = {
     "constitutional.RULES": lambda t: [rule(t, ASKED) for rule in constitutional.RULES.values()],
     "constitutional.Lexicon.found": constitutional.Lexicon("may|no proof", "no proof[^.]*").found,
     "constitutional.substance": lambda t: constitutional.substance(t, t[::-1]),
-    "games.find_move": lenient(lambda t: games.find_move(t, MOVES)),
-    "games.prompt after an illegal answer": lambda t: retry(t),
+    "play.find_move": lenient(lambda t: games.find_move(t, MOVES)),
+    "play.prompt after an illegal answer": lambda t: retry(t),
     "debate.parse_take": lenient(lambda t: debate.parse_take(t, POOL)),
     "debate.parse_message": lenient(lambda t: debate.parse_message(t, POOL, MARK)),
     "debate.conversation": lambda t: debate.conversation("head", [("I", t), ("you", t)], "ask"),
@@ -354,10 +354,10 @@ NAMED_LIKE_A_TEXT = {
 
 NO_READERS = {
     "called by a reader above, with the same text": (
-        """answers.answer_and_rest reward.exact_number code_tasks.defined creative.SpecReward.parts
+        """answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
         creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
 constitutional.score constitutional.attribution
-        constitutional.evaluate_principle constitutional.render judge.render games.take debate.move \
+        constitutional.evaluate_principle constitutional.render judge.render play.take debate.move \
 pairs.question diversity.adjusted_distinct
         diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
 reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
@@ -383,7 +383,7 @@ league.PolicySnapshot.generate \
 trainer.train trainer.check_prompts
         vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check \
 pipeline.run_self_play
-        pipeline.run_policy_optimization pipeline.sppo diversity.embed update.token_logprobs \
+        pipeline.run_policy_optimization diversity.embed update.token_logprobs \
 rounds.group_rewards"""
     ),
     "says what a user's own class has to offer": (
@@ -398,7 +398,8 @@ costs.literal_round
         """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
 trainer.warn
-        rounds.answer_rows task.as_task trainer.progress"""
+        rounds.answer_rows task.as_task trainer.progress
+        pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn"""
     ),
 }
 

@@ -448,8 +448,8 @@ def test_only_controls_that_both_versions_have(ratings):
 @pytest.mark.parametrize(
     "module, banned",
     [
-        ("human", ["torch", "transformers", "ipywidgets"]),
-        ("widgets", ["torch", "transformers", "selfplay_nb.scoring.human"]),
+        ("scoring.human", ["torch", "transformers", "ipywidgets"]),
+        ("views.widgets", ["torch", "transformers", "selfplay_nb.scoring.human"]),
     ],
 )
 def test_light_imports(module, banned):

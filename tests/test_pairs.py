@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from selfplay_nb.core import pairs
 from selfplay_nb.core.pairs import Ledger, load_rows, question, question_key, same_questions, write_whole
 from selfplay_nb.loop.pipeline import combine
 from selfplay_nb.tasks.task import ArithmeticTask
@@ -249,6 +250,30 @@ def _write(path, k):
 def _read(path, stop):
     while not stop.is_set():
         Ledger(path).rows()
+
+
+def test_a_line_that_was_finished_while_it_was_read_is_no_damage(tmp_path, monkeypatch):
+    "One call of `readlines` may find the beginning of a line, and then, as the file has grown, its rest."
+    path = tmp_path / "a.jsonl"
+    Ledger(path).append([PAIR, PAIR])
+    first, second = path.read_bytes().splitlines(keepends=True)
+
+    class Growing:
+        def __init__(self, *a):
+            self.reads = [[first, second[:20], second[20:]], []]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *a):
+            pass
+
+        def readlines(self, hint):
+            return self.reads.pop(0)
+
+    ledger = Ledger(path)
+    monkeypatch.setattr(pairs, "open", Growing, raising=False)
+    assert ledger.rows() == [PAIR]
 
 
 def test_readers_and_writers_at_once_lose_nothing(tmp_path):

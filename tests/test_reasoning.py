@@ -11,6 +11,7 @@ from itertools import permutations, product
 
 import pytest
 
+from selfplay_nb.tasks import reasoning
 from selfplay_nb.tasks.reasoning import (
     FORMS,
     KnightsAndKnaves,
@@ -25,7 +26,7 @@ from selfplay_nb.tasks.reasoning import (
     math_equal,
     solutions,
 )
-from selfplay_nb.tasks.task import held_out, reasoning
+from selfplay_nb.tasks.task import held_out
 
 gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None,

@@ -143,6 +143,18 @@ BROUGHT = {
     "a game and a league": lambda: dict(
         task=GameTask(Short(), illegal="random"), opponents="league", method="reinforce", exam_size=8
     ),
+    "a league whose exploiters learn": lambda: dict(
+        task=as_task(PROMPTS, reward=variety),
+        opponents="league",
+        learners="main, main_exploiter, league_exploiter",
+    ),
+    "a game and exploiters": lambda: dict(
+        task=GameTask(Short(), illegal="random"),
+        opponents="league",
+        learners="main, main_exploiter",
+        method="reinforce",
+        exam_size=8,
+    ),
     "parts of one's own": lambda: dict(
         task=as_task(PROMPTS, reward=variety), collectors=[TwicePlayed()], method=Careful(), gate=Always()
     ),
@@ -174,10 +186,17 @@ def outcome(trainer):
         Ledger(trainer.dir / "samples.jsonl", ("prompt", "completion", "advantage")).rows(),
     ]
     return (
-        {k: v.tolist() for k, v in trainer.student.state().items()},
+        [{k: v.tolist() for k, v in learner.policy.state().items()} for learner in trainer.learners],
         kept,
-        [{k: v for k, v in m.items() if "second" not in k} for m in trainer.history],
+        list(map(timeless, trainer.history)),
     )
+
+
+def timeless(metrics):
+    "Metrics without what a clock says."
+    if not isinstance(metrics, dict):
+        return metrics
+    return {k: timeless(v) for k, v in metrics.items() if "second" not in k}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,7 @@ class Stop:
 def outcome(trainer):
     ledger = Ledger(trainer.dir / "pairs.jsonl").rows()
     plain = [{k: v for k, v in m.items() if "second" not in k} for m in trainer.history]
-    return trainer.student.state(), trainer.reference.state(), trainer.optimizer, ledger, plain
+    return trainer.student.state(), trainer.reference.state(), trainer.learner.optimizer, ledger, plain
 
 
 def equal(a, b):
@@ -509,3 +510,56 @@ def test_command_line(tmp_path, tiny_folder, monkeypatch, capsys):
             SelfPlayConfig(str(tmp_path / "run"), str(tiny_folder), **SMALL | {"n_rounds": 1})
         ).items()
     )
+
+
+def test_exploiters_learn_and_join_the_league(tmp_path, tiny_folder):
+    trainer = make(
+        tmp_path / "run",
+        tiny_folder,
+        n_rounds=3,
+        opponents="league",
+        learners="main, main_exploiter, league_exploiter",
+        league_size=12,
+    )
+    began = None
+
+    class Look:
+        def on_train_begin(self, trainer, total):
+            nonlocal began
+            began = [learner.policy.state() for learner in trainer.learners]
+
+    trainer.callbacks = [Look()]
+    history = trainer.train()
+    assert [learner.role for learner in trainer.learners] == ["main", "main_exploiter", "league_exploiter"]
+    for number, role in enumerate(["main_exploiter", "league_exploiter"], 1):
+        told = [m["learners"][role] for m in history[1:]]
+        assert all(math.isfinite(m["loss"]) and m["pairs"] for m in told)
+        joined = [m for m in trainer.league.members if m.role == role]
+        assert len(joined) == 3
+        # what joined is not what it began as, and not the main agent
+        for member in joined:
+            weights = Policy.load(trainer.base, member.folder, "look").state()
+            trainer.base.policy("look").delete()
+            assert not equal(weights, began[number]) and not equal(weights, trainer.student.state())
+    # a main exploiter meets the main agent's newest snapshot, or before there is one anybody, and begins anew
+    met = [m["learners"]["main_exploiter"]["opponents"] for m in history[2:]]
+    main = {m.name for m in trainer.league.members if m.role == "main"}
+    assert all(set(names) <= main for names in met)
+    assert equal(trainer.learners[1].policy.state(), began[1])
+    rows = Ledger(trainer.dir / "pairs.jsonl").rows()
+    assert {r.get("learner") for r in rows} == {None, "main_exploiter", "league_exploiter"}
+    trainer.league.unload()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(learners="main_exploiter"), "expected 'main', and after it"),
+        (dict(learners="main, boss"), "expected 'main', and after it"),
+        (dict(learners="main, main"), "expected 'main', and after it"),
+        (dict(learners="main, main_exploiter"), "give opponents='league'"),
+    ],
+)
+def test_learners_are_checked(settings, said):
+    with pytest.raises(ValueError, match=said):
+        SelfPlayConfig(**settings).check()

@@ -8,6 +8,7 @@ into which step, since their order is its own.
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from selfplay_nb.loop.pipeline import RLHFOrchestrator, sppo
+from selfplay_nb.loop.pipeline import RLHFOrchestrator
 from selfplay_nb.models import update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.reward_model import RewardModel
 from selfplay_nb.models.update import dpo, reinforce, sft
+
+sppo = partial(dpo, loss_type="sppo", loss_weights=None, beta=0.1)
 
 # of the tiny model; adapters are scaled by alpha/r
 LAYERS = 2

@@ -456,7 +456,10 @@ def _read(self: Ledger):
     n, ended = 0, True
     with open(self.path, "rb") as f:
         while ended and (lines := f.readlines(1 << 20)):
-            ended = lines[-1].endswith(b"\n")
+            # also in the middle: `readlines` reads on where the file has grown meanwhile
+            torn = next((i for i, line in enumerate(lines) if not line.endswith(b"\n")), None)
+            if torn is not None:
+                ended, lines = False, lines[: torn + 1]
             rows = self._block(lines) if ended else None
             yield from self._one_by_one(lines, n + 1) if rows is None else rows
             n += len(lines)

@@ -426,7 +426,10 @@ def _control_lock(run_dir, timeout: float = 10):
     return FileLock(Path(run_dir) / ".control.lock", timeout=timeout)
 
 # %% ../../nbs/loop/callbacks.ipynb #e721df05
-def flat(metrics: dict, prefix: str = "") -> dict:  # of a round  # before each name  # name to number
+def flat(
+    metrics: dict,  # of a round
+    prefix: str = "",  # before each name
+) -> dict:  # name to number
     "The numbers in nested metrics, as trackers want them: `win_rate/value` and so on."
     out = {}
     for k, v in metrics.items():
