@@ -461,7 +461,7 @@ class Guidance:
         high, low = logits.float().log_softmax(-1)
         return low + self.scale * (high - low)
 
-# %% ../../nbs/methods/skill.ipynb #c42d9359
+# %% ../../nbs/methods/skill.ipynb #95f411d3
 class Guided:
     "A `Policy` that answers under `Guidance`, a player like any other."
 
@@ -480,7 +480,7 @@ class Guided:
         self.guidance = Guidance(low, high, scale)
         self.name = f"{policy.name} {low}{high}×{scale:g}"
 
-# %% ../../nbs/methods/skill.ipynb #750bd8a6
+# %% ../../nbs/methods/skill.ipynb #29c7ecce
 @patch
 def sample(
     self: Guided,
