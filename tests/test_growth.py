@@ -398,7 +398,7 @@ costs.literal_round
         """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
 trainer.warn
-        rounds.answer_rows task.as_task trainer.progress
+        rounds.answer_rows sampling.batches task.as_task trainer.progress
         pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn"""
     ),
 }

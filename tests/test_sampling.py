@@ -23,7 +23,8 @@ from selfplay_nb.models.sampling import (
 PROMPTS = ["a", "a much longer question", "a much longer answer", "bb", "a"]
 SETTINGS = [
     Sampling(9),
-    Sampling(40, temperature=1.3, top_p=0.5),
+    Sampling(40, temperature=1.3),
+    Sampling(9, temperature=1.3, top_p=0.5),
     Sampling(9, temperature=0.7, top_p=0.9),
     Sampling(7, temperature=0),
     Sampling(1),
@@ -78,7 +79,7 @@ def test_under_guidance_too(tiny, settings):
     assert fast[0][1] != pytest.approx(with_samples[0][0].logprobs, abs=1e-3)  # it does something
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:3], ids=repr)
+@pytest.mark.parametrize("settings", SETTINGS[:4], ids=repr)
 def test_a_batch_of_several_policies_too(tiny, settings):
     policies = some_policies(tiny)
     batch = []
