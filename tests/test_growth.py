@@ -362,7 +362,8 @@ NO_READERS = {
         reasoning.KnightsAndKnaves.verifier constitutional.ConstitutionalRewardWrapper.score
         constitutional.ConstitutionalRewardWrapper.attribution
         constitutional.ConstitutionalRewardWrapper.evaluate_principle refinement.Trace.criticise
-        reasoning.Syllogisms.verifier viewer.choose stepper.show card.show widgets.show viewer.show
+        reasoning.Syllogisms.verifier viewer.PlaySeat.choose stepper.RefinementStepper.show
+        card.ConstitutionCard.show widgets.RatingWidget.show viewer.PlaySeat.show
         reward.WeightedReward.parts players.content_of widgets.framed
         """
     ),
@@ -378,18 +379,19 @@ NO_READERS = {
     "hands texts to a model or a judge, which has its context as a limit": (
         """
         competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
-        constitutional.ai_feedback league.train_step policy.encode policy.completion_ids
-        policy.logprobs policy.sample policy.generate policy.spell policy.whole_characters
-        reward_model.train reward_model.scores players.answers_of players.Scripted.generate
-        refinement.refine refinement.refine_batch refinement.begin skill.collect skill.sample
-        skill.generate skill.AtLevel.generate league.PolicySnapshot.generate trainer.train
-        trainer.check_prompts vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs
-        judge.Judge.compare judge.check pipeline.run_self_play pipeline.run_policy_optimization
-        diversity.embed update.token_logprobs rounds.group_rewards
+        constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs
+        policy.sample policy.generate base.spell base.whole_characters sampling.requests
+        skill.Guidance.contexts reward_model.RewardModel.train reward_model.RewardModel.scores
+        players.answers_of players.Scripted.generate refinement.refine refinement.refine_batch
+        refinement.begin skill.collect skill.sample skill.generate skill.AtLevel.generate
+        league.PolicySnapshot.generate trainer.train trainer.check_prompts vitals.kl_to_base
+        vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check
+        pipeline.run_self_play pipeline.run_policy_optimization diversity.embed update.token_logprobs
+        rounds.group_rewards
         """
     ),
     "says what a user's own class has to offer": (
-        "protocols.Judge.compare protocols.Position.move protocols.Player.generate"
+        "protocols.Judge.compare protocols.Position.move protocols.Player.generate sampling.Guide.contexts"
     ),
     "measures with prompts of its own": (
         """
@@ -401,7 +403,7 @@ NO_READERS = {
         """
         constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole
-        trainer.warn rounds.answer_rows task.as_task trainer.progress collectors.named
+        trainer.warn rounds.answer_rows sampling.batches task.as_task trainer.progress collectors.named
         pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn
         """
     ),

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from ..core.checks import number, printable
 from ..core.players import text_of
-from .policy import Base, Policy, _batches, can_share, lay_out, pack
+from .policy import Base, Policy
+from .sampling import batches, can_share, lay_out, pack
 from .update import _ANSWER, _PAIR, _PAIR_TOO, _PROMPT, _at_random, _checked, _train
 from .update import COMMON, Settings, UpdateResult, settings_of, tokenize_pairs
 from ..stats.rates import Rate
@@ -189,8 +190,7 @@ class RewardModel:
                 )
         rewards = [0.0] * len(ids)
         with b.running(self.policy.name):
-            for rows in _batches([len(x) for x in ids], 1, 0, b.max_batch_tokens // 4):
-                here = [i for i, _ in rows]
+            for here in batches([len(x) for x in ids], 0, b.max_batch_tokens // 4):
                 for i, reward in zip(here, _worth(b, self.head, [ids[i] for i in here]).tolist()):
                     rewards[i] = reward
         return rewards

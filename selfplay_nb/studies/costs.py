@@ -31,8 +31,9 @@ from ..core.pairs import write_whole
 from ..core.players import text_of
 from ..methods.competitive import CompetitiveSelfPlay
 from ..models.base import DEFAULT_MODEL, WHEEL_MODELS, compute_dtype, default_device
-from ..models.base import fetch_wheel, wheel_model_folder
-from ..models.policy import Base, Policy, free_memory, sample_together
+from ..models.base import fetch_wheel, free_memory, wheel_model_folder
+from ..models.policy import Base, Policy
+from ..models.sampling import sample_together
 from ..models.update import dpo, reinforce
 from ..tasks.task import ArithmeticTask
 
