@@ -374,7 +374,7 @@ def check_model(bench: Bench, shape: Shape, until: float, show: Callable = print
             break
     return rows
 
-# %% ../../nbs/studies/gpu.ipynb #03adc1ff
+# %% ../../nbs/studies/gpu.ipynb #a5b8e349
 FORMATS = {"cuda": ("bfloat16", "float16"), "cpu": ("float32",)}
 
 
@@ -406,7 +406,8 @@ def gpu_check(
     for name, shape in shapes.items():
         with tempfile.TemporaryDirectory() as d:
             random = not Path(name).is_dir()
-            folder = str(random_model_folder(shape, Path(d) / "model", device)) if random else name
+            made = random and random_model_folder(shape, Path(d) / "model", device, words=True)
+            folder = str(made or name)
             for format in formats:
                 s = _settings(device, format, settings)
                 bench = Bench(folder, Path(name).name, s, getattr(torch, format), random)
