@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #392f6786
+# %% ../nbs/cli.ipynb #f0bb4765
 def _source(module: str) -> str:
     return Path(importlib.util.find_spec(f"selfplay_nb.{module}").origin).read_text(encoding="utf-8")
 
-# %% ../nbs/cli.ipynb #57161467
+# %% ../nbs/cli.ipynb #3af48f2e
 def _constant(module: str, name: str):
     "What a module assigns to `name`, without importing it."
     for node in ast.parse(_source(module)).body:
@@ -31,7 +31,7 @@ def _constant(module: str, name: str):
             return ast.literal_eval(node.value)
     raise ValueError(f"selfplay_nb.{module} assigns nothing to {name}.")
 
-# %% ../nbs/cli.ipynb #7c8e52de
+# %% ../nbs/cli.ipynb #8a060a46
 def _comment(lines: list[str], field: ast.AnnAssign) -> str:
     "The comment behind a field, or else the lines of comment above it."
     behind = lines[field.end_lineno - 1][field.end_col_offset :].strip()
@@ -42,7 +42,7 @@ def _comment(lines: list[str], field: ast.AnnAssign) -> str:
         first -= 1
     return " ".join(line.strip().lstrip("# ") for line in lines[first : field.lineno - 1])
 
-# %% ../nbs/cli.ipynb #17d12124
+# %% ../nbs/cli.ipynb #62c5e81f
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -55,7 +55,7 @@ class Option:
     default: object
     meaning: str
 
-# %% ../nbs/cli.ipynb #5ff8c535
+# %% ../nbs/cli.ipynb #43270929
 def config_options() -> dict[str, Option]:  # by name, in their order
     "The fields of `SelfPlayConfig`."
     source, found = _source("loop.trainer"), {}
@@ -354,21 +354,20 @@ def _read_learning(path):
             " file."
         )
 
-# %% ../nbs/cli.ipynb #1e098fdd
+# %% ../nbs/cli.ipynb #58d0fe2b
 DEMO = dict(
     n_rounds=3,
     prompts_per_round=24,
-    n_samples=8,
-    max_new_tokens=8,
-    shots=2,
+    max_new_tokens=16,
     learning_rate=2e-4,
+    sft_weight=0.5,
     gate=False,
     renew_every=3,
     exam_every=1,
-    exam_size=100,
+    exam_size=120,
 )
 
-# %% ../nbs/cli.ipynb #e8a21fc0
+# %% ../nbs/cli.ipynb #e23d5027
 def probe(
     base,  # a `Base`
     config,  # the `SelfPlayConfig` of the run to come
@@ -386,16 +385,17 @@ def probe(
         policy.sample(prompts[:1], max_new_tokens=2, seed=0)  # what is done once is no part of it
         sampled = policy.sample(prompts, n, tokens, seed=0).seconds / (n * len(prompts))
         greedy = policy.sample(prompts, 1, tokens, temperature=0, seed=0).seconds / len(prompts)
-        said = [" ".join([str(p["answer"])] * (tokens // 4)) for p in problems]
         pairs = [
-            dict(prompt=p, chosen=a, rejected=f"{a[:-1]} no") for p, a in zip(prompts, said) for _ in range(4)
+            dict(prompt=p["prompt"], chosen=f"The sum is {p['answer']}.", rejected=f"That makes {k} in all.")
+            for p in problems
+            for k in range(4)
         ]
         pair = dpo(policy, pairs, Policy(base, "base")).seconds / len(pairs)
     finally:
         policy.delete()
     return dict(sampled=sampled, greedy=greedy, pair=pair, seconds=time.perf_counter() - start)
 
-# %% ../nbs/cli.ipynb #05ff481b
+# %% ../nbs/cli.ipynb #70f18927
 def expected_seconds(
     config,  # the `SelfPlayConfig` of a run
     speed: dict,  # what `probe` measured
@@ -408,7 +408,7 @@ def expected_seconds(
     in_rounds = config.n_rounds * (answers * speed["sampled"] + pairs * speed["pair"])
     return in_rounds + (greedy + 2 * 100) * speed["greedy"]  # at the end 100 matches against the base
 
-# %% ../nbs/cli.ipynb #d1dba9a0
+# %% ../nbs/cli.ipynb #43121ff4
 def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
     "One run, or the rest of it."
     from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
@@ -421,38 +421,42 @@ def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
         raise SystemExit("Interrupted; the same command goes on from here.")
     return history
 
-# %% ../nbs/cli.ipynb #bd2128b4
+# %% ../nbs/cli.ipynb #27a23e73
 def demo(
-    run_dir: str | Path = "runs/demo",  # of the runs, each in a folder of its own
+    run_dir: str | Path = "runs/first",  # of the two runs, each in a folder of its own
     fresh: bool = False,  # forget the runs that are there?
-    long: bool = False,  # afterwards twelve rounds without solved examples?
+    long: str | Path = "",  # a folder, if the run of twelve rounds with the default settings is to follow
+    base=None,  # a loaded `Base`; by default the model that everything runs on
+    **settings,  # fields of `SelfPlayConfig`, over those in `DEMO`
 ) -> str:  # what came of it
     "Three rounds beside their control, with the expected time before they start."
     from selfplay_nb.loop.trainer import SelfPlayConfig
     from selfplay_nb.models.policy import Base
 
-    folder, base = Path(run_dir), Base.load()
-    rule = dict(DEMO, judge="rule")
-    speed = probe(base, SelfPlayConfig(**rule))
-    minutes = 2 * expected_seconds(SelfPlayConfig(**rule), speed) / 60
-    print(BEFORE.format(rounds=DEMO["n_rounds"], minutes=minutes, **speed), flush=True)
+    folder, rule = Path(run_dir), DEMO | settings
+    config, base = SelfPlayConfig(**rule).check(), base or Base.load()
+    speed = probe(base, config)
+    minutes = 2 * expected_seconds(config, speed) / 60
+    print(BEFORE.format(rounds=config.n_rounds, minutes=minutes, **speed), flush=True)
     print("\nWith the rule:", flush=True)
     learned = _demo_run(folder / "rule", base, fresh, **rule)
     print("\nThe control, with random rewards:", flush=True)
-    made = sum(m.get("pairs", 0) for m in learned) / (DEMO["n_rounds"] * DEMO["prompts_per_round"])
+    made = sum(m.get("pairs", 0) for m in learned) / (config.n_rounds * config.prompts_per_round)
     fair = dict(judge="coin", pairs_per_prompt=max(1, round(made)))  # random rewards hardly tie
-    control = _demo_run(folder / "control", base, fresh, **DEMO | fair)
+    control = _demo_run(folder / "control", base, fresh, **rule | fair)
     told = compared(folder, learned, control)
     print(f"\n{told}", flush=True)
     if long:
-        print("\nTwelve rounds, without solved examples:", flush=True)
-        _demo_run(folder / "long", base, fresh)
         from selfplay_nb.loop.callbacks import summary
 
-        print(f"\n{summary(folder / 'long')}")
+        twelve = SelfPlayConfig(str(long))
+        minutes = expected_seconds(twelve, probe(base, twelve)) / 60
+        print(f"\nThe long run: {twelve.n_rounds} rounds, about {minutes:.0f} minutes.", flush=True)
+        _demo_run(Path(long), base, fresh)
+        print(f"\n{summary(long)}")
     return told
 
-# %% ../nbs/cli.ipynb #2f198bec
+# %% ../nbs/cli.ipynb #79cb6267
 BEFORE = """
 A model of 135 million weights adds numbers. For {rounds} rounds it answers sums beside an earlier
 copy of itself. A rule prefers the better answers, and the model learns from these preferences.
@@ -519,7 +523,7 @@ def measured(args):
 
     costs(args.out, args.repeats, args.groups)
 
-# %% ../nbs/cli.ipynb #ac01b8d2
+# %% ../nbs/cli.ipynb #799e980f
 def examined(args):
     "Print the doctor's report, or the plan of a model's memory. Ends with 1 if something needed is missing."
     from selfplay_nb.studies.doctor import doctor, plan
@@ -534,7 +538,7 @@ def examined(args):
     if report.wrong:
         sys.exit(1)
 
-# %% ../nbs/cli.ipynb #5346056c
+# %% ../nbs/cli.ipynb #5373cb58
 def card_checked(args):
     "Run the check of a GPU. Ends with 1 if something failed."
     from selfplay_nb.studies.gpu import gpu_check
@@ -581,7 +585,7 @@ def _add_own(parser):
         help="settings as below, by name; options on the command line go before",
     )
 
-# %% ../nbs/cli.ipynb #5528b7d5
+# %% ../nbs/cli.ipynb #c3033c1b
 def _add_doctor(parser):
     "Options of the planner; without them the doctor looks at this machine."
     parser.add_argument("--model", help="will it fit? A folder, a hub name, or 135M, 0.5B, 1.5B, 3B, 7B")
@@ -609,9 +613,11 @@ def main(argv=None):
     p.add_argument("--fresh", action="store_true", help="begin anew: delete the run in the folder")
     p.set_defaults(do=train)
     p = commands.add_parser("demo", help="three rounds beside a control: a first result in minutes")
-    p.add_argument("--run-dir", default="runs/demo")
+    p.add_argument("--run-dir", default="runs/first")
     p.add_argument("--fresh", action="store_true", help="begin anew: delete the runs in the folder")
-    p.add_argument("--long", action="store_true", help="afterwards the run of twelve rounds")
+    p.add_argument(
+        "--long", nargs="?", const="runs/demo", default="", help="afterwards twelve rounds, in runs/demo"
+    )
     p.set_defaults(do=lambda a: demo(a.run_dir, a.fresh, a.long))
     p = commands.add_parser("doctor", help="what is here and what is missing; or whether a model will fit")
     _add_doctor(p)
