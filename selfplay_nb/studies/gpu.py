@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'MEMBERS', 'FORMATS', 'Measured', 'Table', 'markdown', 'save', 'load', 'Bench', 'load_step', 'generate_step',
-           'plain_logprobs', 'logprobs_step', 'pairs_of', 'rows_of', 'updates', 'update_step', 'league_step',
-           'round_step', 'predicted', 'steps_of', 'tried', 'check_model', 'gpu_check']
+           'logprobs_step', 'pairs_of', 'rows_of', 'updates', 'update_step', 'league_step', 'round_step', 'predicted',
+           'steps_of', 'tried', 'check_model', 'gpu_check']
 
 # %% ../../nbs/studies/gpu.ipynb #114c95a9
 import dataclasses
@@ -48,8 +48,8 @@ class Measured:
 def _mb(n: float | None) -> str:
     return "" if n is None else f"{n / 1e6:.0f}"
 
-# %% ../../nbs/studies/gpu.ipynb #a32550f4
-@dataclass
+# %% ../../nbs/studies/gpu.ipynb #2fc9e5a1
+@dataclass(repr=False)
 class Table:
     "What was measured, on what, and when. Prints itself as text, HTML and Markdown."
 
@@ -78,12 +78,19 @@ class Table:
         ]
         return [head, *body]
 
-# %% ../../nbs/studies/gpu.ipynb #d3e32df4
-def _table_text(self) -> str:
-    cells = self.cells()
+    @printable
+    def __repr__(self):
+        return _table_text(self)
+
+    def _repr_html_(self):
+        return _table_html(self)
+
+# %% ../../nbs/studies/gpu.ipynb #561768fa
+def _table_text(table: Table) -> str:
+    cells = table.cells()
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
-    return "\n".join([self.title, *lines])
+    return "\n".join([table.title, *lines])
 
 # %% ../../nbs/studies/gpu.ipynb #da32767e
 def markdown(table: Table) -> str:
@@ -92,18 +99,14 @@ def markdown(table: Table) -> str:
     lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join([table.title, "", *lines]) + "\n"
 
-# %% ../../nbs/studies/gpu.ipynb #ee001fba
-def _table_html(self) -> str:
+# %% ../../nbs/studies/gpu.ipynb #1d2bedcd
+def _table_html(table: Table) -> str:
     style = "padding:2px 10px;text-align:left"
     rows = "".join(
         "<tr>" + "".join(f'<td style="{style}">{escape(c)}</td>' for c in row) + "</tr>"
-        for row in self.cells()
+        for row in table.cells()
     )
-    return f"<table><caption>{escape(self.title)}</caption>{rows}</table>"
-
-
-Table.__repr__ = printable(_table_text)
-Table._repr_html_ = _table_html
+    return f"<table><caption>{escape(table.title)}</caption>{rows}</table>"
 
 # %% ../../nbs/studies/gpu.ipynb #4179a019
 def save(table: Table, out: str | Path):  # a .json file; a .md file is written beside it
@@ -206,11 +209,11 @@ def generate_step(bench: Bench) -> str:
     bench.samples = bench.policy.sample(bench.texts, max_new_tokens=bench.settings.answer, seed=0)
     return f"{bench.samples.tokens_per_second:.0f} tokens/s, {len(bench.samples)} answers"
 
-# %% ../../nbs/studies/gpu.ipynb #9db57c36
+# %% ../../nbs/studies/gpu.ipynb #8e56459c
 CLOSE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats a token: 24, 8 and 11 bits of a number
 
 
-def plain_logprobs(bench: Bench, prompt: str, ids: list[int]):  # of an answer
+def _plain_logprobs(bench: Bench, prompt: str, ids: list[int]):  # of an answer
     "Log-probabilities of its tokens by a forward of the model as it is, without packing or sharing."
     import torch
 
@@ -220,12 +223,12 @@ def plain_logprobs(bench: Bench, prompt: str, ids: list[int]):  # of an answer
         logits = model(tokens).logits[0, len(start) - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, tokens[0, len(start) :, None])[:, 0].cpu()
 
-# %% ../../nbs/studies/gpu.ipynb #12e55783
+# %% ../../nbs/studies/gpu.ipynb #1af4398c
 def logprobs_step(bench: Bench) -> str:
     "Compare log-probabilities of sampled answers with a plain forward."
     prompts, answers = bench.texts[:4], [row[0].token_ids for row in bench.samples[:4]]
     ours = bench.policy.logprobs(prompts, answers, per_token=True)
-    plain = [plain_logprobs(bench, p, ids) for p, ids in zip(prompts, answers)]
+    plain = [_plain_logprobs(bench, p, ids) for p, ids in zip(prompts, answers)]
     apart = max(float((a - b).abs().max()) for a, b in zip(ours, plain))
     bound = CLOSE[str(bench.dtype).removeprefix("torch.")]
     if not apart < bound:
