@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #622cc0c2
+# %% ../nbs/cli.ipynb #04e76526
 def _source(module: str) -> str:
     return Path(importlib.util.find_spec(f"selfplay_nb.{module}").origin).read_text(encoding="utf-8")
 
-# %% ../nbs/cli.ipynb #43d3b48c
+# %% ../nbs/cli.ipynb #cd23b679
 def _constant(module: str, name: str):
     "What a module assigns to `name`, without importing it."
     for node in ast.parse(_source(module)).body:
@@ -31,7 +31,7 @@ def _constant(module: str, name: str):
             return ast.literal_eval(node.value)
     raise ValueError(f"selfplay_nb.{module} assigns nothing to {name}.")
 
-# %% ../nbs/cli.ipynb #d896b24a
+# %% ../nbs/cli.ipynb #20035ec2
 def _comment(lines: list[str], field: ast.AnnAssign) -> str:
     "The comment behind a field, or else the lines of comment above it."
     behind = lines[field.end_lineno - 1][field.end_col_offset :].strip()
@@ -42,7 +42,7 @@ def _comment(lines: list[str], field: ast.AnnAssign) -> str:
         first -= 1
     return " ".join(line.strip().lstrip("# ") for line in lines[first : field.lineno - 1])
 
-# %% ../nbs/cli.ipynb #d2d0bf7f
+# %% ../nbs/cli.ipynb #4d3da357
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -55,7 +55,7 @@ class Option:
     default: object
     meaning: str
 
-# %% ../nbs/cli.ipynb #1c6bb149
+# %% ../nbs/cli.ipynb #7b488744
 def config_options() -> dict[str, Option]:  # by name, in their order
     "The fields of `SelfPlayConfig`."
     source, found = _source("loop.trainer"), {}
@@ -354,7 +354,7 @@ def _read_learning(path):
             " file."
         )
 
-# %% ../nbs/cli.ipynb #1446bb30
+# %% ../nbs/cli.ipynb #9b7654ef
 DEMO = dict(
     n_rounds=3,
     prompts_per_round=24,
@@ -367,7 +367,7 @@ DEMO = dict(
     exam_size=120,
 )
 
-# %% ../nbs/cli.ipynb #c5fecd37
+# %% ../nbs/cli.ipynb #03d6fbbf
 def probe(
     base,  # a `Base`
     config,  # the `SelfPlayConfig` of the run to come
@@ -395,7 +395,7 @@ def probe(
         policy.delete()
     return dict(sampled=sampled, greedy=greedy, pair=pair, seconds=time.perf_counter() - start)
 
-# %% ../nbs/cli.ipynb #5b42fff0
+# %% ../nbs/cli.ipynb #d6aeda45
 def expected_seconds(
     config,  # the `SelfPlayConfig` of a run
     speed: dict,  # what `probe` measured
@@ -408,7 +408,7 @@ def expected_seconds(
     in_rounds = config.n_rounds * (answers * speed["sampled"] + pairs * speed["pair"])
     return in_rounds + (greedy + 2 * 100) * speed["greedy"]  # at the end 100 matches against the base
 
-# %% ../nbs/cli.ipynb #f8fdfd0c
+# %% ../nbs/cli.ipynb #15032a9c
 def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
     "One run, or the rest of it."
     from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
@@ -421,7 +421,7 @@ def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
         raise SystemExit("Interrupted; the same command goes on from here.")
     return history
 
-# %% ../nbs/cli.ipynb #51961be9
+# %% ../nbs/cli.ipynb #4a6fde31
 def demo(
     run_dir: str | Path = "runs/first",  # of the two runs, each in a folder of its own
     fresh: bool = False,  # forget the runs that are there?
@@ -456,7 +456,7 @@ def demo(
         print(f"\n{summary(long)}")
     return told
 
-# %% ../nbs/cli.ipynb #a09cf500
+# %% ../nbs/cli.ipynb #4a7ea610
 BEFORE = """
 A model of 135 million weights adds numbers. For {rounds} rounds it answers sums beside an earlier
 copy of itself. A rule prefers the better answers, and the model learns from these preferences.
@@ -523,13 +523,13 @@ def measured(args):
 
     costs(args.out, args.repeats, args.groups)
 
-# %% ../nbs/cli.ipynb #6817f729
+# %% ../nbs/cli.ipynb #6bd0cc54
 def examined(args):
     "Print the doctor's report, or the plan of a model's memory. Ends with 1 if something needed is missing."
     from selfplay_nb.studies.doctor import doctor, plan
 
     if args.model or args.card:
-        names = "rank", "league", "batch", "context", "new", "train_tokens"
+        names = "rank", "league", "batch", "samples", "context", "new", "train_tokens"
         given = {k: getattr(args, k) for k in names if getattr(args, k) is not None}
         print(plan(args.model or "135M", args.card or 0, **given))
         return
@@ -538,7 +538,7 @@ def examined(args):
     if report.wrong:
         sys.exit(1)
 
-# %% ../nbs/cli.ipynb #17ada8e5
+# %% ../nbs/cli.ipynb #31d0c076
 def card_checked(args):
     "Run the check of a GPU. Ends with 1 if something failed."
     from selfplay_nb.studies.gpu import gpu_check
@@ -585,7 +585,7 @@ def _add_own(parser):
         help="settings as below, by name; options on the command line go before",
     )
 
-# %% ../nbs/cli.ipynb #994be4ee
+# %% ../nbs/cli.ipynb #639a0c8f
 def _add_doctor(parser):
     "Options of the planner; without them the doctor looks at this machine."
     parser.add_argument("--model", help="will it fit? A folder, a hub name, or 135M, 0.5B, 1.5B, 3B, 7B")
@@ -594,6 +594,7 @@ def _add_doctor(parser):
         "rank": "of the adapters (default: 16)",
         "league": "members; at most four are in memory at once (default: 8)",
         "batch": "answers that are wanted at once (default: 256)",
+        "samples": "answers to each prompt (default: 8)",
         "context": "tokens of a prompt and its answer (default: 256)",
         "new": "tokens of the answer (default: half of the context)",
         "train-tokens": "that go through an update at once (default: 1024)",

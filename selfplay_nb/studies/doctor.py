@@ -566,7 +566,7 @@ TRAINED = {"cuda": 1024, "cpu": 256}  # tokens that go through an update at once
 UNPACKED = 32  # answers at once for which a CPU unpacks all weights: `Base.unpack_rows`
 STEP = 16  # pairs of a step
 
-# %% ../../nbs/studies/doctor.ipynb #335c71ee
+# %% ../../nbs/studies/doctor.ipynb #c71304bd
 @dataclass(frozen=True)
 class Settings:
     "What a run asks for. Raises `ValueError` for numbers that make no sense."
@@ -574,6 +574,7 @@ class Settings:
     rank: int = 16  # of the adapters
     league: int = 8  # earlier selves; at most four of them are in memory at once
     batch: int = 256  # answers that are wanted at once
+    samples: int = 8  # of them for each prompt
     context: int = 256  # tokens of a prompt and its answer together
     new: int = 0  # tokens of the answer; 0: half of the context
     train_tokens: int = 0  # that go through an update at once; 0: 1024 on a GPU, 256 on a CPU
@@ -581,7 +582,7 @@ class Settings:
     bytes: int = 2  # of a number that is computed with: 2 for bfloat16 and float16, 4 for float32
 
     def __post_init__(self):
-        for name in "rank", "batch", "context":
+        for name in "rank", "batch", "samples", "context":
             whole(name, getattr(self, name), 2 if name == "context" else 1)
         for name in "league", "new", "train_tokens":
             whole(name, getattr(self, name), 0)
@@ -599,6 +600,11 @@ class Settings:
     def rows(self) -> int:
         "Answers that are sampled at once."
         return min(self.batch, max(1, SAMPLED // self.context))
+
+    @property
+    def prompts(self) -> int:
+        "Prompts that these are answers to."
+        return -(-self.rows // self.samples)
 
     @property
     def adapters(self) -> int:
@@ -648,22 +654,24 @@ def adapter_bytes(shape: Shape, s: Settings) -> int:
 def _largest(shape: Shape) -> int:
     return max(i * o for i, o in shape.linears)
 
-# %% ../../nbs/studies/doctor.ipynb #6a545f32
+# %% ../../nbs/studies/doctor.ipynb #6eec31c7
 def while_sampling(shape: Shape, s: Settings) -> list[Part]:
     "What is there beside it while answers are sampled."
     key = shape.kv_heads * shape.head_dim
-    cache = 2 * s.bytes * shape.layers * key * s.rows * s.context
+    token = 2 * s.bytes * shape.layers * key
+    read = 2 * token * s.prompts * (s.context - s.answer)  # prompts one by one, and then together
+    grown = token * s.rows * s.context * (1 + 1 / shape.layers)
     whole_model = s.device == "cpu" and s.rows <= UNPACKED
     unpacked = s.bytes * (shape.packed if whole_model else _largest(shape))
     return [
-        Part("KV cache", cache * (1 + 1 / shape.layers), "sampling", _asked(s)),
+        Part("KV cache", max(read, grown), "sampling", _asked(s)),
         Part("choosing tokens", 12 * shape.vocab * s.rows, "sampling", "logits, probabilities, sums"),
         Part("unpacked weights", unpacked, "sampling", "all" if whole_model else "one layer at a time"),
     ]
 
-# %% ../../nbs/studies/doctor.ipynb #9d3b6cff
+# %% ../../nbs/studies/doctor.ipynb #669525a2
 def _asked(s: Settings) -> str:
-    return f"{s.rows} answers of {s.context} tokens"
+    return f"{s.rows} answers to {s.prompts} prompts, {s.context} tokens each"
 
 # %% ../../nbs/studies/doctor.ipynb #e4226a1c
 def while_updating(shape: Shape, s: Settings) -> list[Part]:
@@ -844,16 +852,19 @@ def _forget_peak():
     free_memory()
     Path("/proc/self/clear_refs").write_text("5")
 
-# %% ../../nbs/studies/doctor.ipynb #7ffa5d30
+# %% ../../nbs/studies/doctor.ipynb #f29094d9
 def steps(folder: str | Path, s: Settings) -> dict[str, Callable]:
     "What is measured, by name: loading, sampling, an update. Each step uses what the one before has made."
+    import random
+
     import torch
 
     from selfplay_nb.models.policy import Base, Policy
     from selfplay_nb.models.update import dpo
 
     made, dtype = {}, {2: torch.bfloat16, 4: torch.float32}[s.bytes]
-    texts = ["".join(chr(97 + (i * j + j) % 26) for j in range(s.context)) for i in range(64)]
+    letters = [random.Random(i).choices("abcdefghijklmnop", k=s.context) for i in range(max(64, s.prompts))]
+    texts = ["".join(row) for row in letters]
     prompt = s.context - s.answer
 
     def load():
@@ -862,12 +873,12 @@ def steps(folder: str | Path, s: Settings) -> dict[str, Callable]:
         made["others"] = [made["policy"].snapshot(f"other_{i}") for i in range(s.adapters - 1)]
 
     def sample():
-        asked = [texts[i % 64][:prompt] for i in range(s.rows)]
-        made["policy"].sample(asked, max_new_tokens=s.answer, seed=0)
+        asked = [t[:prompt] for t in texts[: s.prompts]]
+        made["policy"].sample(asked, s.samples, max_new_tokens=s.answer, seed=0)
 
     def update():
         rows = [
-            dict(prompt=t[:prompt], chosen=t[prompt + 1 :], rejected=t[prompt + 1 :].upper())
+            dict(prompt=t[:prompt], chosen=t[prompt:-1], rejected=t[prompt:-1].upper())
             for t in texts[: s.pairs]  # what goes through at once is enough
         ]
         for _ in range(2):  # the second goes on with the moments of the first, as a run does
@@ -875,12 +886,12 @@ def steps(folder: str | Path, s: Settings) -> dict[str, Callable]:
 
     return dict(loaded=load, update=update, sampling=sample)
 
-# %% ../../nbs/studies/doctor.ipynb #0d20efdb
+# %% ../../nbs/studies/doctor.ipynb #3b8f0914
 def _measure(warm: str, folder: str, s: Settings) -> dict:
     "In a process of its own: bytes by which memory grows."
     import gc
 
-    small = Settings(rank=2, league=0, batch=2, context=16, device="cpu", bytes=s.bytes)
+    small = Settings(rank=2, league=0, batch=2, samples=1, context=16, device="cpu", bytes=s.bytes)
     for step in steps(warm, small).values():
         step()
     gc.collect()
@@ -929,16 +940,16 @@ def _exact():
         if before is not None:
             os.environ[name] = before
 
-# %% ../../nbs/studies/doctor.ipynb #fd47bdf6
+# %% ../../nbs/studies/doctor.ipynb #be5549d8
 _MHA = Shape(12, 512, 1408, 8, 8, 64, 32000)  # as many heads of keys as of queries
 _VOCAB = Shape(4, 896, 4864, 14, 2, 64, 151936, bias=True)  # four layers of the model with 0.5B
 _WIDE = Shape(3, 1536, 8960, 12, 2, 128, 32000, bias=True)  # three layers of that with 1.5B
 _UNTIED = Shape(6, 768, 2048, 12, 4, 64, 32000, tied=False)
 CHECKED = [  # name, shape and settings
-    ("135M", SHAPES["135M"], dict(rank=16, league=0, batch=32, context=64)),
+    ("135M", SHAPES["135M"], dict(rank=16, league=0, batch=32, samples=1, context=64)),
     ("135M", SHAPES["135M"], dict(rank=64, league=8, batch=64, context=64)),
-    ("135M", SHAPES["135M"], dict(rank=16, league=8, batch=32, context=256, new=32)),
-    ("as many key heads", _MHA, dict(rank=32, league=2, batch=64, context=128, new=32)),
+    ("eight heads of keys", _MHA, dict(rank=32, league=2, batch=64, context=128, new=32)),
+    ("eight heads of keys", _MHA, dict(rank=16, league=8, batch=32, samples=1, context=256, new=32)),
     ("large vocabulary", _VOCAB, dict(rank=16, league=0, batch=64, context=64)),
     ("large vocabulary", _VOCAB, dict(rank=64, league=8, batch=16, context=128, new=32)),
     ("wide", _WIDE, dict(rank=8, league=4, batch=32, context=64)),

@@ -164,7 +164,7 @@ def _peak(cuda: bool) -> float:
         return torch.cuda.max_memory_allocated()
     return _of_process("VmHWM")
 
-# %% ../../nbs/studies/gpu.ipynb #f7410458
+# %% ../../nbs/studies/gpu.ipynb #f27bfb84
 @dataclass
 class Bench:
     "A model under test, and what the steps make on the way."
@@ -183,7 +183,7 @@ class Bench:
     def texts(self) -> list[str]:
         "Prompts, as many as are answered at once."
         n = self.settings.context - self.settings.answer
-        words = [f"{i} and {i + 1} make " * n for i in range(self.settings.rows)]
+        words = [f"{i} and {i + 1} make " * n for i in range(self.settings.prompts)]
         if self.random:
             return [w[:n] for w in words]  # a token a character
         ids = self.base.tokenizer(words, add_special_tokens=False)["input_ids"]
@@ -203,11 +203,12 @@ def load_step(bench: Bench) -> str:
     bench.reference = bench.policy.snapshot("reference")
     return ""
 
-# %% ../../nbs/studies/gpu.ipynb #523095b5
+# %% ../../nbs/studies/gpu.ipynb #ba611e3c
 def generate_step(bench: Bench) -> str:
     "Sample a batch of answers."
-    bench.samples = bench.policy.sample(bench.texts, max_new_tokens=bench.settings.answer, seed=0)
-    return f"{bench.samples.tokens_per_second:.0f} tokens/s, {len(bench.samples)} answers"
+    s = bench.settings
+    bench.samples = bench.policy.sample(bench.texts, s.samples, max_new_tokens=s.answer, seed=0)
+    return f"{bench.samples.tokens_per_second:.0f} tokens/s, {s.rows} answers"
 
 # %% ../../nbs/studies/gpu.ipynb #8e56459c
 CLOSE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats a token: 24, 8 and 11 bits of a number
