@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #04e76526
+# %% ../nbs/cli.ipynb #ab5e48a0
 def _source(module: str) -> str:
     return Path(importlib.util.find_spec(f"selfplay_nb.{module}").origin).read_text(encoding="utf-8")
 
-# %% ../nbs/cli.ipynb #cd23b679
+# %% ../nbs/cli.ipynb #8eb996a4
 def _constant(module: str, name: str):
     "What a module assigns to `name`, without importing it."
     for node in ast.parse(_source(module)).body:
@@ -31,7 +31,7 @@ def _constant(module: str, name: str):
             return ast.literal_eval(node.value)
     raise ValueError(f"selfplay_nb.{module} assigns nothing to {name}.")
 
-# %% ../nbs/cli.ipynb #20035ec2
+# %% ../nbs/cli.ipynb #4d3a4864
 def _comment(lines: list[str], field: ast.AnnAssign) -> str:
     "The comment behind a field, or else the lines of comment above it."
     behind = lines[field.end_lineno - 1][field.end_col_offset :].strip()
@@ -42,7 +42,7 @@ def _comment(lines: list[str], field: ast.AnnAssign) -> str:
         first -= 1
     return " ".join(line.strip().lstrip("# ") for line in lines[first : field.lineno - 1])
 
-# %% ../nbs/cli.ipynb #4d3da357
+# %% ../nbs/cli.ipynb #a7f7e3e0
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -55,7 +55,7 @@ class Option:
     default: object
     meaning: str
 
-# %% ../nbs/cli.ipynb #7b488744
+# %% ../nbs/cli.ipynb #5d06c311
 def config_options() -> dict[str, Option]:  # by name, in their order
     "The fields of `SelfPlayConfig`."
     source, found = _source("loop.trainer"), {}
@@ -354,20 +354,18 @@ def _read_learning(path):
             " file."
         )
 
-# %% ../nbs/cli.ipynb #9b7654ef
+# %% ../nbs/cli.ipynb #2daf9d00
 DEMO = dict(
     n_rounds=3,
     prompts_per_round=24,
     max_new_tokens=16,
-    learning_rate=2e-4,
-    sft_weight=0.5,
     gate=False,
-    renew_every=3,
+    renew_every=1,
     exam_every=1,
     exam_size=120,
 )
 
-# %% ../nbs/cli.ipynb #03d6fbbf
+# %% ../nbs/cli.ipynb #ba40a6a1
 def probe(
     base,  # a `Base`
     config,  # the `SelfPlayConfig` of the run to come
@@ -395,7 +393,7 @@ def probe(
         policy.delete()
     return dict(sampled=sampled, greedy=greedy, pair=pair, seconds=time.perf_counter() - start)
 
-# %% ../nbs/cli.ipynb #d6aeda45
+# %% ../nbs/cli.ipynb #e78a5ccb
 def expected_seconds(
     config,  # the `SelfPlayConfig` of a run
     speed: dict,  # what `probe` measured
@@ -408,7 +406,7 @@ def expected_seconds(
     in_rounds = config.n_rounds * (answers * speed["sampled"] + pairs * speed["pair"])
     return in_rounds + (greedy + 2 * 100) * speed["greedy"]  # at the end 100 matches against the base
 
-# %% ../nbs/cli.ipynb #15032a9c
+# %% ../nbs/cli.ipynb #84414904
 def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
     "One run, or the rest of it."
     from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
@@ -421,7 +419,7 @@ def _demo_run(folder: Path, base, fresh: bool, **settings) -> list[dict]:
         raise SystemExit("Interrupted; the same command goes on from here.")
     return history
 
-# %% ../nbs/cli.ipynb #4a6fde31
+# %% ../nbs/cli.ipynb #2b35bb9d
 def demo(
     run_dir: str | Path = "runs/first",  # of the two runs, each in a folder of its own
     fresh: bool = False,  # forget the runs that are there?
@@ -456,7 +454,7 @@ def demo(
         print(f"\n{summary(long)}")
     return told
 
-# %% ../nbs/cli.ipynb #4a7ea610
+# %% ../nbs/cli.ipynb #3f61a224
 BEFORE = """
 A model of 135 million weights adds numbers. For {rounds} rounds it answers sums beside an earlier
 copy of itself. A rule prefers the better answers, and the model learns from these preferences.
@@ -523,7 +521,7 @@ def measured(args):
 
     costs(args.out, args.repeats, args.groups)
 
-# %% ../nbs/cli.ipynb #6bd0cc54
+# %% ../nbs/cli.ipynb #f32c3099
 def examined(args):
     "Print the doctor's report, or the plan of a model's memory. Ends with 1 if something needed is missing."
     from selfplay_nb.studies.doctor import doctor, plan
@@ -538,7 +536,7 @@ def examined(args):
     if report.wrong:
         sys.exit(1)
 
-# %% ../nbs/cli.ipynb #31d0c076
+# %% ../nbs/cli.ipynb #a9df56d1
 def card_checked(args):
     "Run the check of a GPU. Ends with 1 if something failed."
     from selfplay_nb.studies.gpu import gpu_check
@@ -585,7 +583,7 @@ def _add_own(parser):
         help="settings as below, by name; options on the command line go before",
     )
 
-# %% ../nbs/cli.ipynb #639a0c8f
+# %% ../nbs/cli.ipynb #1323a9d6
 def _add_doctor(parser):
     "Options of the planner; without them the doctor looks at this machine."
     parser.add_argument("--model", help="will it fit? A folder, a hub name, or 135M, 0.5B, 1.5B, 3B, 7B")
