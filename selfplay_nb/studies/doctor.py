@@ -349,17 +349,17 @@ def four_bits() -> list[Finding]:
         found.append(Finding(here, name, value, "ok" if good else "wrong", advice))
     return found
 
-# %% ../../nbs/studies/doctor.ipynb #88121e8e
+# %% ../../nbs/studies/doctor.ipynb #8a327b51
 @dataclass(frozen=True)
 class Extra:
     "An optional part of the installation, under its name in pyproject.toml."
 
     modules: tuple[str, ...]  # what can be imported when it is there
     packages: tuple[str, ...]  # what pip is asked for
-    megabytes: int  # to download, beyond what the library itself needs
+    megabytes: int  # to download, beyond what the library itself needs; 0 where it was not measured
     without: str  # what does not work without it
 
-# %% ../../nbs/studies/doctor.ipynb #61fd3cc2
+# %% ../../nbs/studies/doctor.ipynb #b3f2b87d
 EXTRAS = {
     "games": Extra(
         ("pyspiel", "textarena"),
@@ -383,11 +383,11 @@ EXTRAS = {
         ("xllamacpp",), ("xllamacpp",), 34, "no llama.cpp beside our sampling in the chapter on costs"
     ),
     "lab": Extra(
-        ("jupyterlab",), ("jupyterlab>=4", "ipywidgets>=8"), 30, "no JupyterLab; any notebook program will do"
+        ("jupyterlab",), ("jupyterlab>=4", "ipywidgets>=8"), 0, "no JupyterLab; any notebook program will do"
     ),
 }
 
-# %% ../../nbs/studies/doctor.ipynb #3c53a475
+# %% ../../nbs/studies/doctor.ipynb #4175ab57
 def extra(name: str) -> Finding:  # a key of `EXTRAS`
     "Whether an extra is there, and what it costs that it is not."
     what = EXTRAS[name]
@@ -395,7 +395,8 @@ def extra(name: str) -> Finding:  # a key of `EXTRAS`
     if not missing:
         return Finding("extras", name, "there")
     asked = " ".join(f"'{p}'" for p in what.packages)
-    advice = f"{what.without}; pip install {asked}, {what.megabytes} MB"
+    size = f", {what.megabytes} MB" if what.megabytes else ""
+    advice = f"{what.without}; pip install {asked}{size}"
     return Finding("extras", name, f"without {', '.join(missing)}", "note", advice)
 
 # %% ../../nbs/studies/doctor.ipynb #cd92e7e7
