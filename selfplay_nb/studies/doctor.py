@@ -941,43 +941,49 @@ def _exact():
         if before is not None:
             os.environ[name] = before
 
-# %% ../../nbs/studies/doctor.ipynb #be5549d8
+# %% ../../nbs/studies/doctor.ipynb #a0b8ce55
 _MHA = Shape(12, 512, 1408, 8, 8, 64, 32000)  # as many heads of keys as of queries
 _VOCAB = Shape(4, 896, 4864, 14, 2, 64, 151936, bias=True)  # four layers of the model with 0.5B
 _WIDE = Shape(3, 1536, 8960, 12, 2, 128, 32000, bias=True)  # three layers of that with 1.5B
 _UNTIED = Shape(6, 768, 2048, 12, 4, 64, 32000, tied=False)
 CHECKED = [  # name, shape and settings
-    ("135M", SHAPES["135M"], dict(rank=16, league=0, batch=32, samples=1, context=64)),
-    ("135M", SHAPES["135M"], dict(rank=64, league=8, batch=64, context=64)),
     ("eight heads of keys", _MHA, dict(rank=32, league=2, batch=64, context=128, new=32)),
     ("eight heads of keys", _MHA, dict(rank=16, league=8, batch=32, samples=1, context=256, new=32)),
+    ("untied", _UNTIED, dict(rank=16, league=8, batch=256, context=32)),
+    ("wide", _WIDE, dict(rank=8, league=4, batch=32, context=64)),
     ("large vocabulary", _VOCAB, dict(rank=16, league=0, batch=64, context=64)),
     ("large vocabulary", _VOCAB, dict(rank=64, league=8, batch=16, context=128, new=32)),
-    ("wide", _WIDE, dict(rank=8, league=4, batch=32, context=64)),
-    ("untied", _UNTIED, dict(rank=16, league=8, batch=256, context=32)),
+    ("135M", SHAPES["135M"], dict(rank=16, league=0, batch=32, samples=1, context=64)),
+    ("135M", SHAPES["135M"], dict(rank=64, league=8, batch=64, context=64)),
 ]
 
-# %% ../../nbs/studies/doctor.ipynb #bf4c4dbc
+# %% ../../nbs/studies/doctor.ipynb #cef21c57
 def check_planner(
     out: str | Path,  # a JSONL file: a line for each setting of `CHECKED`
     which: list | None = None,  # by default all of them
 ):
-    "Measure what the planner predicts, some minutes of work. Raises `ValueError` where another file is."
+    """Measure what the planner predicts, some minutes of work; what `out` has already is not measured again.
+
+    Raises `ValueError` where another file is.
+    """
     from selfplay_nb.core.pairs import write_whole
 
-    rows = []
+    rows = checked_rows(out) if Path(out).exists() else []
+    there = [(r["name"], r["settings"]) for r in rows]
     for name, shape, given in CHECKED if which is None else which:
+        if (name, given) in there:
+            continue
         s = Settings(device="cpu", bytes=4, **given)
-        found, expected = measured(shape, s), sums(plan(shape, **vars(s)))
-        rows.append(dict(name=name, settings=given, measured=found, predicted=expected))
+        found = measured(shape, s)
+        rows.append(dict(name=name, settings=given, shape=vars(shape), measured=found))
         write_whole(out, "".join(json.dumps(r) + "\n" for r in rows), mine=checked_rows)
 
-# %% ../../nbs/studies/doctor.ipynb #7c88e2d8
+# %% ../../nbs/studies/doctor.ipynb #27d0b854
 def checked_rows(path: str | Path) -> list[dict]:
     "What `check_planner` wrote. Raises `ValueError` for another file."
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        known = all({"name", "settings", "measured", "predicted"} <= set(r) for r in rows)
+        known = all({"name", "settings", "shape", "measured"} <= set(r) for r in rows)
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from e
     if not known:
