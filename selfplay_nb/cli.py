@@ -386,7 +386,7 @@ def probe(
         pairs = [
             dict(prompt=p["prompt"], chosen=f"The sum is {p['answer']}.", rejected=f"That makes {k} in all.")
             for p in problems
-            for k in range(4)
+            for k in range(2)
         ]
         pair = dpo(policy, pairs, Policy(base, "base")).seconds / len(pairs)
     finally:

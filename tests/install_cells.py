@@ -32,6 +32,7 @@ DATA = {  # page: files of the repository that its cells read
     "methods/refinement": ["methods/refinement.json"],
     "methods/skill": ["methods/skill.jsonl"],
     "studies/costs": ["studies/costs.jsonl"],
+    "studies/doctor": ["studies/doctor.jsonl"],
     "studies/failures": ["studies/failures.jsonl"],
     "studies/league": ["studies/league.jsonl"],
     "studies/learning": ["studies/learning.jsonl", "studies/learning_ungated.jsonl"],
