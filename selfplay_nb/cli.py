@@ -359,8 +359,10 @@ DEMO = dict(
     n_rounds=3,
     prompts_per_round=24,
     max_new_tokens=16,
+    learning_rate=2e-4,
+    sft_weight=0.5,
     gate=False,
-    renew_every=1,
+    renew_every=3,
     exam_every=1,
     exam_size=120,
 )
