@@ -211,8 +211,8 @@ def _has(file: Path) -> bool:
 
 # %% ../nbs/cli.ipynb #3491f729
 def export(
-    run_dir: str | Path,
-    folder: str | Path,  # of a run  # a new folder for the adapter
+    run_dir: str | Path,  # of a run
+    folder: str | Path,  # a new folder for the adapter
 ) -> str:  # which round's it is
     """Copy the best adapter of a run (without one, the last).
 

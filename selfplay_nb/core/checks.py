@@ -19,7 +19,9 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
-def shown(value) -> str:  # anything  # at most some 80 characters of printable text
+def shown(
+    value,  # anything
+) -> str:  # at most some 80 characters of printable text
     "A value as an error shows it."
     text = _short.repr(value)
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -338,8 +338,8 @@ def bargainer(
 
 # %% ../../nbs/games/debate.ipynb #28b48621
 def last_state(
-    game,
-    transcript,  # the game that was played  # with `seed` and `moves` as `games.play` gives them
+    game,  # the game that was played
+    transcript,  # with `seed` and `moves` as `games.play` gives them
 ):  # the state at its end; a debate is not judged again
     "Play a transcript's moves again."
     state = game.start(transcript.seed)

@@ -250,7 +250,11 @@ class Stages(list):
 
 # %% ../../nbs/loop/pipeline.ipynb #26cb202a
 @patch
-def plot(self: Stages, ax=None, **style):  # matplotlib axes, made if missing  # of the line
+def plot(
+    self: Stages,
+    ax=None,  # matplotlib axes, made if missing
+    **style,  # of the line
+):
     "Held-out accuracy after each stage that changed the policy, with 95 % intervals; returns the axes."
     import matplotlib.pyplot as plt
 

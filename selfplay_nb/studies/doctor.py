@@ -199,7 +199,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
 
 # %% ../../nbs/studies/doctor.ipynb #c200a223
-def installed(name: str) -> str | None:  # of a distribution  # None if it is not installed
+def installed(
+    name: str,  # of a distribution
+) -> str | None:  # None if it is not installed
     "Its version."
     try:
         return importlib.metadata.version(name)
@@ -207,7 +209,9 @@ def installed(name: str) -> str | None:  # of a distribution  # None if it is no
         return None
 
 # %% ../../nbs/studies/doctor.ipynb #5e6d7358
-def import_error(name: str) -> str:  # of a module  # empty if it can be imported
+def import_error(
+    name: str,  # of a module
+) -> str:  # empty if it can be imported
     "Why it cannot be imported."
     try:
         importlib.import_module(name)
