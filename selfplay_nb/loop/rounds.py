@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'SFT_FIELDS', 'METHODS', 'Experience', 'Run', 'Collector', 'collect', 'Compete', 'Refine', 'abstains',
            'group_advantages', 'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'Method',
-           'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'Gate', 'opponents_met']
+           'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
 
 # %% ../../nbs/loop/rounds.ipynb #dae50e5f
 import math
@@ -404,16 +404,6 @@ METHODS = {
     "grpo": partial(GradientMethod, True),
     "reinforce": partial(GradientMethod, False),
 }
-
-# %% ../../nbs/loop/rounds.ipynb #02a730f5
-class Gate(Protocol):
-    "Whether the student replaces the reference."
-
-    def decide(
-        self,
-        run,  # the `SelfPlayTrainer`
-        # with a `verdict`: "accept", "reject" or "undecided"; the rest is for the metrics, as plain numbers
-    ) -> dict: ...
 
 # %% ../../nbs/loop/rounds.ipynb #6f0104af
 def _figures(run, made: Preferences) -> dict:

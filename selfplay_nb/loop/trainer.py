@@ -49,11 +49,12 @@ from ..models.base import DEFAULT_MODEL
 from ..core.pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
 from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
-from ..stats.rates import SPRT, finite
+from ..stats.rates import finite
 from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
 from .collectors import named
 from .arena import arena
 from .game_rounds import GameTask, as_game
+from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
 from ..models.update import COMMON, DPO, load_optimizer, save_optimizer
@@ -157,7 +158,8 @@ class SelfPlayTrainer:
         # where experience comes from (see `rounds.Collector`); by default what the method asks for
         collectors=None,
         method=None,  # how to learn from it (see `rounds.Method`); by default `config.method`
-        # what decides at a gate (see `rounds.Gate`); by default a sequential test, if `config.gate`
+        # what decides whether the reference is updated (see `gate.Gate`); by default a sequential test, if
+        # `config.gate`
         gate=None,
     ):
         self.given = self.config = config.check()
@@ -165,10 +167,12 @@ class SelfPlayTrainer:
         self.task, self.no_task = _task_of(config, task), task is None
         self.arena = arena(self.task)
         self.method = method or method_of(config)
-        self.own_gate = gate
+        own = SequentialGate(config.gate_win_rate, config.gate_prompts) if config.gate else None
+        self.gate = gate or own
         self.parts = collectors, method, gate
-        own = named(config.collect, config) if config.collect else self.arena.collectors(config)
-        self.collectors = own if collectors is None else list(collectors)
+        if collectors is None:
+            collectors = named(config.collect, config) if config.collect else self.arena.collectors(config)
+        self.collectors = list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         columns = columns_of(self.exam_problems)[1]
         for scorer in filter(None, (self.task.reward, self.task.verifier)):
@@ -413,60 +417,16 @@ def learn(self: SelfPlayTrainer, experience: Experience):
     self.learner.optimizer, self.learner.fresh_reference = result.optimizer, False
     return result
 
-# %% ../../nbs/loop/trainer.ipynb #4682480a
-@patch
-def ask_gate(self: SelfPlayTrainer) -> dict:
-    """Does the student beat the reference? The verifier judges, or coins in a control.
-
-    The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win
-    rate corrected for stopping.
-    """
-    c = self.config
-    gates = sum("gate" in m for m in self.history)
-    seen = set(self.learner.trained)
-    self.call("on_stage", stage="gate")
-    sprt = SPRT(c.gate_win_rate - 0.1, c.gate_win_rate + 0.1, alpha=0.05 / ((gates + 1) * (gates + 2)))
-    played = 0
-    look = 0
-    while sprt.verdict == "undecided" and played < c.gate_prompts:
-        look += 1
-        problems = self.problems(
-            min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen
-        )
-        if not problems:
-            break
-        seen |= set(map(question_key, problems))  # no game twice
-        scores = self.arena.duel(self, problems, seed_of("games", c.seed, self.round, look))
-        sprt.add([s for row in scores for s in row if s != 0.5])
-        played += len(problems)
-    if sprt.verdict == "undecided" and played < c.gate_prompts:
-        self.warn(
-            "gate",
-            f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that"
-            " it may ask, and is undecided: the reference stays. Give more prompts, or gate=False.",
-        )
-    value, low, high = sprt.estimate()
-    rate = finite(dict(value=value, n=sprt.n, low=low, high=high))
-    return {
-        "verdict": sprt.verdict,
-        "prompts": played,
-        "decided": sprt.n,
-        "won": sum(sprt.scores),
-        "win_rate": rate,
-    }
-
 # %% ../../nbs/loop/trainer.ipynb #6c800c58
 @patch
 def maybe_renew(self: SelfPlayTrainer) -> dict:
-    """If it is time to, renew the reference (where there is a gate, only with a student that passes); a
-    rejected one goes back to it.
-    """
+    "If it is time to, ask the gate, and update the reference or go back to it."
     if (self.round + 1) % self.config.renew_every:
         return {}
-    if self.own_gate is None and not self.config.gate:
+    if self.gate is None:
         self.renew_reference()
         return {}
-    told = self.own_gate.decide(self) if self.own_gate else self.ask_gate()
+    told = self.gate.decide(self)
     if told["verdict"] not in ("accept", "reject", "undecided"):
         raise ValueError(
             f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'."
