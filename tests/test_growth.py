@@ -360,8 +360,10 @@ constitutional.score constitutional.attribution
         constitutional.evaluate_principle constitutional.render judge.render games.take debate.move \
 pairs.question diversity.adjusted_distinct
         diversity.diversity refinement.criticise reasoning.KnightsAndKnaves.verifier \
-reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
-        widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
+reasoning.Syllogisms.verifier viewer.PlaySeat.choose \
+stepper.RefinementStepper.show card.ConstitutionCard.show
+        widgets.RatingWidget.show viewer.PlaySeat.show reward.WeightedReward.parts \
+players.content_of widgets.framed"""
     ),
     "reads the game's own lines of a prompt, or plays a move that was read before": (
         "debate.read_view play.move play.OpenSpielState.move"
@@ -376,8 +378,8 @@ reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         """competitive.train_step constitutional.revise constitutional.ai_feedback
         league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate \
 policy.spell policy.whole_characters
-        reward_model.train reward_model.scores players.answers_of players.Scripted.generate \
-refinement.refine refinement.refine_batch refinement.begin
+        reward_model.RewardModel.train reward_model.RewardModel.scores players.answers_of \
+players.Scripted.generate refinement.refine refinement.refine_batch refinement.begin
         skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate \
 trainer.train trainer.check_prompts
         vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check \
