@@ -878,3 +878,36 @@ def test_words_alone_never_pass_a_right_answer():
         for w in wrong
     )
     assert sum(p.weight for p in CONSTITUTION) <= 1 and rules.score("?", "") == 0
+
+
+LISTS = "common = 'a'\nabout = 'b'\nendings = 's?'\n[rules.kind]\nkeeps = '''%s'''\nbreaks = 'no'\n"
+
+
+def test_word_lists_are_read_as_they_stand():
+    data = constitutional._read_lists(LISTS % "please\nthank you|kindly\n")
+    assert constitutional._alternatives(data["rules"]["kind"]["keeps"]) == "please|thank you|kindly"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("common = 'a'", "field about: missing or empty"),
+        (LISTS % "(please", "field rules.kind.keeps"),
+        (LISTS % "", "finds something in an empty text"),
+        (LISTS % "please|", "finds something in an empty text"),
+        (LISTS.replace("breaks", "brakes") % "please", "field rules.kind.breaks"),
+    ],
+)
+def test_a_damaged_word_list_is_named(text, message):
+    with pytest.raises(ValueError, match="constitution.toml") as e:
+        constitutional._read_lists(text)
+    assert message in str(e.value)
+
+
+def test_word_lists_are_packaged_and_name_every_rule_once():
+    packaged = Path(constitutional.__file__).with_name("constitution.toml").read_text(encoding="utf-8")
+    assert list(constitutional._read_lists(packaged)["rules"])[: len(CONSTITUTION)] == [
+        p.rule for p in CONSTITUTION
+    ]
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '"selfplay_nb.methods" = ["constitution.toml"]' in project

@@ -21,7 +21,7 @@ from selfplay_nb.loop.vitals import Vitals, alarms, vitals
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.league import LeagueTraining
 from selfplay_nb.methods.refinement import IterativeRefiner
-from selfplay_nb.models import policy, update
+from selfplay_nb.models import sampling, update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.scoring.reward import Guarded, exact_number, score
 from selfplay_nb.tasks.task import ArithmeticTask
@@ -296,7 +296,7 @@ def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
     prompts = [f"{i} + 1 =" for i in range(5)]
     whole = student.sample(prompts, 4, 8, seed=0)
     budget = tiny.max_batch_tokens
-    failed = memory_for(6, monkeypatch, policy, "_decode", lambda model, prompts, rows, *rest: len(rows))
+    failed = memory_for(6, monkeypatch, sampling, "decode", lambda model, batch, *rest, **more: len(batch))
     with pytest.warns(UserWarning, match="out of memory: a batch of 20 was halved"):
         halves = student.sample(prompts, 4, 8, seed=0)
     assert halves.texts == whole.texts and failed and tiny.max_batch_tokens < budget
@@ -304,7 +304,7 @@ def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
     with warnings.catch_warnings(action="ignore"):
         again = student.sample(prompts * 4, 4, 8, seed=0)
     assert again.texts[:5] == whole.texts and tiny.max_batch_tokens >= 50
-    memory_for(0, monkeypatch, policy, "_decode", lambda *args: 1)
+    memory_for(0, monkeypatch, sampling, "decode", lambda *args, **more: 1)
     with pytest.raises(RuntimeError, match="can't allocate"), warnings.catch_warnings(action="ignore"):
         student.sample(prompts[0], 1, 8, seed=0)
 

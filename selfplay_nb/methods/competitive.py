@@ -11,7 +11,7 @@ import random
 import warnings
 from collections import Counter
 from itertools import product
-from fastcore.basics import patch
+from typing import NamedTuple
 
 from ..core.checks import printable, whole
 from ..core.pairs import validate_pairs
@@ -19,17 +19,65 @@ from ..core.players import answers_together, name_of, text_of
 from ..stats.rates import Rate, win_rate
 from ..scoring.reward import as_number, as_reward, is_judge, rows_of, score_samples
 
+# %% ../../nbs/methods/competitive.ipynb #dc14e229
+def _outcome(margin: float) -> float:
+    "A match as the policy sees it: 1 for a win, 0.5 for a draw, 0 for a loss."
+    return 0.5 + 0.5 * ((margin > 0) - (margin < 0))
+
+# %% ../../nbs/methods/competitive.ipynb #5b8441f8
+class _Match(NamedTuple):
+    "One answer of the policy against one of the opponent."
+
+    ours: object
+    theirs: object
+    score: float  # P(the policy wins); with a reward 1, 0.5 or 0
+    margin: float  # above 0 if ours is better; NaN if nobody could judge
+
 # %% ../../nbs/methods/competitive.ipynb #b56a9821
+def _by_reward(reward, prompts, ours, theirs, columns):
+    "For each prompt the score and the margin of every match; and the rewards of the policy's answers."
+    r, s = (score_samples(reward, prompts, answers, **columns) for answers in (ours, theirs))
+    margins = [[x - y for x in xs for y in ys] for xs, ys in zip(r, s)]
+    return [list(map(_outcome, row)) for row in margins], margins, r
+
+# %% ../../nbs/methods/competitive.ipynb #5e850192
+def _pair(prompt, match: _Match) -> dict:
+    "A decided match as a preference pair."
+    won = match.margin > 0
+    chosen, rejected = (match.ours, match.theirs) if won else (match.theirs, match.ours)
+    row = {
+        "prompt": prompt,
+        "chosen": text_of(chosen.text),
+        "rejected": text_of(rejected.text),
+        "margin": abs(match.margin),
+        "winner": "policy" if won else "opponent",
+        "chosen_truncated": chosen.truncated,
+        "rejected_truncated": rejected.truncated,
+    }
+    return row | _tokens("chosen", chosen) | _tokens("rejected", rejected)
+
+# %% ../../nbs/methods/competitive.ipynb #05b9222e
+def _tokens(name: str, answer) -> dict:
+    "The token ids of a policy's answer and their log-probability; nothing for other players."
+    if not hasattr(answer, "token_ids"):
+        return {}
+    return {f"{name}_ids": answer.token_ids, f"{name}_logps": sum(answer.logprobs)}
+
+# %% ../../nbs/methods/competitive.ipynb #f8a3f6ff
 def _select(rows: list[dict], k: int, rng: random.Random) -> list[dict]:
     "At most `k` pairs of one prompt: widest margin first, ties at random, each rejected answer once."
-    rows = list(rows)
     rng.shuffle(rows)
-    chosen, used = [], set()
+    by_rejected = {}
     for row in sorted(rows, key=lambda r: -r["margin"]):
-        if row["rejected"] not in used and len(chosen) < k:
-            used.add(row["rejected"])
-            chosen.append(row)
-    return chosen
+        by_rejected.setdefault(row["rejected"], row)
+    return list(by_rejected.values())[:k]
+
+# %% ../../nbs/methods/competitive.ipynb #cce1a5d9
+def _prompt_pairs(prompt, matches: list, about: dict, k: int, rng: random.Random) -> tuple[list, Counter]:
+    "The best pairs of a prompt's matches, and how many decided matches were dropped for which reason."
+    decided = [m for m in matches if m.margin and m.margin == m.margin]  # no draws, and no NaN
+    good, dropped = validate_pairs([_pair(prompt, m) | about for m in decided])
+    return _select(good, k, rng), dropped
 
 # %% ../../nbs/methods/competitive.ipynb #d7d545b5
 class Preferences(list):
@@ -38,20 +86,15 @@ class Preferences(list):
     def __init__(
         self,
         pairs,
-        scores: list,
-        dropped: Counter,
-        answers: list,
-        rewards: list,
+        scores: list,  # for each prompt P(the policy wins) of its judged matches
+        dropped: Counter,  # decided matches that could not become a pair, by reason
+        answers: list,  # for each prompt the policy's answers
+        rewards: list,  # and their rewards (with a judge: the share of their matches that they win)
         tokens_per_second: float = 0.0,
         n_tokens: int = 0,
     ):
         super().__init__(pairs)
-        # for each prompt P(the policy wins) of its matches: 1 win, 0.5 draw, 0 loss with a reward
-        self.scores = scores
-        self.dropped = dropped  # decisive matches that could not become a pair, by reason
-        self.answers = answers  # for each prompt the policy's answers
-        # and their rewards (with a judge: the share of their matches that they win)
-        self.rewards = rewards
+        self.scores, self.dropped, self.answers, self.rewards = scores, dropped, answers, rewards
         self.tokens_per_second, self.n_tokens = tokens_per_second, n_tokens
 
     @property
@@ -75,45 +118,17 @@ class Preferences(list):
         known = [r for row in self.rewards for r in row if r == r]
         return sum(known) / max(1, len(known))
 
-# %% ../../nbs/methods/competitive.ipynb #f8a3f6ff
-@patch
-@printable
-def __repr__(self: Preferences):
-    dropped = ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"
-    return (
-        f"{len(self)} pairs from {len(self.scores)} prompts\n"
-        f"matches   {self.wins} won, {self.draws} drawn, {self.losses} lost\n"
-        f"win rate  {self.win_rate}\n"
-        f"dropped   {dropped}"
-    )
+    @printable
+    def __repr__(self):
+        dropped = ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "none"
+        return (
+            f"{len(self)} pairs from {len(self.scores)} prompts\n"
+            f"matches   {self.wins} won, {self.draws} drawn, {self.losses} lost\n"
+            f"win rate  {self.win_rate}\n"
+            f"dropped   {dropped}"
+        )
 
-# %% ../../nbs/methods/competitive.ipynb #2db1b8ed
-@patch
-def _advice(self: Preferences, differ: bool, limit: int | None) -> str:
-    "What a person should know about a step with few pairs, or ''; `differ`: were there different answers?"
-    decided = self.wins + self.losses
-    if not (decided or self.draws):
-        return "no match was judged: the reward abstained, or failed, on every one."
-    if not decided and not differ:
-        return "all answers were the same, so there is nothing to prefer: raise temperature, or n_samples."
-    if not decided:
-        return (
-            "the reward was the same for all answers, so there is nothing to prefer: see that it tells"
-            " answers apart (partial credit), or take prompts that are neither always nor never solved."
-        )
-    if self.dropped["truncated"] > decided / 4:
-        return (
-            "many decided matches made no pair, since the better answer was cut off: raise"
-            f" max_new_tokens{f' (now {limit})' if limit else ''}, or ask for shorter answers."
-        )
-    if not self:
-        return (
-            "no match made a pair, see `dropped` of the result: raise n_samples, or change what the answers"
-            " were dropped for."
-        )
-    return ""
-
-# %% ../../nbs/methods/competitive.ipynb #27a4d270
+# %% ../../nbs/methods/competitive.ipynb #8567ad3a
 class CompetitiveSelfPlay:
     """The current policy against a reference on the same prompts, as SPIN's players (Chen et al., 2024, arXiv
     2401.01335) but with a reward as judge.
@@ -130,114 +145,126 @@ class CompetitiveSelfPlay:
         pairs_per_prompt: int = 4,  # at most
         **sampling,  # handed to `generate`: `max_new_tokens`, `temperature`, `top_p`
     ):
-        for name, v in dict(n_samples=n_samples, pairs_per_prompt=pairs_per_prompt).items():
-            whole(name, v)
+        self.n_samples = whole("n_samples", n_samples)
+        self.pairs_per_prompt = whole("pairs_per_prompt", pairs_per_prompt)
         self.policy, self.reference_policy = policy, reference_policy
         self.reward_fn = reward_fn if is_judge(reward_fn) else as_reward(reward_fn)
-        self.n_samples = n_samples
-        self.pairs_per_prompt = pairs_per_prompt
         self.sampling = sampling
 
-# %% ../../nbs/methods/competitive.ipynb #34f5a4ed
-@patch
-def _verdicts(self: CompetitiveSelfPlay, prompts, a, b, columns):
-    """For each prompt, of each of its n_samples² matches, P(the policy wins) and the margin; and the policy's
-    rewards.
-    """
-    n = self.n_samples
-    if is_judge(self.reward_fn):
-        taken = [c for c in columns if c in ("a", "b")]
-        if taken:
-            raise ValueError(
-                f"a column is named {taken[0]!r}, as an answer is when a judge is asked: give it another"
-                " name."
-            )
-        games = [
-            (k, text_of(x.text), text_of(y.text))
-            for k, (xs, ys) in enumerate(zip(a, b))
-            for x in xs
-            for y in ys
-        ]
-        asked = {c: [v[k] for k, _, _ in games] for c, v in columns.items()}
-        p = self.reward_fn.compare(
-            [prompts[k] for k, _, _ in games], [x for _, x, _ in games], [y for _, _, y in games], **asked
-        )
-        p = [[as_number(v) for v in p[i : i + n * n]] for i in range(0, len(p), n * n)]
-        return (
-            p,
-            [[2 * v - 1 for v in row] for row in p],
-            [[_mean(row[i : i + n]) for i in range(0, n * n, n)] for row in p],
-        )
-    ra, rb = (score_samples(self.reward_fn, prompts, answers, **columns) for answers in (a, b))
-    margins = [[i - j for i in x for j in y] for x, y in zip(ra, rb)]
-    return [[0.5 + 0.5 * ((d > 0) - (d < 0)) for d in row] for row in margins], margins, ra
+    def train_step(
+        self,
+        prompts: list,  # n prompts, or rows: dicts with `prompt` and the reward's columns
+        seed: int = 0,  # of the answers and of the choice among equal pairs
+        round: int = 0,  # written to the pairs
+        progress=None,  # called as `progress(finished answers, new tokens)`
+        **columns,  # lists of n values for the reward, such as `answer`
+    ) -> Preferences:  # pairs in TRL's form, with provenance
+        """Play one step and return the preferences; training on them is the caller's (see `update.dpo`).
 
-# %% ../../nbs/methods/competitive.ipynb #dc14e229
+        Raises `ValueError` for bad input.
+        """
+        prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
+        ours, theirs, seconds, tokens = self._sample(prompts, seed, progress)
+        matches, rewards = self._compare(prompts, ours, theirs, columns)
+        pairs, dropped = self._pairs(prompts, matches, seed, round)
+
+        judged = [[m.score for m in row if m.margin == m.margin] for row in matches]
+        speed = tokens / seconds if seconds else 0.0
+        result = Preferences(pairs, judged, dropped, _texts(ours), rewards, speed, tokens)
+        if advice := _advice(result, _texts(theirs), self.sampling.get("max_new_tokens")):
+            warnings.warn(advice, stacklevel=2)
+        return result
+
+    def _sample(self, prompts, seed, progress):
+        "Both sides' answers to each prompt, and how long all of it took."
+        sides = (self.policy, prompts, 2 * seed), (self.reference_policy, prompts, 2 * seed + 1)
+        answered = answers_together(sides, self.n_samples, progress, **self.sampling)
+        (ours, seconds, tokens), (theirs, more_seconds, more_tokens) = answered
+        return ours, theirs, seconds + more_seconds, tokens + more_tokens
+
+    def _compare(self, prompts, ours, theirs, columns):
+        "For each prompt the matches of every answer with every answer; and the policy's rewards."
+        verdicts = _by_judge if is_judge(self.reward_fn) else _by_reward
+        scores, margins, rewards = verdicts(self.reward_fn, prompts, ours, theirs, columns)
+        matches = [
+            [_Match(x, y, score, margin) for (x, y), score, margin in zip(product(xs, ys), row, differences)]
+            for xs, ys, row, differences in zip(ours, theirs, scores, margins)
+        ]
+        return matches, rewards
+
+    def _pairs(self, prompts, matches, seed, round):
+        "The best pairs of each prompt; and how many matches gave none, by reason."
+        about = dict(source="competitive", round=round, judge=name_of(self.reward_fn))
+        # a league deals the prompts to several opponents, and names each of them
+        reference = self.reference_policy
+        opponents = getattr(reference, "names", None) or [name_of(reference)] * len(prompts)
+        unjudged = sum(m.margin != m.margin for row in matches for m in row)
+        pairs, dropped, rng = [], +Counter(unjudged=unjudged), random.Random(seed)
+        for prompt, opponent, row in zip(prompts, opponents, matches):
+            here = about | {"opponent": opponent}
+            good, bad = _prompt_pairs(prompt, row, here, self.pairs_per_prompt, rng)
+            pairs += good
+            dropped += bad
+        return pairs, dropped
+
+# %% ../../nbs/methods/competitive.ipynb #f3fccb15
+def _texts(answers) -> list[list[str]]:
+    return [[text_of(x.text) for x in row] for row in answers]
+
+# %% ../../nbs/methods/competitive.ipynb #2db1b8ed
+def _advice(prefs: Preferences, others: list, limit: int | None) -> str:
+    "What a person should know about a step with few pairs, or ''; `others`: the opponent's answers."
+    decided = prefs.wins + prefs.losses
+    if not (decided or prefs.draws):
+        return "no match was judged: the reward abstained, or failed, on every one."
+    if not decided:
+        return _nothing_to_prefer({t for row in (*prefs.answers, *others) for t in row})
+    if prefs.dropped["truncated"] > decided / 4:
+        now = f" (now {limit})" if limit else ""
+        return (
+            "many decided matches made no pair, since the better answer was cut off: raise"
+            f" max_new_tokens{now}, or ask for shorter answers."
+        )
+    if not prefs:
+        return (
+            "no match made a pair, see `dropped` of the result: raise n_samples, or change what the answers"
+            " were dropped for."
+        )
+    return ""
+
+# %% ../../nbs/methods/competitive.ipynb #62299e9d
+def _nothing_to_prefer(texts: set) -> str:
+    if len(texts) < 2:
+        return "all answers were the same, so there is nothing to prefer: raise temperature, or n_samples."
+    return (
+        "the reward was the same for all answers, so there is nothing to prefer: see that it tells"
+        " answers apart (partial credit), or take prompts that are neither always nor never solved."
+    )
+
+# %% ../../nbs/methods/competitive.ipynb #27a4d270
+def _by_judge(judge, prompts, ours, theirs, columns):
+    "As `_by_reward`, by asking about every match; an answer's reward is the share of matches that it wins."
+    for name in columns:
+        if name in ("a", "b"):
+            raise ValueError(
+                f"a column is named {name!r}, as an answer is when a judge is asked: give it another name."
+            )
+    met = [list(product(xs, ys)) for xs, ys in zip(_texts(ours), _texts(theirs))]
+    per_prompt, per_answer = len(met[0]), len(theirs[0])
+    repeat = lambda values: [v for v in values for _ in range(per_prompt)]
+    a, b = zip(*[match for row in met for match in row])
+    said = judge.compare(repeat(prompts), list(a), list(b), **{c: repeat(v) for c, v in columns.items()})
+    scores = _cut([as_number(v) for v in said], per_prompt)
+    margins = [[2 * p - 1 for p in row] for row in scores]
+    return scores, margins, [[_mean(part) for part in _cut(row, per_answer)] for row in scores]
+
+# %% ../../nbs/methods/competitive.ipynb #5fd816c4
+def _cut(values: list, n: int) -> list[list]:
+    "A list in pieces of `n`."
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
 def _mean(p: list) -> float:
     "Mean of what is known; NaN for nothing."
     known = [v for v in p if v == v]
     return sum(known) / len(known) if known else math.nan
-
-# %% ../../nbs/methods/competitive.ipynb #302094ce
-@patch
-def train_step(
-    self: CompetitiveSelfPlay,
-    prompts: list,  # n prompts, or rows: dicts with `prompt` and the reward's columns
-    seed: int = 0,  # of the answers and of the choice among equal pairs
-    round: int = 0,  # written to the pairs
-    progress=None,  # called as `progress(finished answers, new tokens)`
-    **columns,  # lists of n values for the reward, such as `answer`
-) -> Preferences:  # pairs in TRL's form, with provenance
-    """Play one step and return the preferences; training on them is the caller's (see `update.dpo`).
-
-    Raises `ValueError` for bad input.
-    """
-    prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
-    sides = (self.policy, prompts, 2 * seed), (self.reference_policy, prompts, 2 * seed + 1)
-    (a, t1, n1), (b, t2, n2) = answers_together(sides, self.n_samples, progress, **self.sampling)
-    scores, margins, rewards = self._verdicts(prompts, a, b, columns)
-    # NaN: nobody could judge it
-    scores = [[s for s, m in zip(row, ms) if m == m] for row, ms in zip(scores, margins)]
-    opponents = getattr(self.reference_policy, "names", None) or [name_of(self.reference_policy)] * len(
-        prompts
-    )
-    about = dict(source="competitive", round=round, judge=name_of(self.reward_fn))
-    unjudged = sum(m != m for ms in margins for m in ms)
-    pairs = []
-    dropped = Counter({"unjudged": unjudged} if unjudged else {})
-    rng = random.Random(seed)
-    for p, opponent, xs, ys, ms in zip(prompts, opponents, a, b, margins):
-        about |= {"opponent": opponent}
-        decided = [(x, y, m) for (x, y), m in zip(product(xs, ys), ms) if m and m == m]
-        rows = [
-            (_pair(p, x, y, m, "policy") if m > 0 else _pair(p, y, x, -m, "opponent")) | about
-            for x, y, m in decided
-        ]
-        good, bad = validate_pairs(rows)
-        pairs += _select(good, self.pairs_per_prompt, rng)
-        dropped += bad
-    said, other = ([[text_of(x.text) for x in row] for row in answers] for answers in (a, b))
-    out = Preferences(
-        pairs, scores, dropped, said, rewards, (n1 + n2) / (t1 + t2) if t1 + t2 else 0.0, n1 + n2
-    )
-    if advice := out._advice(
-        len({t for row in (*said, *other) for t in row}) > 1, self.sampling.get("max_new_tokens")
-    ):
-        warnings.warn(advice, stacklevel=2)
-    return out
-
-# %% ../../nbs/methods/competitive.ipynb #5e850192
-def _pair(prompt, chosen, rejected, margin, winner):
-    row = {
-        "prompt": prompt,
-        "chosen": text_of(chosen.text),
-        "rejected": text_of(rejected.text),
-        "margin": margin,
-        "winner": winner,
-        "chosen_truncated": chosen.truncated,
-        "rejected_truncated": rejected.truncated,
-    }
-    for name, x in ("chosen", chosen), ("rejected", rejected):
-        if hasattr(x, "token_ids"):
-            row |= {f"{name}_ids": x.token_ids, f"{name}_logps": sum(x.logprobs)}
-    return row

@@ -43,8 +43,8 @@ def near_skill(
     if not (np.isfinite(ratings).all() and math.isfinite(performance)):
         raise ValueError(f"ratings {ratings} and performance {performance!r}: expected finite numbers.")
     x = -0.5 * ((ratings - performance - lean) / width) ** 2
-    p = np.exp(x - x.max())
-    return p / p.sum()  # less the largest: far from everybody, the nearest remains
+    p = np.exp(x - x.max())  # less the largest: far from everybody, the nearest remains
+    return p / p.sum()
 
 # %% ../../nbs/methods/league.ipynb #a4031c29
 def pfsp(
@@ -80,12 +80,8 @@ class PolicySnapshot:
         league=None,  # the `LeagueTraining` that loads it
         joined: int = -1,  # how many joined before it; -1 for an anchor
     ):
-        self.name = name
-        self.role = role
-        self._player = player
-        self.folder = folder
-        self.league = league
-        self.joined = joined
+        self.name, self.role, self._player = name, role, player
+        self.folder, self.league, self.joined = folder, league, joined
 
     @property
     def player(self):
@@ -115,23 +111,49 @@ class PolicySnapshot:
     @property
     def where(self) -> str:
         "Where its weights are."
-        if self._player is not None or self.folder is None:
-            return "given" if self._player is not None else "base"
+        if self._player is not None:
+            return "given"
+        if self.folder is None:
+            return "base"
         return "memory" if self.league and self.league._adapter(self) in self.league._resident else "disk"
 
     @printable
     def __repr__(self):
         return f"PolicySnapshot({self.name!r}: {self.role}, {self.where})"
 
-# %% ../../nbs/methods/league.ipynb #8ee7b41c
+# %% ../../nbs/methods/league.ipynb #70e0f7b8
 ROLES = {  # of learners: name to shares of distributions
     "main": {"near": 0.5, "hard": 0.35, "uniform": 0.15},
     "main_exploiter": {"main": 1.0},
     "league_exploiter": {"hard": 1.0},
 }
 
+# %% ../../nbs/methods/league.ipynb #c6cbeca3
+def _near(league, who, performance, role):
+    return near_skill([league.elo[m.name] for m in who], performance)
 
-def _one(who, member):
+
+def _hard(league, who, performance, role):
+    return pfsp(league.win_rates(role, who), "hard")
+
+
+def _even(league, who, performance, role):
+    return pfsp(league.win_rates(role, who), "even")
+
+# %% ../../nbs/methods/league.ipynb #2dd554bb
+def _nash(league, who, performance, role):
+    return league.nash(who).weights
+
+
+def _uniform(league, who, performance, role):
+    return np.full(len(who), 1 / len(who))
+
+
+def _latest(league, who, performance, role):
+    return _only(who, _newest(who))  # the naive opponent
+
+# %% ../../nbs/methods/league.ipynb #15785614
+def _only(who, member):
     return np.array([float(m is member) for m in who])
 
 
@@ -140,28 +162,25 @@ def _newest(who, role="main"):
 
 # %% ../../nbs/methods/league.ipynb #72433c8e
 def _main(league, who, performance, role):
-    """The newest snapshot of the main agent if there is a chance against it, else its snapshots by PFSP, the
-    open games first.
-    """
-    main = [m for m in who if m.role == "main"] or who
     newest = _newest(who)
     if league.win_rates(role, [newest])[0] >= 0.2:
-        return _one(who, newest)
+        return _only(who, newest)
+    main = [m for m in who if m.role == "main"] or who
     p = dict(zip([m.name for m in main], pfsp(league.win_rates(role, main), "even")))
     return np.array([p.get(m.name, 0.0) for m in who])
 
-# %% ../../nbs/methods/league.ipynb #4920fde9
+# %% ../../nbs/methods/league.ipynb #58a59e24
 DISTRIBUTIONS = {  # name to `(league, members, performance, role) -> (K,) probabilities`
-    "near": lambda league, who, performance, role: near_skill([league.elo[m.name] for m in who], performance),
-    "hard": lambda league, who, performance, role: pfsp(league.win_rates(role, who), "hard"),
-    "even": lambda league, who, performance, role: pfsp(league.win_rates(role, who), "even"),
-    "uniform": lambda league, who, performance, role: np.full(len(who), 1 / len(who)),
-    "nash": lambda league, who, performance, role: league.nash(who).weights,
-    "latest": lambda league, who, performance, role: _one(who, _newest(who)),
+    "near": _near,
+    "hard": _hard,
+    "even": _even,
+    "uniform": _uniform,
+    "nash": _nash,
+    "latest": _latest,
     "main": _main,
 }
 
-# %% ../../nbs/methods/league.ipynb #e72841d7
+# %% ../../nbs/methods/league.ipynb #2a66d2e8
 class LeagueTraining:
     """A population of policies at different skill levels, with results, ratings and matchmaking.
 
@@ -185,35 +204,115 @@ class LeagueTraining:
         k: float = 8,  # of the online Elo ratings
         seed: int = 0,  # of the draws
     ):
-        for name, v in dict(n_leagues=n_leagues, resident=resident, window=window).items():
-            whole(name, v)
+        self.n_leagues, self.resident = whole("n_leagues", n_leagues), whole("resident", resident)
+        self.window = whole("window", window)
         if not prior > 0:
             raise ValueError(f"prior is {prior!r}: expected a positive number of games.")
-        self.n_leagues = n_leagues
-        self.base = base
-        self.resident = resident
-        self.prior = prior
-        self.window = window
+        self.base, self.prior = base, prior
         self.roles = ROLES | (matchmaking or {})
         for role in self.roles:
-            self._mixture(role)
-        if folder is None:
-            self._tmp = tempfile.TemporaryDirectory()
-        self.folder = Path(folder or self._tmp.name)
-        self.elo = Elo(k)
-        self.rng = np.random.default_rng(seed)
-        self.rows = []
-        self.members = []
-        self.joined = 0
+            self._mixture(role)  # raises for bad shares
+        self.elo, self.rng = Elo(k), np.random.default_rng(seed)
+        self.members, self.joined = [], 0
+        # results: all games; of members (points, games) by pair; of a learner the last scores by opponent
+        self.rows, self._score, self._live = [], {}, {}
         # a role's games from here on count; refusals since it last added a member
         self.since, self.refused = Counter(), Counter()
-        self._score = {}
-        self._live = {}
-        self._resident = OrderedDict()
-        self._mixed = (None, None)
+        self._resident, self._mixed = OrderedDict(), (None, None)
         # until somebody has joined
         self._places = [PolicySnapshot(f"league_{i}", league=self) for i in range(n_leagues)]
+        self._tmp = None if folder else tempfile.TemporaryDirectory()
+        self.folder = Path(folder or self._tmp.name)
         self._open(({"base": None} if base else {}) | (anchors or {}))
+
+    @property
+    def leagues(self) -> list:
+        """The members in the order in which they joined, anchors first; `n_leagues` empty places if there are
+        none.
+        """
+        return self.members or self._places
+
+    def __getitem__(self, name: str) -> PolicySnapshot:
+        "A member by name; raises `ValueError` if there is none."
+        for m in self.members:
+            if m.name == name:
+                return m
+        raise ValueError(f"no member {name!r}: expected one of {[m.name for m in self.members]}.")
+
+    def win_rates(
+        self,
+        role: str,  # of a learner
+        who: list | None = None,  # members; by default all
+    ) -> np.ndarray:  # (K,) means of the Beta distributions
+        "Win rates of a learner against members by its last games with each; 0.5 where there were none."
+        games = [self._live.get((role, m.name), ()) for m in (self.leagues if who is None else who)]
+        return np.array([(sum(g) + self.prior) / (len(g) + 2 * self.prior) for g in games])
+
+    def payoff(
+        self,
+        who: list | None = None,  # members; by default all
+    ) -> np.ndarray:  # (K, K) means of the Beta distributions
+        """Win rates of the row against the column by all their games; 0.5 where there were none, and on the
+        diagonal.
+        """
+        who = self.leagues if who is None else who
+        t = np.array([[self._score.get((a.name, b.name), (0.0, 0)) for b in who] for a in who])
+        points, games = t[..., 0], t[..., 1]
+        return (points + self.prior) / (games + 2 * self.prior)
+
+    def nash(self, who: list | None = None) -> Nash:  # members; by default all
+        """The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent),
+        with everybody's skill against it.
+        """
+        who = self.leagues if who is None else who
+        state = [m.name for m in who], len(self.rows), self.prior
+        if self._mixed[0] != state:  # kept, as each view of the league asks again
+            self._mixed = state, nash_averaging(self.payoff(who) - 0.5, state[0])
+        return self._mixed[1]
+
+    def compute_matchmaking_probs(
+        self,
+        # rating of the learner on the Elo scale; by default as its games say
+        current_performance: float | None = None,
+        role: str = "main",  # of the learner
+        mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
+    ) -> np.ndarray:  # (K,) one for each of `leagues`
+        """Probabilities of the opponents.
+
+        Raises `ValueError` for an unknown role or distribution, or a performance that is no finite number.
+        """
+        shares = self._mixture(role if mixture is None else mixture)
+        performance = self.elo[role] if current_performance is None else current_performance
+        if not (isinstance(performance, Real) and math.isfinite(performance)):
+            raise ValueError(f"current_performance is {performance!r}: expected a finite rating.")
+        rules = {name: share for name, share in shares.items() if share}
+        p = sum(c * DISTRIBUTIONS[name](self, self.leagues, performance, role) for name, c in rules.items())
+        return p / p.sum()
+
+    def sample_opponent(
+        self,
+        # rating of the learner on the Elo scale; by default as its games say
+        current_performance: float | None = None,
+        role: str = "main",  # of the learner
+        mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
+    ) -> PolicySnapshot:
+        "Draw an opponent by `compute_matchmaking_probs`."
+        p = self.compute_matchmaking_probs(current_performance, role, mixture)
+        return self.leagues[self.rng.choice(len(self.leagues), p=p)]
+
+    def _mixture(self, given) -> dict:
+        "Shares of distributions for a role's name, or as they are given; checked."
+        if isinstance(given, str) and given not in self.roles:
+            raise ValueError(f"role {given!r}: expected one of {list(self.roles)}.")
+        shares = self.roles[given] if isinstance(given, str) else given
+        known = all(name in DISTRIBUTIONS for name in shares)
+        total = sum(shares.values())
+        if not (known and total > 0 and math.isfinite(total) and min(shares.values()) >= 0):
+            names = list(DISTRIBUTIONS)
+            raise ValueError(
+                f"matchmaking {shares}: expected shares of at least 0, some above 0, of {names}."
+            )
+        return shares
 
 # %% ../../nbs/methods/league.ipynb #a5fbdcdf
 @patch
@@ -249,24 +348,29 @@ def save(self: LeagueTraining) -> Path:
         for name in "adapter_config.json", "adapter_model.safetensors":
             (old / name).unlink(missing_ok=True)
         if not any(old.iterdir()):
-            old.rmdir()  # else there is more than the adapter, and that is somebody's
+            old.rmdir()
     return self.folder
 
-# %% ../../nbs/methods/league.ipynb #322a5e13
+# %% ../../nbs/methods/league.ipynb #f77340ec
 @patch
 def _open(self: LeagueTraining, anchors: dict):
     "Begin in `folder`, or go on with what is there."
+    state = self._saved()
+    self.ledger = Ledger(self.folder / "games.jsonl", ("a", "b", "score"))
+    self.ledger.rewind(state["ledger"] if state else 0)
+    if state:
+        self._go_on(state, anchors)
+        return
+    for name, player in anchors.items():
+        self.add(player, name, "anchor")
+    self.save()
+
+# %% ../../nbs/methods/league.ipynb #4d0f4fdd
+@patch
+def _saved(self: LeagueTraining) -> dict | None:
+    "The state in `folder`, or None for a new league; raises for anything else that is there."
     file = self.folder / "state.json"
-    try:
-        state = json.loads(file.read_text()) if file.exists() else None
-    except ValueError:
-        state = {}
-    if state is not None and not (
-        isinstance(state, dict) and {"settings", "members", "elo", "ledger", "rng"} <= state.keys()
-    ):
-        raise ValueError(
-            f"{file} is damaged, or of somebody else, and is left as it is: choose another folder."
-        )
+    state = _league_state(file) if file.exists() else None
     if state and state["settings"] != self._settings():
         raise ValueError(
             f"{self.folder} holds a league with {state['settings']}, not {self._settings()}. Choose another"
@@ -276,76 +380,55 @@ def _open(self: LeagueTraining, anchors: dict):
         raise ValueError(
             f"{self.folder} is not empty and holds no league; it is left alone. Choose another folder."
         )
-    self.ledger = Ledger(self.folder / "games.jsonl", ("a", "b", "score"))
-    self.ledger.rewind(state["ledger"] if state else 0)
-    if state is None:
-        for name, player in anchors.items():
-            self.add(player, name, "anchor")
-        self.save()
-        return
-    missing = [
-        m["name"] for m in state["members"] if m["plays"] == "given" and anchors.get(m["name"]) is None
-    ]
+    return state
+
+# %% ../../nbs/methods/league.ipynb #66e6c1c8
+def _league_state(file: Path) -> dict:
+    try:
+        state = json.loads(file.read_text())
+    except ValueError:
+        state = None
+    needed = {"settings", "members", "elo", "ledger", "rng"}
+    if not (isinstance(state, dict) and needed <= state.keys()):
+        raise ValueError(
+            f"{file} is damaged, or of somebody else, and is left as it is: choose another folder."
+        )
+    return state
+
+# %% ../../nbs/methods/league.ipynb #fd384ef7
+@patch
+def _go_on(self: LeagueTraining, state: dict, anchors: dict):
+    "Take over a saved state: members, ratings, random numbers, and all games."
+    self._check_players(state["members"], anchors)
+    for m in state["members"]:
+        player = anchors[m["name"]] if m["plays"] == "given" else None
+        folder = self.folder / "members" / m["name"] if m["plays"] == "adapter" else None
+        self.members.append(PolicySnapshot(m["name"], m["role"], player, folder, self, m["joined"]))
+    self.joined, self.elo.ratings = state["joined"], state["elo"]
+    self.since, self.refused = Counter(state["since"]), Counter(state["refused"])
+    self.rng.bit_generator.state = state["rng"]
+    for row in self.ledger.rows():
+        self._count(row)
+
+# %% ../../nbs/methods/league.ipynb #4f9cf3c3
+@patch
+def _check_players(self: LeagueTraining, members: list[dict], anchors: dict):
+    "Raise unless every saved member has something to play with."
+    given = [m["name"] for m in members if m["plays"] == "given"]
+    missing = [name for name in given if anchors.get(name) is None]
     if missing:
         raise ValueError(
             f"{missing} in {self.folder} are players that cannot be saved: give them again in `anchors`, by"
             " name."
         )
-    if any(m["plays"] != "given" for m in state["members"]) and self.base is None:
+    if len(given) < len(members) and self.base is None:
         raise ValueError(f"the league in {self.folder} has adapters: expected a `base`.")
-    for m in state["members"]:
-        player = anchors[m["name"]] if m["plays"] == "given" else None
-        folder = self.folder / "members" / m["name"] if m["plays"] == "adapter" else None
-        self.members.append(PolicySnapshot(m["name"], m["role"], player, folder, self, m["joined"]))
-    self.joined = state["joined"]
-    self.elo.ratings = state["elo"]
-    self.since = Counter(state["since"])
-    self.refused = Counter(state["refused"])
-    self.rng.bit_generator.state = state["rng"]
-    for r in self.ledger.rows():
-        self._count(r)
-
-# %% ../../nbs/methods/league.ipynb #4d0f4fdd
-@patch
-def _mixture(self: LeagueTraining, given) -> dict:
-    "Shares of distributions for a role's name, or as they are given; checked."
-    if isinstance(given, str) and given not in self.roles:
-        raise ValueError(f"role {given!r}: expected one of {list(self.roles)}.")
-    shares = self.roles[given] if isinstance(given, str) else given
-    unknown = [n for n in shares if n not in DISTRIBUTIONS]
-    if (
-        unknown
-        or not sum(shares.values()) > 0
-        or min(shares.values()) < 0
-        or not math.isfinite(sum(shares.values()))
-    ):
-        raise ValueError(
-            f"matchmaking {shares}: expected shares of at least 0, some above 0, of {list(DISTRIBUTIONS)}."
-        )
-    return shares
-
-# %% ../../nbs/methods/league.ipynb #2dd554bb
-@patch(as_prop=True)
-def leagues(self: LeagueTraining) -> list:
-    """The members in the order in which they joined, anchors first; `n_leagues` empty places if there are
-    none.
-    """
-    return self.members or self._places
-
-# %% ../../nbs/methods/league.ipynb #53a4fd05
-@patch
-def __getitem__(self: LeagueTraining, name: str) -> PolicySnapshot:
-    "A member by name; raises `ValueError` if there is none."
-    for m in self.members:
-        if m.name == name:
-            return m
-    raise ValueError(f"no member {name!r}: expected one of {[m.name for m in self.members]}.")
 
 # %% ../../nbs/methods/league.ipynb #22b24fa8
 def _is_policy(player):
     return hasattr(player, "state") and hasattr(player, "base")
 
-# %% ../../nbs/methods/league.ipynb #aee1d068
+# %% ../../nbs/methods/league.ipynb #80474938
 @patch
 def add(
     self: LeagueTraining,
@@ -360,29 +443,13 @@ def add(
     If there are more than `n_leagues` then, somebody leaves. Raises `ValueError` for a name that was used
     before, or an unknown role.
     """
-    if role not in (*self.roles, "anchor"):
-        raise ValueError(f"role {role!r}: expected one of {[*self.roles, 'anchor']}.")
     name = name or f"league_{self.joined}"
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"name {name!r}: use letters, digits, '_' and '-'.")
-    if name in self.elo.ratings or name in self.roles:
-        raise ValueError(f"the name {name!r} was used before, by a member or a learner: choose another.")
+    self._check_joining(name, role)
     bare = player is None or _is_policy(player) and player.name == "base"
-    if bare and self.base is None:
-        raise ValueError(
-            f"{name!r} is to play as the bare base, but this league has none: expected"
-            " LeagueTraining(base=...)."
-        )
     adapter = _is_policy(player) and not bare
-    if adapter and player.base is not self.base:
-        raise ValueError(f"{player!r} is not on this league's base: expected an adapter of {self.base!r}.")
-    member = PolicySnapshot(
-        name,
-        role,
-        None if bare or adapter else player,
-        league=self,
-        joined=-1 if role == "anchor" else self.joined,
-    )
+    self._check_player(player, name, bare, adapter)
+    given, joined = None if bare or adapter else player, -1 if role == "anchor" else self.joined
+    member = PolicySnapshot(name, role, given, league=self, joined=joined)
     if adapter:
         member.folder = player.save(self.folder / "members" / name)
     self.elo.ratings[name] = self.elo[role]
@@ -392,6 +459,27 @@ def add(
         self.refused[role] = 0
     self.members.append(member)
     return member
+
+# %% ../../nbs/methods/league.ipynb #ba4f81eb
+@patch
+def _check_joining(self: LeagueTraining, name: str, role: str):
+    if role not in (*self.roles, "anchor"):
+        raise ValueError(f"role {role!r}: expected one of {[*self.roles, 'anchor']}.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"name {name!r}: use letters, digits, '_' and '-'.")
+    if name in self.elo.ratings or name in self.roles:
+        raise ValueError(f"the name {name!r} was used before, by a member or a learner: choose another.")
+
+# %% ../../nbs/methods/league.ipynb #1e8e3421
+@patch
+def _check_player(self: LeagueTraining, player, name: str, bare: bool, adapter: bool):
+    if bare and self.base is None:
+        raise ValueError(
+            f"{name!r} is to play as the bare base, but this league has none: expected"
+            " LeagueTraining(base=...)."
+        )
+    if adapter and player.base is not self.base:
+        raise ValueError(f"{player!r} is not on this league's base: expected an adapter of {self.base!r}.")
 
 # %% ../../nbs/methods/league.ipynb #7dfebf51
 @patch
@@ -407,7 +495,7 @@ def _make_room(self: LeagueTraining):
 def _adapter(self: LeagueTraining, member) -> str:
     return f"{member.name}-{hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:8]}"
 
-# %% ../../nbs/methods/league.ipynb #fd384ef7
+# %% ../../nbs/methods/league.ipynb #6ec5d626
 @patch
 def _load(self: LeagueTraining, member):
     "The member's policy; least recently used ones make room for it."
@@ -415,8 +503,7 @@ def _load(self: LeagueTraining, member):
         return self.base.policy()
     name = self._adapter(member)
     if name not in self._resident or name not in self.base.adapters:
-        # of an earlier league in this folder
-        if name in self.base.adapters:
+        if name in self.base.adapters:  # of an earlier league in this folder
             self.base.policy(name).delete()
         while len(self._resident) >= self.resident:
             self._evict(next(iter(self._resident)))
@@ -476,43 +563,6 @@ def _count(self: LeagueTraining, r):
             t[0] += s
             t[1] += 1
 
-# %% ../../nbs/methods/league.ipynb #f77340ec
-@patch
-def win_rates(
-    self: LeagueTraining,
-    role: str,
-    who: list | None = None,  # of a learner  # members; by default all
-) -> np.ndarray:  # (K,) means of the Beta distributions
-    "Win rates of a learner against members by its last games with each; 0.5 where there were none."
-    games = [self._live.get((role, m.name), ()) for m in (self.leagues if who is None else who)]
-    return np.array([(sum(g) + self.prior) / (len(g) + 2 * self.prior) for g in games])
-
-# %% ../../nbs/methods/league.ipynb #1e8e3421
-@patch
-def payoff(
-    self: LeagueTraining,
-    who: list | None = None,  # members; by default all
-) -> np.ndarray:  # (K, K) means of the Beta distributions
-    """Win rates of the row against the column by all their games; 0.5 where there were none, and on the
-    diagonal.
-    """
-    who = self.leagues if who is None else who
-    t = np.array([[self._score.get((a.name, b.name), (0.0, 0)) for b in who] for a in who])
-    return (t[..., 0] + self.prior) / (t[..., 1] + 2 * self.prior)
-
-# %% ../../nbs/methods/league.ipynb #4f9cf3c3
-@patch
-def nash(self: LeagueTraining, who: list | None = None) -> Nash:  # members; by default all
-    """The Nash mixture over the payoff between members (Lanctot et al., 2017, use it as the opponent), with
-    everybody's skill against it.
-    """
-    who = self.leagues if who is None else who
-    state = [m.name for m in who], len(self.rows), self.prior
-    # asked again for each view of the league
-    if self._mixed[0] != state:
-        self._mixed = state, nash_averaging(self.payoff(who) - 0.5, state[0])
-    return self._mixed[1]
-
 # %% ../../nbs/methods/league.ipynb #55bacb67
 @patch(as_prop=True)
 def games(self: LeagueTraining) -> Games:
@@ -524,111 +574,20 @@ def games(self: LeagueTraining) -> Games:
 @patch
 def between(
     self: LeagueTraining,
-    a: str,
-    b: str,  # a member or a learner's role  # another
+    a: str,  # a member or a learner's role
+    b: str,  # another
 ) -> list[dict]:  # rows with `a` first
     "All games of `a` and `b` in the order of play."
-    turned = lambda r: (
-        r
-        | dict(a=a, b=b, score=1 - r["score"])
-        | ({"answer_a": r["answer_b"], "answer_b": r["answer_a"]} if "answer_a" in r else {})
-    )
-    return [r if r["a"] == a else turned(r) for r in self.rows if {r["a"], r["b"]} == {a, b}]
+    games = [r for r in self.rows if {r["a"], r["b"]} == {a, b}]
+    return [r if r["a"] == a else _turned(r) for r in games]
 
-# %% ../../nbs/methods/league.ipynb #4f4a362c
-@patch
-def compute_matchmaking_probs(
-    self: LeagueTraining,
-    # rating of the learner on the Elo scale; by default as its games say
-    current_performance: float | None = None,
-    role: str = "main",  # of the learner
-    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
-) -> np.ndarray:  # (K,) one for each of `leagues`
-    """Probabilities of the opponents.
+# %% ../../nbs/methods/league.ipynb #8048eb36
+def _turned(r: dict) -> dict:
+    "A game as its second player sees it."
+    said = {"answer_a": r["answer_b"], "answer_b": r["answer_a"]} if "answer_a" in r else {}
+    return r | dict(a=r["b"], b=r["a"], score=1 - r["score"]) | said
 
-    Raises `ValueError` for an unknown role or distribution, or a performance that is no finite number.
-    """
-    shares = self._mixture(role if mixture is None else mixture)
-    performance = self.elo[role] if current_performance is None else current_performance
-    if not (isinstance(performance, Real) and math.isfinite(performance)):
-        raise ValueError(f"current_performance is {performance!r}: expected a finite rating.")
-    p = sum(
-        share * DISTRIBUTIONS[name](self, self.leagues, performance, role)
-        for name, share in shares.items()
-        if share
-    )
-    return p / p.sum()
-
-# %% ../../nbs/methods/league.ipynb #ba4f81eb
-@patch
-def sample_opponent(
-    self: LeagueTraining,
-    # rating of the learner on the Elo scale; by default as its games say
-    current_performance: float | None = None,
-    role: str = "main",  # of the learner
-    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
-) -> PolicySnapshot:
-    "Draw an opponent by `compute_matchmaking_probs`."
-    return self.leagues[
-        self.rng.choice(
-            len(self.leagues), p=self.compute_matchmaking_probs(current_performance, role, mixture)
-        )
-    ]
-
-# %% ../../nbs/methods/league.ipynb #b49e379d
-class Matchmaking(NamedTuple):
-    "Who a learner plays with what probability, and why."
-
-    role: str
-    performance: float
-    members: list[str]
-    ratings: np.ndarray  # (K,) Elo
-    win_rates: np.ndarray  # (K,) of the learner, with the prior
-    games: np.ndarray  # (K,) games they rest on
-    probabilities: np.ndarray  # (K,)
-
-    def _cells(self):
-        rows = zip(self.members, self.ratings, self.win_rates, self.games, self.probabilities)
-        return [
-            ["opponent", "rating", "win rate", "games", "probability", ""],
-            *(
-                [m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", ("█" * round(20 * p)).ljust(20)]
-                for m, r, w, n, p in rows
-            ),
-        ]
-
-    def _head(self):
-        return f"{self.role} at {self.performance:.0f} plays"
-
-    @printable
-    def __repr__(self):
-        return self._head() + "\n" + text_table(self._cells())
-
-    def _repr_html_(self):
-        return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
-
-# %% ../../nbs/methods/league.ipynb #6ec5d626
-@patch
-def matchmaking(
-    self: LeagueTraining,
-    current_performance: float | None = None,  # rating of the learner; by default as its games say
-    role: str = "main",  # of the learner
-    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
-) -> Matchmaking:
-    "The table behind `compute_matchmaking_probs`."
-    who = self.leagues
-    performance = self.elo[role] if current_performance is None else current_performance
-    return Matchmaking(
-        role,
-        performance,
-        [m.name for m in who],
-        np.array([self.elo[m.name] for m in who]),
-        self.win_rates(role),
-        np.array([len(self._live.get((role, m.name), ())) for m in who]),
-        self.compute_matchmaking_probs(current_performance, role, mixture),
-    )
-
-# %% ../../nbs/methods/league.ipynb #3a49a660
+# %% ../../nbs/methods/league.ipynb #17eb35b8
 @patch
 def play(
     self: LeagueTraining,
@@ -647,109 +606,149 @@ def play(
     """
     if not problems:
         raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
-    if pairings is None:
-        pairings = [
-            (b.name, a.name) for a, b in combinations(self.members, 2) if (a.name, b.name) not in self._score
-        ]
-    strangers = [n for n in guests or {} if n not in self.roles]
-    if strangers:
-        raise ValueError(f"guests {strangers}: expected learners, by their roles {list(self.roles)}.")
-    seats = {n: (guests or {}).get(n) or self[n] for pair in pairings for n in pair}
-    prompts, (asked, columns) = (
-        [p["prompt"] for p in problems],
-        columns_of([p for p in problems for _ in range(n_samples)]),
-    )
-    said = {
-        n: [
-            x
-            for row in answers_of(seats[n], prompts, n_samples, seed=_stream(seed, n), **sampling)[0]
-            for x in row
-        ]
-        for n in seats
-    }
-    scores = _verdicts(judge, pairings, asked, said, columns)
-    rows = [
-        dict(a=a, b=b, prompt=p, answer_a=x.text, answer_b=y.text, score=s, seed=seed)
-        for i, p in enumerate(asked)
-        for (a, b), row in zip(pairings, scores)
-        for x, y, s in [(said[a][i], said[b][i], row[i])]
-        if s is not None and s == s
-    ]
+    pairings = self._unmet() if pairings is None else pairings
+    seats = self._seats(pairings, guests or {})
+    prompts, columns = columns_of([p for p in problems for _ in range(n_samples)])
+    asked = [p["prompt"] for p in problems]
+    said = {}
+    for name, player in seats.items():
+        rows = answers_of(player, asked, n_samples, seed=_stream(seed, name), **sampling)[0]
+        said[name] = [answer for row in rows for answer in row]
+    scores = _verdicts(judge, pairings, prompts, said, columns)
+    rows = _game_rows(pairings, prompts, said, scores, seed)
     self.record(rows)
     return rows
 
-# %% ../../nbs/methods/league.ipynb #70e0f7b8
+# %% ../../nbs/methods/league.ipynb #53a4fd05
+@patch
+def _unmet(self: LeagueTraining) -> list[tuple]:
+    "All pairs of members that never met, the younger one first."
+    pairs = combinations(self.members, 2)
+    return [(b.name, a.name) for a, b in pairs if (a.name, b.name) not in self._score]
+
+# %% ../../nbs/methods/league.ipynb #8ebfdb7a
+@patch
+def _seats(self: LeagueTraining, pairings, guests: dict) -> dict:
+    "Who plays under each name: a guest, or a member."
+    strangers = [n for n in guests if n not in self.roles]
+    if strangers:
+        raise ValueError(f"guests {strangers}: expected learners, by their roles {list(self.roles)}.")
+    return {name: guests.get(name) or self[name] for pair in pairings for name in pair}
+
+# %% ../../nbs/methods/league.ipynb #9f0ec224
 def _stream(seed: int, name: str) -> int:
     "A seed of a player's own."
-    return int.from_bytes(
-        hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()[:4], "big"
-    )
+    digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big")
 
-# %% ../../nbs/methods/league.ipynb #fbcf629d
+# %% ../../nbs/methods/league.ipynb #744b55bf
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
-    """For each pairing the scores of its first player.
+    "For each pairing the scores of its first player; None or NaN where nobody could judge."
+    decide = _judged if is_judge(judge) else _rewarded
+    return decide(judge, pairings, prompts, said, columns) if pairings else []
 
-    A judge is asked once about all games, a reward once about each player's answers.
-    """
-    n = len(prompts)
-    if is_judge(judge):
-        side = lambda i: [x.text for pair in pairings for x in said[pair[i]]]
-        p = (
-            judge.compare(
-                prompts * len(pairings),
-                side(0),
-                side(1),
-                **{c: v * len(pairings) for c, v in columns.items()},
-            )
-            if pairings
-            else []
-        )
-        return [list(p[i : i + n]) for i in range(0, len(p), n)]
-    r = {
-        name: rewards_of(judge, prompts, [x.text for x in xs], truncated=[x.truncated for x in xs], **columns)
-        for name, xs in said.items()
-    }
+# %% ../../nbs/methods/league.ipynb #6de08d13
+def _judged(judge, pairings, prompts, said, columns):
+    n, k = len(prompts), len(pairings)
+    first = [x.text for a, _ in pairings for x in said[a]]
+    second = [x.text for _, b in pairings for x in said[b]]
+    p = judge.compare(prompts * k, first, second, **{c: v * k for c, v in columns.items()})
+    return [list(p[i : i + n]) for i in range(0, len(p), n)]
+
+# %% ../../nbs/methods/league.ipynb #5e0bd021
+def _rewarded(reward, pairings, prompts, said, columns):
+    def rewards(answers):
+        texts, cut = [x.text for x in answers], [x.truncated for x in answers]
+        return rewards_of(reward, prompts, texts, truncated=cut, **columns)
+
+    def score(x, y):
+        return None if math.isnan(x) or math.isnan(y) else 0.5 + 0.5 * ((x > y) - (x < y))
+
+    r = {name: rewards(answers) for name, answers in said.items()}
+    return [list(map(score, r[a], r[b])) for a, b in pairings]
+
+# %% ../../nbs/methods/league.ipynb #a944acdf
+def _game_rows(pairings, prompts, said, scores, seed: int) -> list[dict]:
+    "The judged games as rows, prompt by prompt."
     return [
-        [0.5 + 0.5 * ((x > y) - (x < y)) if x == x and y == y else None for x, y in zip(r[a], r[b])]
-        for a, b in pairings
+        dict(a=a, b=b, prompt=p, answer_a=said[a][i].text, answer_b=said[b][i].text, score=row[i], seed=seed)
+        for i, p in enumerate(prompts)
+        for (a, b), row in zip(pairings, scores)
+        if row[i] is not None and row[i] == row[i]
     ]
 
 # %% ../../nbs/methods/league.ipynb #bb3cf5f0
 @patch
 def _cells(self: LeagueTraining):
-    nash = self.nash()
-    n = {
-        m.name: sum(self._score.get((m.name, o.name), (0, 0))[1] for o in self.members) for m in self.members
-    }
-    return [
-        ["member", "role", "weights in", "Elo", "games", "Nash share"],
-        *(
-            [m.name, m.role, m.where, f"{self.elo[m.name]:.0f}", str(n.get(m.name, 0)), f"{w:.2f}"]
-            for m, w in zip(self.leagues, nash.weights)
-        ),
+    games = lambda a: sum(self._score.get((a.name, b.name), (0, 0))[1] for b in self.members)
+    rows = [
+        [m.name, m.role, m.where, f"{self.elo[m.name]:.0f}", str(games(m)), f"{weight:.2f}"]
+        for m, weight in zip(self.leagues, self.nash().weights)
     ]
+    return [["member", "role", "weights in", "Elo", "games", "Nash share"], *rows]
 
-# %% ../../nbs/methods/league.ipynb #8ebfdb7a
+# %% ../../nbs/methods/league.ipynb #677e07df
 @patch
 def _head(self: LeagueTraining):
-    places = sum(m.role != "anchor" for m in self.members)
-    return (
-        f"League of {len(self.members)} members ({places} of {self.n_leagues} places taken), {len(self.rows)}"
-        " games"
-    )
+    places = f"{sum(m.role != 'anchor' for m in self.members)} of {self.n_leagues} places taken"
+    return f"League of {len(self.members)} members ({places}), {len(self.rows)} games"
 
-
+# %% ../../nbs/methods/league.ipynb #678ed328
 @patch
 @printable
 def __repr__(self: LeagueTraining):
     return self._head() + "\n" + text_table(self._cells())
 
-# %% ../../nbs/methods/league.ipynb #faea329f
+
 @patch
 def _repr_html_(self: LeagueTraining):
     return f"<p>{self._head()}</p>" + html_table(self._cells())
 
-# %% ../../nbs/methods/league.ipynb #17eb35b8
+# %% ../../nbs/methods/league.ipynb #b49e379d
+class Matchmaking(NamedTuple):
+    "Who a learner plays with what probability, and why."
+
+    role: str
+    performance: float
+    members: list[str]
+    ratings: np.ndarray  # (K,) Elo
+    win_rates: np.ndarray  # (K,) of the learner, with the prior
+    games: np.ndarray  # (K,) games they rest on
+    probabilities: np.ndarray  # (K,)
+
+    def _cells(self):
+        head = ["opponent", "rating", "win rate", "games", "probability", ""]
+        rows = zip(self.members, self.ratings, self.win_rates, self.games, self.probabilities)
+        bar = lambda p: ("█" * round(20 * p)).ljust(20)
+        return [head, *([m, f"{r:.0f}", f"{w:.2f}", str(n), f"{p:.3f}", bar(p)] for m, r, w, n, p in rows)]
+
+    def _head(self):
+        return f"{self.role} at {self.performance:.0f} plays"
+
+    @printable
+    def __repr__(self):
+        return self._head() + "\n" + text_table(self._cells())
+
+    def _repr_html_(self):
+        return f"<p>{escape(self._head())}</p>" + html_table(self._cells())
+
+# %% ../../nbs/methods/league.ipynb #4f4a362c
+@patch
+def matchmaking(
+    self: LeagueTraining,
+    current_performance: float | None = None,  # rating of the learner; by default as its games say
+    role: str = "main",  # of the learner
+    mixture: dict | None = None,  # shares of `DISTRIBUTIONS`; by default the role's
+) -> Matchmaking:
+    "The table behind `compute_matchmaking_probs`."
+    names = [m.name for m in self.leagues]
+    performance = self.elo[role] if current_performance is None else current_performance
+    ratings = np.array([self.elo[name] for name in names])
+    games = np.array([len(self._live.get((role, name), ())) for name in names])
+    p = self.compute_matchmaking_probs(current_performance, role, mixture)
+    return Matchmaking(role, performance, names, ratings, self.win_rates(role), games, p)
+
+# %% ../../nbs/methods/league.ipynb #3a49a660
 @patch
 def train_step(
     self: LeagueTraining,
@@ -765,28 +764,17 @@ def train_step(
 ) -> Preferences:
     "One step of `play.policy` against opponents that the league draws. Raises `ValueError` for bad input."
     prompts, columns = rows_of(prompts, columns, seed=seed, round=round)
-    names = [m.name for m in self.leagues]
     p = self.compute_matchmaking_probs(current_performance, role)
+    names = [m.name for m in self.leagues]
     drawn = self.rng.choice(names, min(opponents, len(prompts)), p=p).tolist()
     dealt = _Dealt([self[drawn[i * len(drawn) // len(prompts)]] for i in range(len(prompts))])
     against = CompetitiveSelfPlay(
         play.policy, dealt, play.reward_fn, play.n_samples, play.pairs_per_prompt, **play.sampling
     )
     prefs = against.train_step(prompts, seed, round, progress, **columns)
-    self.record(
-        [
-            dict(a=role, b=n, prompt=p, score=sum(s) / len(s), round=round)
-            for n, p, s in zip(dealt.names, prompts, prefs.scores)
-            if s
-        ]
-    )
+    judged = [(n, p, s) for n, p, s in zip(dealt.names, prompts, prefs.scores) if s]
+    self.record([dict(a=role, b=n, prompt=p, score=sum(s) / len(s), round=round) for n, p, s in judged])
     return prefs
-
-# %% ../../nbs/methods/league.ipynb #8af9b89b
-class _Answered(list):
-    def __init__(self, rows, seconds, n_tokens):
-        super().__init__(rows)
-        self.seconds, self.n_tokens = seconds, n_tokens
 
 # %% ../../nbs/methods/league.ipynb #263d58d9
 class _Dealt:
@@ -805,7 +793,13 @@ class _Dealt:
             seconds, tokens = seconds + s, tokens + t
         return _Answered(out, seconds, tokens)
 
-# %% ../../nbs/methods/league.ipynb #80474938
+# %% ../../nbs/methods/league.ipynb #8af9b89b
+class _Answered(list):
+    def __init__(self, rows, seconds, n_tokens):
+        super().__init__(rows)
+        self.seconds, self.n_tokens = seconds, n_tokens
+
+# %% ../../nbs/methods/league.ipynb #fbcf629d
 @patch
 def gate(
     self: LeagueTraining,
@@ -829,12 +823,17 @@ def gate(
     sprt, rival = sprt or SPRT(), rival or _newest(self.members, role).name
     for i in range(0, len(problems), batch):
         rows = self.play([(role, rival)], problems[i : i + batch], judge, guests={role: player}, **kwargs)
-        by_prompt = {}
-        for r in rows:
-            by_prompt.setdefault(question(r["prompt"]), []).append(r["score"])
-        if sprt.add([sum(scores) / len(scores) for scores in by_prompt.values()]) != "undecided":
+        if sprt.add(_mean_scores(rows)) != "undecided":
             break
     return sprt
+
+# %% ../../nbs/methods/league.ipynb #da53091b
+def _mean_scores(rows: list[dict]) -> list[float]:
+    "One score a prompt: games on the same prompt are not independent."
+    by_prompt = {}
+    for r in rows:
+        by_prompt.setdefault(question(r["prompt"]), []).append(r["score"])
+    return [sum(scores) / len(scores) for scores in by_prompt.values()]
 
 # %% ../../nbs/methods/league.ipynb #238c7228
 @patch
@@ -849,13 +848,11 @@ def promote(
     **kwargs,  # for `gate`
 ) -> PolicySnapshot | None:
     "Add `player` as a member if the gate accepts it, or if its time has come; None if it is refused."
-    if (
-        self.refused[role] < patience
-        and self.gate(player, problems, judge, role, **kwargs).verdict != "accept"
-    ):
-        self.refused[role] += 1
-        return None
-    return self.add(player, name, role)
+    waited = self.refused[role] >= patience
+    if waited or self.gate(player, problems, judge, role, **kwargs).verdict == "accept":
+        return self.add(player, name, role)
+    self.refused[role] += 1
+    return None
 
 # %% ../../nbs/methods/league.ipynb #e7cd84fe
 @patch
