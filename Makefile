@@ -1,18 +1,29 @@
-# make demo   a 4-bit model beats its own snapshot (goes on with runs/demo; FRESH=1 begins anew)
+# make demo   a first result in some five minutes: three rounds of self-play beside their control, with the expected time before they
+#             start (goes on with runs/first; FRESH=1 begins anew; LONG=1 adds the run of twelve rounds, in runs/demo)
+# make doctor does everything work on this machine? (ARGS="--model 1.5B --card 8": will that model fit on a card of 8 GB?)
+# make gpu    every part of the library on this machine's GPU, under ten minutes
 # make test   everything that CI checks
 # make floor  the library at the lowest versions that pyproject.toml allows, in an environment of its own, with an empty cache
 # make lab    JupyterLab at index.ipynb
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
+# make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
+# make course     student and solution notebooks, slides and a zip of the course, into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
-DIR ?= runs/demo
+DIR ?= runs/first
 
-.PHONY: demo test floor lab learning costs readme clean
+.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu
 
 demo: .venv/run
-	$(BIN)/python -m selfplay_nb train --run-dir $(DIR) $(if $(FRESH),--fresh) $(ARGS)
+	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long)
+
+doctor: .venv/run
+	$(BIN)/python -m selfplay_nb doctor $(ARGS)
+
+gpu: .venv/run
+	$(BIN)/python -m selfplay_nb gpu-check --out nbs/studies/gpu.json $(ARGS)
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -35,8 +46,18 @@ costs: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[costs]"
 	$(BIN)/python -m selfplay_nb costs --out nbs/studies/costs.jsonl
 
+# NAMES="stepper card" takes these alone
+pictures: .venv/dev
+	$(BIN)/python tests/pictures.py $(NAMES)
+
+course: .venv/dev
+	$(BIN)/python tests/course.py
+
 # After editing a notebook: export, clean, and make README.md from index.ipynb
+
+# After editing a notebook: first cells, export, clean, and make README.md from index.ipynb
 readme: .venv/dev
+	$(BIN)/python tests/install_cells.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname index.ipynb

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-import selfplay_nb.models.policy as policy_module
+import selfplay_nb.models.sampling as sampling_module
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.update import dpo, sft
 
@@ -245,7 +245,7 @@ def test_the_base_keeps_its_bytes(loaded, saved, tmp_path, monkeypatch, name, va
                 assert name == "target_modules" and value in (["embed_tokens"], ["lm_head"])
             same("after training")
             with monkeypatch.context() as m:
-                m.setattr(policy_module, "_decode", lambda *a, **k: (_ for _ in ()).throw(Stop()))
+                m.setattr(sampling_module, "decode", lambda *a, **k: (_ for _ in ()).throw(Stop()))
                 with pytest.raises(Stop):
                     evil.sample("a", max_new_tokens=2)
             same("after an error while sampling")

@@ -16,12 +16,13 @@ import torch
 from selfplay_nb.core.pairs import Ledger, loops, validate_pairs
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.loop.callbacks import Live, ReportTo, control, flat, read_control
+from selfplay_nb.loop.gate import SequentialGate
 from selfplay_nb.loop.trainer import Learner, SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.loop.vitals import Vitals, alarms, vitals
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.league import LeagueTraining
 from selfplay_nb.methods.refinement import IterativeRefiner
-from selfplay_nb.models import policy, update
+from selfplay_nb.models import sampling, update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.scoring.reward import Guarded, exact_number, score
 from selfplay_nb.tasks.task import ArithmeticTask
@@ -296,7 +297,7 @@ def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
     prompts = [f"{i} + 1 =" for i in range(5)]
     whole = student.sample(prompts, 4, 8, seed=0)
     budget = tiny.max_batch_tokens
-    failed = memory_for(6, monkeypatch, policy, "_decode", lambda model, prompts, rows, *rest: len(rows))
+    failed = memory_for(6, monkeypatch, sampling, "decode", lambda model, batch, *rest, **more: len(batch))
     with pytest.warns(UserWarning, match="out of memory: a batch of 20 was halved"):
         halves = student.sample(prompts, 4, 8, seed=0)
     assert halves.texts == whole.texts and failed and tiny.max_batch_tokens < budget
@@ -304,7 +305,7 @@ def test_sampling_in_halves_gives_the_same_answers(tiny, monkeypatch):
     with warnings.catch_warnings(action="ignore"):
         again = student.sample(prompts * 4, 4, 8, seed=0)
     assert again.texts[:5] == whole.texts and tiny.max_batch_tokens >= 50
-    memory_for(0, monkeypatch, policy, "_decode", lambda *args: 1)
+    memory_for(0, monkeypatch, sampling, "decode", lambda *args, **more: 1)
     with pytest.raises(RuntimeError, match="can't allocate"), warnings.catch_warnings(action="ignore"):
         student.sample(prompts[0], 1, 8, seed=0)
 
@@ -368,7 +369,7 @@ def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     trainer.learner = Learner("main", right_with(p, "student"), right_with(q, "reference"))
     told = []
     for trainer.config.seed in range(200):
-        told.append(trainer.ask_gate())
+        told.append(trainer.gate.decide(trainer))
 
     # as many as chance explains, had it the error it may have
     def chance(share):
@@ -396,7 +397,7 @@ def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
     trainer.learner = Learner("main", right_with(1.0, "student"), right_with(0.0, "reference"))
     trainer.history = [round_of(0), *(round_of(n, "undecided") for n in range(1, before + 1))]
     trainer.round = before
-    told = trainer.ask_gate()
+    told = trainer.gate.decide(trainer)
     assert told["verdict"] == "accept" and told["decided"] == games == math.ceil(
         math.log(0.95 * 20 * (before + 1) * (before + 2)) / math.log(0.7 / 0.5)
     )
@@ -409,21 +410,21 @@ def test_the_gate_asks_the_users_prompts_and_nothing_that_the_student_was_traine
     pool = [dict(prompt=f"say {i}", answer=i) for i in range(30)]
     gates = []
     asked = []
-    play, ask = CompetitiveSelfPlay.train_step, SelfPlayTrainer.ask_gate
+    play, ask = CompetitiveSelfPlay.train_step, SequentialGate.decide
 
     def spy(self, rows, *args, **kwargs):
         if self.n_samples == 1:
             asked.extend(row["prompt"] for row in rows)
         return play(self, rows, *args, **kwargs)
 
-    def gate(self):
+    def gate(self, run):
         asked.clear()
-        told = ask(self)
+        told = ask(self, run)
         gates.append(set(asked))
         return told | {"verdict": verdict}
 
     monkeypatch.setattr(CompetitiveSelfPlay, "train_step", spy)
-    monkeypatch.setattr(SelfPlayTrainer, "ask_gate", gate)
+    monkeypatch.setattr(SequentialGate, "decide", gate)
 
     class Curriculum:
         "Trains on some of the pool, and leaves its own choice in the place of the prompts."
@@ -468,7 +469,7 @@ def test_a_gated_run_renews_only_what_passed(tmp_path, tiny_folder):
 
 @pytest.mark.parametrize("verdict", ["accept", "reject", "undecided"])
 def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
-    monkeypatch.setattr(SelfPlayTrainer, "ask_gate", lambda self: dict(verdict=verdict))
+    monkeypatch.setattr(SequentialGate, "decide", lambda self, run: dict(verdict=verdict))
     trainer, seen = make(tmp_path / "run", tiny_folder, gate=True), []
 
     class See:
@@ -508,7 +509,7 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
 
 def test_a_rejected_students_games_do_not_count_for_its_reference(tmp_path, tiny_folder, monkeypatch):
     verdicts = iter(["accept", "reject", "undecided"] * 3)
-    monkeypatch.setattr(SelfPlayTrainer, "ask_gate", lambda self: dict(verdict=next(verdicts)))
+    monkeypatch.setattr(SequentialGate, "decide", lambda self, run: dict(verdict=next(verdicts)))
 
     def play(name, *rounds):
         for n in rounds:
@@ -534,7 +535,7 @@ def test_the_gate_of_a_control_knows_nothing(tmp_path):
     trainer.learner = Learner("main", right_with(0.9, "student"), right_with(0.1, "reference"))
     told = []
     for trainer.config.seed in range(60):
-        told.append(trainer.ask_gate()["verdict"])
+        told.append(trainer.gate.decide(trainer)["verdict"])
     assert (
         told.count("accept") <= 60 * 0.05 / 2 + 2 * math.sqrt(60 * 0.05 / 2) and told.count("reject") > 50
     ), told

@@ -307,6 +307,30 @@ def test_exploitability_is_openspiels(spiel, seed):
     ) == pytest.approx(theirs, abs=1e-9)
 
 
+def test_moves_that_a_player_does_not_name_have_no_probability(spiel):
+    kuhn = OpenSpielGame("kuhn_poker")
+    bets = tabular(kuhn, lambda s: {"Bet": 1.0})
+    whole = tabular(kuhn, lambda s: {"Pass": 0.0, "Bet": 1.0})
+    assert exploitability(kuhn, bets) == pytest.approx(exploitability(kuhn, whole), abs=1e-12)
+    outcome, moves = best_response(kuhn, bets, 1)
+    # with the lowest card it passes and loses one chip, with the highest it wins two; the middle one is even
+    assert outcome == pytest.approx((2 / 6 * -1 + 2 / 6 * 2 - -2) / 4)
+    assert {m for p, m in moves.items() if "your card: 2" in p and "bets" in p} == {"Bet"}
+
+
+def test_a_prompt_that_hides_what_the_best_move_depends_on_is_found(spiel, monkeypatch):
+    kuhn = OpenSpielGame("kuhn_poker")
+    table = kuhn_table(5)
+    player = SimpleNamespace(probabilities=lambda s: table[s.spiel.information_state_string()])
+    assert best_response(kuhn, player, 0) == best_response(kuhn, tabular(kuhn, table), 0)
+    State = type(kuhn.start(0))
+    told = State.prompt.fget
+    hidden = property(lambda s: re.sub(r"your card: \d", "your card: ?", told(s)))
+    monkeypatch.setattr(State, "prompt", hidden)
+    with pytest.raises(ValueError, match="hides what its player may know"):
+        best_response(kuhn, player, 0)
+
+
 def test_a_best_response_wins_what_it_says_through_the_harness(spiel):
     kuhn = OpenSpielGame("kuhn_poker")
     player = tabular(kuhn, kuhn_table(5), "known")

@@ -354,17 +354,21 @@ NAMED_LIKE_A_TEXT = {
 
 NO_READERS = {
     "called by a reader above, with the same text": (
-        """answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
-        creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why \
-constitutional.ConstitutionalRewardWrapper.score constitutional.ConstitutionalRewardWrapper.attribution
-        constitutional.ConstitutionalRewardWrapper.evaluate_principle constitutional.render judge.render \
-play.take debate.move pairs.question diversity.adjusted_distinct
-        diversity.diversity refinement.Trace.criticise reasoning.KnightsAndKnaves.verifier \
-reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
-        widgets.show viewer.show reward.WeightedReward.parts players.content_of widgets.framed"""
+        """
+        answers.answer_and_rest reward.exact_number code.defined creative.SpecReward.parts
+        creative.CreativeTask.verifier constitutional.Lexicon.why constitutional.Grounded.why
+        constitutional.render play.LiveGame.take debate.NegotiationState.move judge.ModelJudge.render
+        pairs.question diversity.adjusted_distinct diversity.diversity
+        reasoning.KnightsAndKnaves.verifier constitutional.ConstitutionalRewardWrapper.score
+        constitutional.ConstitutionalRewardWrapper.attribution
+        constitutional.ConstitutionalRewardWrapper.evaluate_principle refinement.Trace.criticise
+        reasoning.Syllogisms.verifier viewer.PlaySeat.choose stepper.RefinementStepper.show
+        card.ConstitutionCard.show widgets.RatingWidget.show viewer.PlaySeat.show
+        reward.WeightedReward.parts players.content_of widgets.framed
+        """
     ),
     "reads the game's own lines of a prompt, or plays a move that was read before": (
-        "debate.read_view play.move play.OpenSpielState.move"
+        "debate.read_view play.TextArenaState.move play.OpenSpielState.move"
     ),
     "a process of its own with a deadline (see below)": (
         "reasoning.math_equal reasoning.graded reasoning.fully_right"
@@ -373,33 +377,35 @@ reasoning.Syllogisms.verifier viewer.choose stepper.show card.show
         "code.check_code code.verdicts code.mutants"
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
-        """competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
-        constitutional.ai_feedback
-        league.train_step policy.encode policy.completion_ids policy.logprobs policy.sample policy.generate \
-policy.spell policy.whole_characters
-        reward_model.train reward_model.scores players.answers_of players.Scripted.generate \
-refinement.refine refinement.refine_batch refinement.begin
-        skill.collect skill.sample skill.generate skill.AtLevel.generate league.PolicySnapshot.generate \
-trainer.train trainer.check_prompts
-        vitals.kl_to_base vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check \
-pipeline.run_self_play
-        pipeline.run_policy_optimization diversity.embed update.token_logprobs \
-rounds.group_rewards"""
+        """
+        competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
+        constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs
+        policy.sample policy.generate base.spell base.whole_characters sampling.requests
+        skill.Guidance.contexts reward_model.RewardModel.train reward_model.RewardModel.scores
+        players.answers_of players.Scripted.generate refinement.refine refinement.refine_batch
+        refinement.begin skill.collect skill.sample skill.generate skill.AtLevel.generate
+        league.PolicySnapshot.generate trainer.train trainer.check_prompts vitals.kl_to_base
+        vitals.vitals update.dpo update.tokenize_pairs judge.Judge.compare judge.check
+        pipeline.run_self_play pipeline.run_policy_optimization diversity.embed update.token_logprobs
+        rounds.group_rewards
+        """
     ),
     "says what a user's own class has to offer": (
-        "protocols.Judge.compare protocols.Position.move protocols.Player.generate"
+        "protocols.Judge.compare protocols.Position.move protocols.Player.generate sampling.Guide.contexts"
     ),
     "measures with prompts of its own": (
-        """costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity \
-costs.literal_round
-        costs.trl_online costs.our_sampling costs.peft_sampling costs.llama_cpp"""
+        """
+        costs.our_round costs.our_dpo costs.trl_dpo costs.our_online costs.luck costs.brevity
+        costs.literal_round costs.trl_online costs.our_sampling costs.peft_sampling costs.llama_cpp
+        """
     ),
     "counts or copies rows, numbers or the library's own messages": (
-        """constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
-        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole \
-trainer.warn
-        rounds.answer_rows task.as_task trainer.progress
-        pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn"""
+        """
+        constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
+        ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole
+        trainer.warn rounds.answer_rows sampling.batches task.as_task trainer.progress collectors.named
+        pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn
+        """
     ),
 }
 

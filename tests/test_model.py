@@ -221,3 +221,84 @@ def test_an_adapter_of_the_wheel_model_names_the_model_on_the_hub(real, tmp_path
     config = json.loads((student.save(tmp_path / "saved") / "adapter_config.json").read_text())
     student.delete()
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+# settings of loading
+
+SETTINGS = [
+    dict(load_in_4bit=True, dtype="float32", attn_implementation="sdpa"),
+    dict(load_in_4bit=True, dtype="bfloat16", attn_implementation="eager"),
+    dict(load_in_4bit=False, dtype="float32", attn_implementation="sdpa"),
+    dict(load_in_4bit=False, dtype="float32", attn_implementation="eager"),
+    dict(load_in_4bit=False, dtype="bfloat16", attn_implementation="sdpa"),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_base_samples_scores_and_trains_in_each_setting(tiny_folder, settings):
+    import bitsandbytes as bnb
+    import torch
+
+    from selfplay_nb.models.policy import Base, Policy
+    from selfplay_nb.models.update import dpo
+
+    base = Base.load(tiny_folder, device="cpu", **settings)
+    assert base.settings == settings and str(base.model.dtype) == f"torch.{settings['dtype']}"
+    layers = [m for m in base.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == (14 if settings["load_in_4bit"] else 0)
+    assert ("not quantized" in repr(base)) != settings["load_in_4bit"]
+    frozen = {n: w.clone() for n, w in base.model.named_parameters()}
+    policy, other = Policy(base, "student"), Policy(base, "other", seed=1)
+    prompts = ["a", "a longer prompt"]
+    said = policy.sample(prompts, 2, 8, seed=0)
+    assert said.texts == policy.sample(prompts, 2, 8, seed=0).texts
+    mixed = Policy.sample_together([(policy, prompts, 0), (other, prompts, 1)], 2, 8)
+    assert [len(s) for s in mixed] == [2, 2]
+    if settings["dtype"] == "float32":  # in bfloat16 a batch of another size rounds differently
+        assert mixed[0].texts == said.texts
+        lp = policy.logprobs([prompts[0]] * 2, [s.token_ids for s in said[0]])
+        assert torch.allclose(lp, torch.tensor([sum(s.logprobs) for s in said[0]]), atol=1e-3)
+    before = policy.state()
+    pairs = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
+    losses = dpo(policy, pairs, other, learning_rate=1e-2, num_train_epochs=5).losses
+    assert losses[-1] < losses[0] - 0.05
+    assert any(not torch.equal(before[k], w) for k, w in policy.state().items())
+    after = {n.replace(".base_layer.", "."): w for n, w in base.model.named_parameters() if ".lora_" not in n}
+    assert all(torch.equal(w, after[n.replace(".base_layer.", ".")]) for n, w in frozen.items())
+
+
+def test_whole_weights_are_those_of_the_folder_and_packed_ones_are_near(tiny_folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).state_dict()
+    whole = load_model(tiny_folder, dtype="float32", device="cpu", load_in_4bit=False)[0]
+    assert all(torch.equal(w, theirs[n]) for n, w in whole.state_dict().items())
+    packed = load_model(tiny_folder, dtype=torch.float32, device="cpu")[0]
+    ids = torch.tensor([[5, 9, 7]])
+    exact, near = (m(ids).logits for m in (whole, packed))
+    assert 0 < (exact - near).abs().max() < exact.std()
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (dict(dtype="int8"), "dtype is 'int8': expected one of 'float32', 'bfloat16', 'float16'"),
+        (dict(dtype=16), "dtype is '?16'?: expected one of"),
+        (dict(load_in_4bit=4), "load_in_4bit is 4: expected one of True, False"),
+        (dict(load_in_4bit=None), "load_in_4bit is None"),
+        (dict(attn_implementation="fast"), "attn_implementation is 'fast': expected one of None, 'eager'"),
+        (dict(attn_implementation="flash_attention_2"), "it needs a GPU"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_read(bad, says):
+    with pytest.raises(ValueError, match=says):
+        load_model("nobody/no-such-model", device="cpu", **bad)
+
+
+def test_weights_that_are_packed_already_stay_packed(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    packed = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(packed))
+    with pytest.raises(ValueError, match="load_in_4bit is False, and the weights are packed"):
+        load_model(tmp_path, device="cpu", load_in_4bit=False)

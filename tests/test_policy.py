@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import selfplay_nb.models.policy as policy_module
+import selfplay_nb.models.sampling as sampling_module
 import selfplay_nb.models.update as update_module
 from selfplay_nb.core.players import Scripted, answers_of
 from selfplay_nb.models.base import tiny_model_folder
-from selfplay_nb.models.policy import Base, Policy, lay_out, pack
+from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.sampling import lay_out, pack
 from selfplay_nb.models.update import dpo, reinforce, sft
 
 PAIRS = [dict(prompt=f"{i}", chosen="yes", rejected="no") for i in range(8)]
@@ -395,7 +397,7 @@ def test_a_beginning_longer_than_a_row_is_shared_all_the_same():
 def test_sharing_changes_no_sample(policy, monkeypatch):
     prompts = ["short", "shorter", "a somewhat longer prompt", "short"]
     shared = policy.sample(prompts, n_samples=3, max_new_tokens=6, seed=0)
-    monkeypatch.setattr(policy_module, "can_share", lambda config: False)
+    monkeypatch.setattr(sampling_module, "can_share", lambda config: False)
     plain = policy.sample(prompts, n_samples=3, max_new_tokens=6, seed=0)
     for a, b in zip(sum(shared, []), sum(plain, [])):
         assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
@@ -549,7 +551,7 @@ def test_a_number_that_rounds_to_1_draws_no_excluded_token(policy, monkeypatch, 
     allowed = {
         x.token_ids[0] for x in policy.sample("q", n_samples=2000, max_new_tokens=1, top_p=top_p, seed=0)[0]
     }
-    monkeypatch.setattr(policy_module, "_uniforms", lambda seed, ids, k, n: np.full(n, np.nextafter(1, 0)))
+    monkeypatch.setattr(sampling_module, "uniforms", lambda seed, ids, k, n: np.full(n, np.nextafter(1, 0)))
     said = policy.sample("q", n_samples=3, max_new_tokens=1, top_p=top_p, seed=0)[0]
     with policy.base.running("student") as model:
         order = model(torch.tensor([policy.base.encode("q")])).logits[0, -1].softmax(-1)

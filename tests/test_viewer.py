@@ -428,6 +428,16 @@ def test_finished_games_are_saved_once(tmp_path):
 # the form of both
 
 
+def test_saving_goes_to_the_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "games.jsonl").write_text("mine")
+    seat = PlaySeat(OpenSpielGame("nim"), RandomPlayer())
+    while not seat.live.over:
+        seat.moves.children[0].click()
+    seat.save.click()
+    assert len(Played.load("runs/games.jsonl")) == 1 and (tmp_path / "games.jsonl").read_text() == "mine"
+
+
 def test_core_controls_only_each_with_a_name(played):
     allowed = {
         widgets.HBox,

@@ -41,6 +41,13 @@ def _box(text: str, begin: int = 0) -> tuple[int, int] | None:
             return inside, i
 
 # %% ../../nbs/core/answers.ipynb #0bb964b6
+def _lines(text: str) -> list[str]:
+    "The lines of a text, without fences of code and without empty lines at its beginning and end."
+    lines = [x for x in text.splitlines() if not x.lstrip().startswith("```")]
+    full = [i for i, x in enumerate(lines) if x.strip()]
+    return lines[full[0] : full[-1] + 1] if full else []
+
+# %% ../../nbs/core/answers.ipynb #d5d71aad
 def answer_and_rest(
     text: str,  # what the policy said
     lines: int = 1,  # lines of the answer that is expected
@@ -55,9 +62,7 @@ def answer_and_rest(
     if box:
         found, rest = text[box[0] : box[1]], text[box[1] + 1 :]
     else:
-        told = [x for x in text[mark or 0 :].splitlines() if not x.lstrip().startswith("```")]
-        full = [i for i, x in enumerate(told) if x.strip()]
-        told = told[full[0] : full[-1] + 1] if full else []
+        told = _lines(text[mark or 0 :])
         first = 0 if mark is not None else max(0, len(told) - lines)
         found = "\n".join(told[first : first + lines])
         rest = "\n".join(told[first + lines :])
@@ -67,8 +72,8 @@ def answer_and_rest(
 
 # %% ../../nbs/core/answers.ipynb #9f3bda22
 def answer_in(
-    text: str,
-    lines: int = 1,  # what the policy said  # lines of the answer that is expected
+    text: str,  # what the policy said
+    lines: int = 1,  # lines of the answer that is expected
 ) -> str:  # the answer, "" if there is none
     "The first part of `answer_and_rest`."
     return answer_and_rest(text, lines)[0]
@@ -81,11 +86,11 @@ _SAME = str.maketrans(
     | {"×": "*"}
 )
 
-
+# %% ../../nbs/core/answers.ipynb #a2371db3
 def _vulgar(m):
     return " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")
 
-
+# %% ../../nbs/core/answers.ipynb #d8f2b49e
 def _latex_fraction(m):
     return (m[1] + " " if m[1] else "") + f"{m[2] or m[4]}/{m[3] or m[5]}"
 
@@ -147,7 +152,7 @@ def _signed(text: str, m: re.Match) -> Fraction | None:
     negative = _MINUS.search(text[max(0, m.start() - 8) : m.start()])
     return -value if value is not None and negative else value
 
-
+# %% ../../nbs/core/answers.ipynb #e532a0ee
 def _words(text: str, start: int, end: int) -> list[re.Match]:
     "The words with a digit in them that do not begin with a letter, as H2O does."
     return [m for m in _WORD.finditer(text, start, end) if re.search("[0-9]", m[0]) and not m[0][0].isalpha()]
@@ -182,15 +187,15 @@ _EITHER = re.compile(r"\d\W{0,5}\bor\W{1,5}$", re.IGNORECASE)
 
 # %% ../../nbs/core/answers.ipynb #33c56abd
 def denied(
-    text: str,
-    start: int,
-    end: int,  # what was said  # where something in it begins  # and where it ends
+    text: str,  # what was said
+    start: int,  # where something in it begins
+    end: int,  # and where it ends
 ) -> bool:
     "Whether what is named there is denied in the same clause, as in \"not 68\" or \"68 is wrong\"."
     clause = _CLAUSE.split(text[max(0, start - 60) : start])[-1]
     return bool(_DENIED.search(clause) or _WRONG.match(text, end))
 
-
+# %% ../../nbs/core/answers.ipynb #e7edee5c
 _GSM8K = re.compile(r"####[ \t]{0,9}(?=\\?[-+$€£]?\\?[$€£.]?\d)[^\n]*")
 
 # %% ../../nbs/core/answers.ipynb #557eda7f
@@ -231,7 +236,7 @@ _GOLD = (
     " answer after '####' or in \\boxed{}"
 )
 
-
+# %% ../../nbs/core/answers.ipynb #5fbd8c11
 @lru_cache(4096)
 def _read_gold(text: str) -> Fraction | None:
     box, marked = _box(text), text.rfind("####")
@@ -253,8 +258,8 @@ def _gold(value) -> Fraction | None:
 
 # %% ../../nbs/core/answers.ipynb #46ebc227
 def gold_numbers(
-    answers: list,
-    column: str = "answer",  # a column of right answers  # its name
+    answers: list,  # a column of right answers
+    column: str = "answer",  # its name
 ) -> list[Fraction]:
     """Right answers as numbers, by the reader that also reads what a policy says.
 

@@ -64,33 +64,29 @@ def _files(folder: Path):
 # %% ../../nbs/core/checkpoint.ipynb #4f1c8d31
 SYSTEM = ".DS_Store", "Thumbs.db", "desktop.ini"  # files that a system puts into every folder
 # of what this library writes
-ENDINGS = (
-    ".json",
-    ".jsonl",
-    ".safetensors",
-    ".md",
-    ".png",
-    ".html",
-    ".lock",
-    ".new",
-    ".old",
-    ".toml",
-    ".jinja",
-)
+ENDINGS = (".json", ".jsonl", ".safetensors", ".md", ".png", ".html", ".lock", ".new", ".old", ".toml")
+ENDINGS += (".jinja",)
 
 # %% ../../nbs/core/checkpoint.ipynb #fe096ad2
 def _strangers(folder: Path):
     "Yield what in a folder has no ending of `ENDINGS`: files, links, and hidden folders."
     for f in sorted(folder.rglob("*")):
         hidden = f.name.startswith(".") and not f.name.endswith((".new", ".old", ".lock"))
-        if (
-            f.is_symlink()
-            or f.name not in SYSTEM
-            and (hidden or not f.is_dir() and not f.name.endswith(ENDINGS))
-        ):
+        other_file = not f.is_dir() and not f.name.endswith(ENDINGS)
+        if f.is_symlink() or f.name not in SYSTEM and (hidden or other_file):
             yield f
 
 # %% ../../nbs/core/checkpoint.ipynb #0fea4d2f
+def _listed(folder: Path) -> set[Path]:
+    "The files in a folder's manifest, and the manifest; empty where it cannot be read or lists none."
+    try:
+        entries = json.loads((folder / MANIFEST).read_text()).items()
+        listed = {folder / name for name, entry in entries if "sha256" in entry}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return set()
+    return listed and listed | {folder / MANIFEST}
+
+# %% ../../nbs/core/checkpoint.ipynb #59b5a946
 def _other(folder: Path, whole: bool = True) -> str | None:
     "Why a folder is no checkpoint, or not a checkpoint alone; None if it is one, is empty, or is not there."
     if folder.is_symlink():
@@ -100,22 +96,11 @@ def _other(folder: Path, whole: bool = True) -> str | None:
     if not folder.is_dir():
         return "is a file"
     there = [f for f in folder.rglob("*") if f.is_symlink() or not f.is_dir() and f.name not in SYSTEM]
-    try:
-        listed = {
-            folder / name
-            for name, entry in json.loads((folder / MANIFEST).read_text()).items()
-            if "sha256" in entry
-        }
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        listed = set()
-    if listed:
-        listed.add(folder / MANIFEST)
-    elif not whole:
-        listed = set(there) - set(_strangers(folder)) if _in_run(folder) else set()
-    return next(
-        (f"holds {str(f.relative_to(folder))!r}" for f in sorted(there) if f.is_symlink() or f not in listed),
-        None,
-    )
+    ours = _listed(folder)
+    if not ours and not whole and _in_run(folder):
+        ours = set(there) - set(_strangers(folder))
+    others = [f for f in sorted(there) if f.is_symlink() or f not in ours]
+    return f"holds {str(others[0].relative_to(folder))!r}" if others else None
 
 # %% ../../nbs/core/checkpoint.ipynb #4116d26c
 def _in_run(folder: Path) -> bool:
@@ -135,6 +120,21 @@ def _check_ours(folder: Path, whole: bool = True):
         )
 
 # %% ../../nbs/core/checkpoint.ipynb #ba4bc927
+def _check_no_links(*paths: Path):
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and is left as it is: remove it, or give another folder.")
+
+
+def _not_written(folder: Path, e: BaseException) -> OSError:
+    why = getattr(e, "strerror", None) or e
+    return OSError(
+        getattr(e, "errno", None) or errno.EIO,
+        f"{folder} was not written ({why}); what was saved before is as it was. Make room or choose a folder"
+        " that can be written, then go on from there",
+    )
+
+# %% ../../nbs/core/checkpoint.ipynb #0f41e676
 @contextmanager
 def writing(
     folder: str | Path,  # where it is to appear; what is there is replaced
@@ -149,9 +149,7 @@ def writing(
     folder = Path(folder)
     new, old = (folder.with_name(f".{folder.name}.{k}") for k in ("new", "old"))
     _check_ours(folder)
-    for left in new, old:
-        if left.is_symlink():
-            raise ValueError(f"{left} is a link, and is left as it is: remove it, or give another folder.")
+    _check_no_links(new, old)
     try:
         _remove(new)
         new.mkdir(parents=True)
@@ -167,35 +165,20 @@ def writing(
             old.rename(folder)
         if not _of_the_disk(e):
             raise
-        raise OSError(
-            getattr(e, "errno", None) or errno.EIO,
-            f"{folder} was not written ({getattr(e, 'strerror', None) or e}); what was saved before is "
-            "as it was. Make room or choose a folder that can be written, then go on from there",
-        ) from e
+        raise _not_written(folder, e) from e
     _flush(folder.parent)
     _remove(old)
 
 # %% ../../nbs/core/checkpoint.ipynb #ed5b45ec
-_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+_DISK += (errno.EEXIST,)
 
 # %% ../../nbs/core/checkpoint.ipynb #9df1cdb5
 def _of_the_disk(e: BaseException) -> bool:
     "Is `e` about writing files? Others, of a network for example, belong to the block."
-    return (
-        isinstance(e, OSError)
-        and e.errno in _DISK
-        or type(e).__name__ == "SafetensorError"
-        and "os error" in str(e).lower()
-    )
+    if type(e).__name__ == "SafetensorError":
+        return "os error" in str(e).lower()
+    return isinstance(e, OSError) and e.errno in _DISK
 
 # %% ../../nbs/core/checkpoint.ipynb #849a1369
 def _seal(new: Path, folder: Path, beside):
@@ -211,7 +194,9 @@ def _remove(folder: Path):
         shutil.rmtree(folder)
 
 # %% ../../nbs/core/checkpoint.ipynb #8f4d15ba
-def verify(folder: str | Path) -> dict:  # as `writing` left it  # the manifest
+def verify(
+    folder: str | Path,  # as `writing` left it
+) -> dict:  # the manifest
     "Check every file against the manifest; raises `ValueError` naming what is missing or damaged."
     folder = Path(folder)
     try:
@@ -223,11 +208,8 @@ def verify(folder: str | Path) -> dict:  # as `writing` left it  # the manifest
         ) from None
     if not entries:
         raise ValueError(f"{folder} is no whole checkpoint: its {MANIFEST} lists no file.")
-    bad = [
-        name
-        for name, n, digest in entries
-        if not _is_whole(folder / name, n, digest, inside=not name.startswith(".."))
-    ]
+    inside = lambda name: not name.startswith("..")
+    bad = [name for name, n, digest in entries if not _is_whole(folder / name, n, digest, inside(name))]
     if bad:
         raise ValueError(f"{folder} is damaged: {', '.join(bad)} missing or changed since it was written.")
     return listed
@@ -242,7 +224,9 @@ def _is_whole(path: Path, n: int, digest: str, inside: bool) -> bool:
         return False  # the disk cannot read it, or it cannot be a name
 
 # %% ../../nbs/core/checkpoint.ipynb #a4073677
-def numbered(parent: str | Path) -> list[Path]:  # holds checkpoints  # oldest first
+def numbered(
+    parent: str | Path,  # holds checkpoints
+) -> list[Path]:  # oldest first
     "Checkpoint folders, whose names end with a number after an underscore; half-written ones are none."
     folders = [
         f
@@ -252,7 +236,9 @@ def numbered(parent: str | Path) -> list[Path]:  # holds checkpoints  # oldest f
     return sorted(folders, key=lambda f: int(f.name.rsplit("_", 1)[1]))
 
 # %% ../../nbs/core/checkpoint.ipynb #c1ce6446
-def newest_whole(parent: str | Path) -> Path | None:  # holds checkpoints  # None where there are none
+def newest_whole(
+    parent: str | Path,  # holds checkpoints
+) -> Path | None:  # None where there are none
     """The newest checkpoint that is whole; warns of each damaged one passed over.
 
     Raises `ValueError` if all are damaged.
@@ -298,28 +284,31 @@ def prune(
         if folder.name not in spare:
             discard(folder)
     for left in parent.glob(".*"):
-        if (
-            re.fullmatch(r"\..+_[0-9]+\.(new|old)", left.name)
-            and not left.is_symlink()
-            and not any(_strangers(left))
-        ):
+        temporary = re.fullmatch(r"\..+_[0-9]+\.(new|old)", left.name) and not left.is_symlink()
+        if temporary and not any(_strangers(left)):
             shutil.rmtree(left, ignore_errors=True)
 
 # %% ../../nbs/core/checkpoint.ipynb #210873d4
+def _check_lock(folder: Path):
+    "Taking a lock empties its file: not one that holds something else."
+    lock = folder / ".lock"
+    if lock.is_symlink():
+        raise ValueError(
+            f"{folder}/.lock is a link to another file, which locking it would empty: remove the link."
+        )
+    if lock.exists() and lock.stat().st_size:
+        raise ValueError(
+            f"{folder}/.lock holds something, and locking would empty it: it is no lock of this library. Move"
+            " it, or choose another folder."
+        )
+
+# %% ../../nbs/core/checkpoint.ipynb #32bccbf7
 @contextmanager
 def locked(folder: str | Path):  # made if missing
     "Hold a folder's lock; raises `RuntimeError` if another process does."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / ".lock").is_symlink():
-        raise ValueError(
-            f"{folder}/.lock is a link to another file, which locking it would empty: remove the link."
-        )
-    if (folder / ".lock").exists() and (folder / ".lock").stat().st_size:
-        raise ValueError(
-            f"{folder}/.lock holds something, and locking would empty it: it is no lock of this library. Move"
-            " it, or choose another folder."
-        )
+    _check_lock(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -343,11 +332,8 @@ def signals_interrupt():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    known = [
-        s
-        for name in ("SIGTERM", "SIGHUP")
-        if (s := getattr(signal, name, None)) and signal.getsignal(s) is signal.SIG_DFL
-    ]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    known = [s for s in known if signal.getsignal(s) is signal.SIG_DFL]
     told = []
 
     def interrupt(number, frame):
@@ -406,26 +392,31 @@ def _names(code: types.CodeType) -> set:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 # %% ../../nbs/core/checkpoint.ipynb #fa6628f0
+_VALUES = {
+    _PLAIN: lambda x: x,
+    float: lambda x: x if math.isfinite(x) else repr(x),
+    bytes: lambda x: hashlib.sha256(x).hexdigest()[:16],
+    Path: str,
+    re.Pattern: lambda x: [x.pattern, x.flags],
+    types.ModuleType: lambda x: x.__name__,
+}
+
+# %% ../../nbs/core/checkpoint.ipynb #e5314a25
 def content(
-    x,
-    _seen: frozenset = frozenset(),  # a value, function, class or object
+    x,  # a value, function, class or object
+    _seen: frozenset = frozenset(),
 ):  # of dicts, lists, texts and numbers
     "What `x` is made of, as JSON can hold it; equal for equal content in any process."
-    if isinstance(x, _PLAIN):
-        return x
-    if isinstance(x, float):
-        return x if math.isfinite(x) else repr(x)
-    if isinstance(x, bytes):
-        return hashlib.sha256(x).hexdigest()[:16]
-    if isinstance(x, Path):
-        return str(x)
-    if isinstance(x, re.Pattern):
-        return [x.pattern, x.flags]
-    if isinstance(x, types.ModuleType):
-        return x.__name__
+    for kind, as_json in _VALUES.items():
+        if isinstance(x, kind):
+            return as_json(x)
     if id(x) in _seen:
         return "itself"
-    go = functools.partial(content, _seen=_seen | {id(x)})
+    return _of_parts(x, functools.partial(content, _seen=_seen | {id(x)}))
+
+# %% ../../nbs/core/checkpoint.ipynb #6464a41a
+def _of_parts(x, go):
+    "The same for what has parts; `go` gives the content of one."
     if isinstance(x, dict):
         return {str(k): go(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -456,16 +447,11 @@ def _of_function(f, go) -> dict:
         return {"function": f"{f.__module__}.{f.__qualname__}"} | settings
     used = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
     fixed = lambda n, v: isinstance(v, (*_PLAIN, float, tuple, frozenset, re.Pattern)) or n.isupper()
-    calls = {
-        n: go(v)
-        for n, v in used.items()
-        if fixed(n, v) or isinstance(v, (types.FunctionType, type)) and _is_users(v)
-    }
+    own = lambda v: isinstance(v, (types.FunctionType, type)) and _is_users(v)
+    calls = {n: go(v) for n, v in used.items() if fixed(n, v) or own(v)}
     defaults = [go(f.__defaults__), go(f.__kwdefaults__)]
-    return {
-        "function": f.__name__,
-        "code": _sum_of([_code(f.__code__, f.__doc__), defaults, calls]),
-    } | settings
+    code = _sum_of([_code(f.__code__, f.__doc__), defaults, calls])
+    return {"function": f.__name__, "code": code} | settings
 
 # %% ../../nbs/core/checkpoint.ipynb #9dc083ac
 def _of_class(c, go) -> dict:
@@ -474,11 +460,8 @@ def _of_class(c, go) -> dict:
     code = {}
     for k in reversed([k for k in c.__mro__ if _is_users(k)]):
         for name, v in vars(k).items():
-            for part in (
-                [v.fget, v.fset]
-                if isinstance(v, property)
-                else [getattr(v, "__func__", getattr(v, "func", v))]
-            ):
+            inner = getattr(v, "__func__", getattr(v, "func", v))
+            for part in [v.fget, v.fset] if isinstance(v, property) else [inner]:
                 if isinstance(part, (types.FunctionType, float, tuple, *_PLAIN)) and part is not None:
                     code[name] = go(part)
     hidden = "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"
@@ -493,11 +476,8 @@ def _of_object(x, go) -> dict:
     elif isinstance(init, types.FunctionType):
         names = list(inspect.signature(init).parameters)[1:]
         has = {n: has[k] for n in names for k in (n, f"_{n}") if k in has}
-    if (
-        not _is_users(type(x))
-        and not dataclasses.is_dataclass(x)
-        and type(x).__module__.split(".")[0] not in (LIBRARY, "types")
-    ):
+    known = dataclasses.is_dataclass(x) or type(x).__module__.split(".")[0] in (LIBRARY, "types")
+    if not known and not _is_users(type(x)):
         has = {}
     return _of_class(type(x), go) | {k: go(v) for k, v in has.items()}
 
@@ -585,13 +565,13 @@ def read_record(path: str | Path) -> dict:
     return {k: v for k, v in record.items() if k not in ("made_by", "format")}
 
 # %% ../../nbs/core/checkpoint.ipynb #69527b1f
-# and names that begin with a dot: systems put them everywhere
+# files that systems put everywhere (so are names that begin with a dot)
 _NOBODYS = "lost+found", "Thumbs.db", "desktop.ini", f"{RECORD}.new"
 
 # %% ../../nbs/core/checkpoint.ipynb #83a1ed94
 def run_record(
-    folder: str | Path,
-    kind: str,  # of a run, or to become one  # of run, as its record says
+    folder: str | Path,  # of a run, or to become one
+    kind: str,  # of run, as its record says
 ) -> dict | None:  # what stands in its `config.json`; None where there is no run yet
     "Raises `ValueError` for a folder that holds something else, and as `read_record` does."
     folder = Path(folder)
@@ -608,6 +588,23 @@ def run_record(
         )
 
 # %% ../../nbs/core/checkpoint.ipynb #db07a55d
+def _check_made(folder: Path, there: list[Path], made: set[str]):
+    "Raise `ValueError` if there is anything that a run has not made."
+    known = lambda name: name in made or name.removesuffix(".new") in made or name in _NOBODYS
+    others = sorted(f.name for f in there if not known(f.name))
+    if others:
+        raise ValueError(
+            f"{folder} also holds {', '.join(map(repr, others[:5]))}, which no run has made: nothing was"
+            " deleted. Move that, or choose another run_dir."
+        )
+    folders = [f for f in there if f.name in made and f.is_dir() and not f.is_symlink()]
+    inside = [x for f in folders for x in _strangers(f)]
+    if inside:
+        raise ValueError(
+            f"{inside[0]} was made by no run: nothing was deleted. Move it, or choose another run_dir."
+        )
+
+# %% ../../nbs/core/checkpoint.ipynb #89fdd4ee
 def forget_run(
     folder: str | Path,  # of a run
     kind: str,  # of run
@@ -621,23 +618,8 @@ def forget_run(
     folder = Path(folder)
     if run_record(folder, kind) is None:
         return
-    made = {*made, RECORD, f"{RECORD}.new"}
     there = [f for f in folder.iterdir() if not f.name.startswith(".")]
-    others = sorted(
-        f.name
-        for f in there
-        if f.name not in made and f.name.removesuffix(".new") not in made and f.name not in _NOBODYS
-    )
-    if others:
-        raise ValueError(
-            f"{folder} also holds {', '.join(map(repr, others[:5]))}, which no run has made: nothing was"
-            " deleted. Move that, or choose another run_dir."
-        )
-    inside = [x for f in there if f.name in made and f.is_dir() and not f.is_symlink() for x in _strangers(f)]
-    if inside:
-        raise ValueError(
-            f"{inside[0]} was made by no run: nothing was deleted. Move it, or choose another run_dir."
-        )
+    _check_made(folder, there, {*made, RECORD, f"{RECORD}.new"})
     # last: what is left of a half-deleted run is still known as one
     for f in sorted(there, key=lambda f: f.name == RECORD):
         if f.name not in _NOBODYS:

@@ -19,7 +19,9 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
 
-def shown(value) -> str:  # anything  # at most some 80 characters of printable text
+def shown(
+    value,  # anything
+) -> str:  # at most some 80 characters of printable text
     "A value as an error shows it."
     text = _short.repr(value)
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -27,8 +29,8 @@ def shown(value) -> str:  # anything  # at most some 80 characters of printable 
 
 # %% ../../nbs/core/checks.ipynb #f00b543a
 LONGEST = 100_000  # characters of a text that are shown
-# but line breaks and tabs are; so are the joiners of emoji and of Persian, and the marks of direction that
-# turn nothing round
+# Not text. Line breaks and tabs are text, and so are the joiners of emoji and of Persian and those marks of
+# direction that reverse nothing.
 _NO_TEXT = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f"  # control characters: all that a terminal obeys begins with one
     # line separators; embeddings, overrides and isolates of direction; invisible operators
@@ -47,7 +49,7 @@ def printed(text: str) -> str:  # from anybody
         text = f"{text[:LONGEST]}… ({len(text) - LONGEST} more characters)"
     return _NO_TEXT.sub(lambda c: ascii(c[0])[1:-1], text)
 
-
+# %% ../../nbs/core/checks.ipynb #047e44a7
 def escape(text: str) -> str:  # from anybody
     "`text` for an HTML page or an attribute in quotes: as `printed`, and nothing in it is markup."
     return html.escape(printed(text))

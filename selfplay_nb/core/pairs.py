@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from .checks import printable, shown
 from .players import is_messages, text_of
 
@@ -58,22 +56,24 @@ def _read_hub(name: str, split: str) -> list:
         ) from e
 
 # %% ../../nbs/core/pairs.ipynb #59370899
+def _read_named(name: str | Path, split: str) -> list:
+    "The rows of a file, or of a data set on the hub."
+    path = Path(name)
+    if path.exists():
+        return _read_file(path)
+    like_a_file = path.suffix in (".jsonl", ".parquet", ".json", ".csv")
+    if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not like_a_file:
+        return _read_hub(name, split)
+    raise ValueError(
+        f"there is no file {str(name)!r} in {Path.cwd()}: expected a .jsonl or .parquet file, a hub name,"
+        " or a list of rows."
+    )
+
+# %% ../../nbs/core/pairs.ipynb #a10e5269
 def _read(data, split: str) -> list:
     "The raw rows of `data`."
     if isinstance(data, (str, Path)):
-        path = Path(data)
-        if path.exists():
-            return _read_file(path)
-        if (
-            isinstance(data, str)
-            and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data)
-            and path.suffix not in (".jsonl", ".parquet", ".json", ".csv")
-        ):
-            return _read_hub(data, split)
-        raise ValueError(
-            f"there is no file {str(data)!r} in {Path.cwd()}: expected a .jsonl or .parquet file, a hub name,"
-            " or a list of rows."
-        )
+        return _read_named(data, split)
     if isinstance(data, dict):
         if split not in data:
             raise ValueError(
@@ -113,7 +113,7 @@ ACCEPTED = dict(
 def _is_turns(x) -> bool:
     return is_messages(x) and len(x) > 1
 
-
+# %% ../../nbs/core/pairs.ipynb #3e9352a8
 def _cut(row: dict, prompt: list, **answers) -> dict:
     """The row with a conversation's beginning as its prompt; raises `ValueError` if its own prompt is no part
     of that.
@@ -215,40 +215,38 @@ def _tidy(i: int, row: dict, columns) -> dict:
     return row
 
 # %% ../../nbs/core/pairs.ipynb #e1ca98ed
+def _as_row(i: int, raw, kind: str) -> dict:
+    "Row `i` in this library's form."
+    if kind == "prompts" and (isinstance(raw, str) or is_messages(raw)):
+        raw = {"prompt": raw}
+    if not isinstance(raw, dict):
+        raise ValueError(f"row {i} is {raw!r:.80}: expected a dict with {ACCEPTED[kind]}.")
+    try:
+        row = _split({k: v for k, v in raw.items() if v is not None}, kind)
+    except ValueError as e:
+        raise ValueError(f"row {i}, {e}.") from None
+    lacks = [c for c in KINDS[kind] if c not in row]
+    if lacks and lacks[0] in raw:
+        why = f"column {lacks[0]!r} is None: expected {ACCEPTED[kind]}. Leave such rows out."
+        raise ValueError(f"row {i}, {why}")
+    if lacks:
+        has = f"it has {sorted(raw)}, expected {ACCEPTED[kind]}."
+        raise ValueError(f"row {i} has no column {lacks[0]!r}: {has}")
+    return _tidy(i, row, KINDS[kind])
+
+# %% ../../nbs/core/pairs.ipynb #76deaf3b
 def load_rows(
     data,  # a list of rows, a `datasets.Dataset`, a .jsonl or .parquet file, or a hub name
     kind: str,  # "sft", "preference" or "prompts"
     split: str = "train",  # of a data set on the hub, or of a dict of splits
-) -> list[
-    dict
-]:  # rows with the columns of `KINDS[kind]`; completions are strings, other columns as they were
+) -> list[dict]:  # rows with the columns of `KINDS[kind]`; completions are strings, others as they were
     """Read data in TRL's formats.
 
     Raises `ValueError` that names the row and the column, what it holds, and what is accepted.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}: expected one of {list(KINDS)}.")
-    out = []
-    for i, raw in enumerate(_read(data, split)):
-        if kind == "prompts" and (isinstance(raw, str) or is_messages(raw)):
-            raw = {"prompt": raw}
-        if not isinstance(raw, dict):
-            raise ValueError(f"row {i} is {raw!r:.80}: expected a dict with {ACCEPTED[kind]}.")
-        try:
-            row = _split({k: v for k, v in raw.items() if v is not None}, kind)
-        except ValueError as e:
-            raise ValueError(f"row {i}, {e}.") from None
-        lacks = [c for c in KINDS[kind] if c not in row]
-        if lacks and lacks[0] in raw:
-            raise ValueError(
-                f"row {i}, column {lacks[0]!r} is None: expected {ACCEPTED[kind]}. Leave such rows out."
-            )
-        if lacks:
-            raise ValueError(
-                f"row {i} has no column {lacks[0]!r}: it has {sorted(raw)}, expected {ACCEPTED[kind]}."
-            )
-        out.append(_tidy(i, row, KINDS[kind]))
-    return out
+    return [_as_row(i, raw, kind) for i, raw in enumerate(_read(data, split))]
 
 # %% ../../nbs/core/pairs.ipynb #6a56aa05
 _SIGNS = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
@@ -261,7 +259,7 @@ def _bare(text: str) -> str:
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     return re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()))
 
-
+# %% ../../nbs/core/pairs.ipynb #39cbc1f4
 def _content(message: dict) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in content)
@@ -317,7 +315,7 @@ def form(prompt) -> str:  # as for `question`
 # %% ../../nbs/core/pairs.ipynb #e1d8d219
 FIELDS = "prompt", "chosen", "rejected"
 
-
+# %% ../../nbs/core/pairs.ipynb #0e95e6fa
 def loops(text: str) -> bool:
     "Does `text` end with the same 1 to 60 characters, eight times or more and for 24 characters or more?"
     end = text.rstrip()
@@ -342,6 +340,14 @@ def _fault(row: dict, n_tokens, max_tokens) -> str | None:
         return "over-long"
 
 # %% ../../nbs/core/pairs.ipynb #a88a8421
+def _check_pair(i: int, row):
+    if not isinstance(row, dict):
+        raise ValueError(f"pair {i} is {shown(row)}: expected a dict with {list(FIELDS)}.")
+    missing = [k for k in FIELDS if k not in row]
+    if missing:
+        raise ValueError(f"pair {i} lacks {missing}: expected {list(FIELDS)}, got {sorted(row)}.")
+
+# %% ../../nbs/core/pairs.ipynb #fddac172
 def validate_pairs(
     rows: list[dict],  # pairs in TRL's form
     n_tokens=None,  # `(prompt, completion) -> int`, to find the over-long ones
@@ -355,11 +361,7 @@ def validate_pairs(
         raise ValueError(f"got {shown(rows)} as pairs: expected a list of dicts with {list(FIELDS)}.")
     good, dropped = [], Counter()
     for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"pair {i} is {shown(row)}: expected a dict with {list(FIELDS)}.")
-        missing = [k for k in FIELDS if k not in row]
-        if missing:
-            raise ValueError(f"pair {i} lacks {missing}: expected {list(FIELDS)}, got {sorted(row)}.")
+        _check_pair(i, row)
         fault = _fault(row, n_tokens, max_tokens)
         if fault:
             dropped[fault] += 1
@@ -367,13 +369,9 @@ def validate_pairs(
             good.append(row)
     return good, dropped
 
-# %% ../../nbs/core/pairs.ipynb #b8e8042d
-class Ledger:
-    """An append-only JSONL file. Whoever only reads it changes nothing; who appends first cuts off a torn
-    last line (a crash while writing).
-
-    Any other damage is an error on opening. Processes that append at the same time wait for each other.
-    """
+# %% ../../nbs/core/pairs.ipynb #270f2a66
+class _JsonLines:
+    "Reading a JSONL file: its rows, checked, and how many there are."
 
     def __init__(
         self,
@@ -385,6 +383,102 @@ class Ledger:
         self._seen = None
         self._sources = Counter()
         self._count()
+
+    def _is_row(self, x) -> bool:
+        return isinstance(x, dict) and all(k in x for k in self.fields)
+
+    def _row(self, line: bytes) -> dict | None:
+        "The row in a line, or None."
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            return None
+        if self._is_row(row):
+            return row
+        # not torn, and no row: cutting it off would destroy what somebody else wrote
+        if not line.endswith(b"\n"):
+            raise ValueError(
+                f"{self.path} ends with {line[:60]!r}, which is whole and no JSON object with"
+                f" {list(self.fields)}: give another file."
+            )
+
+    def _block(self, lines: list[bytes]) -> list[dict] | None:
+        "The rows in whole lines, read at once (in a third of the time); None where one is damaged."
+        try:
+            rows = json.loads((b"[" + b",".join(lines) + b"]").decode())
+        except (ValueError, RecursionError):
+            return None
+        return rows if len(rows) == len(lines) and all(map(self._is_row, rows)) else None
+
+    def _one_by_one(self, lines: list[bytes], first: int):
+        "Yield the rows in lines of which one may be damaged or torn; `first` is the number of the first."
+        for i, line in enumerate(lines, first):
+            row = self._row(line)
+            if row is not None:
+                yield row
+            elif line.endswith(b"\n"):
+                raise ValueError(
+                    f"{self.path}, line {i} is damaged: {line[:60]!r} is no JSON object with"
+                    f" {list(self.fields)}."
+                )
+            elif not line.startswith(b"{"):
+                raise ValueError(f"{self.path} ends with {line[:60]!r}: expected JSON objects, a line each.")
+
+    def _read(self):
+        """Yield all rows in order, up to the first line without an end: a writer may be at it, and what a
+        later look finds there is no line.
+        """
+        if not self.path.exists():
+            return
+        n, ended = 0, True
+        with open(self.path, "rb") as f:
+            while ended and (lines := f.readlines(1 << 20)):
+                # also in the middle: `readlines` reads on where the file has grown meanwhile
+                torn = next((i for i, line in enumerate(lines) if not line.endswith(b"\n")), None)
+                if torn is not None:
+                    ended, lines = False, lines[: torn + 1]
+                rows = self._block(lines) if ended else None
+                yield from self._one_by_one(lines, n + 1) if rows is None else rows
+                n += len(lines)
+
+    def _state(self):
+        "What changes when anybody writes to the file; None where there is none."
+        if not self.path.exists():
+            return None
+        s = self.path.stat()
+        return s.st_ino, s.st_size, s.st_mtime_ns
+
+    def _count(self) -> Counter:
+        "Rows by where they came from; the file is read again only if it has changed."
+        state = self._state()
+        if state != self._seen or state is None:
+            self._sources = Counter(str(r.get("source", "?")) for r in self._read())
+            self._seen = state
+        return self._sources
+
+    def rows(self, round: int | None = None) -> list[dict]:  # only those of this round
+        "All rows in order; raises `ValueError` naming the line that is damaged."
+        return [row for row in self._read() if round is None or row.get("round") == round]
+
+    def __len__(self):
+        return self._count().total()
+
+# %% ../../nbs/core/pairs.ipynb #a06b9728
+def _line(row: dict) -> bytes:
+    "A row as JSON; half a character (a lone surrogate, which no encoding has) is written as an escape."
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+# %% ../../nbs/core/pairs.ipynb #e2acab5e
+class Ledger(_JsonLines):
+    """An append-only JSONL file. Whoever only reads it changes nothing; who appends first cuts off a torn
+    last line (a crash while writing).
+
+    Any other damage is an error on opening. Processes that append at the same time wait for each other.
+    """
 
     @property
     def position(self) -> int:
@@ -398,180 +492,81 @@ class Ledger:
         with self._alone() as f:
             f.truncate(position)
 
-# %% ../../nbs/core/pairs.ipynb #4567c7a9
-@patch
-def _row(self: Ledger, line: bytes) -> dict | None:
-    "The row in a line, or None."
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    if self._is_row(row):
-        return row
-    # not torn, and no row: cutting it off would destroy what somebody else wrote
-    if not line.endswith(b"\n"):
-        raise ValueError(
-            f"{self.path} ends with {line[:60]!r}, which is whole and no JSON object with"
-            f" {list(self.fields)}: give another file."
-        )
+    @contextmanager
+    def _alone(self):
+        """The file, open for appending, while no other process has it so (on Windows nobody waits: there one
+        process has to do).
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as f:
+            try:
+                import fcntl
+            except ImportError:
+                pass
+            else:
+                fcntl.flock(f, fcntl.LOCK_EX)  # until it is closed
+            yield f
 
-# %% ../../nbs/core/pairs.ipynb #f047e159
-@patch
-def _is_row(self: Ledger, x) -> bool:
-    return isinstance(x, dict) and all(k in x for k in self.fields)
-
-
-@patch
-def _block(self: Ledger, lines: list[bytes]) -> list[dict] | None:
-    "The rows in whole lines, read at once (in a third of the time); None where one is damaged."
-    try:
-        rows = json.loads((b"[" + b",".join(lines) + b"]").decode())
-    except (ValueError, RecursionError):
-        return None
-    return rows if len(rows) == len(lines) and all(map(self._is_row, rows)) else None
-
-# %% ../../nbs/core/pairs.ipynb #42634ca6
-@patch
-def _one_by_one(self: Ledger, lines: list[bytes], first: int):
-    "Yield the rows in lines of which one may be damaged or torn; `first` is the number of the first."
-    for i, line in enumerate(lines, first):
-        row = self._row(line)
-        if row is not None:
-            yield row
-        elif line.endswith(b"\n"):
-            raise ValueError(
-                f"{self.path}, line {i} is damaged: {line[:60]!r} is no JSON object with {list(self.fields)}."
-            )
-        elif not line.startswith(b"{"):
-            raise ValueError(f"{self.path} ends with {line[:60]!r}: expected JSON objects, a line each.")
-
-# %% ../../nbs/core/pairs.ipynb #b50bf5ac
-@patch
-def _read(self: Ledger):
-    """Yield all rows in order, up to the first line without an end: a writer may be at it, and what a later
-    look finds there is no line.
-    """
-    if not self.path.exists():
-        return
-    n, ended = 0, True
-    with open(self.path, "rb") as f:
-        while ended and (lines := f.readlines(1 << 20)):
-            # also in the middle: `readlines` reads on where the file has grown meanwhile
-            torn = next((i for i, line in enumerate(lines) if not line.endswith(b"\n")), None)
-            if torn is not None:
-                ended, lines = False, lines[: torn + 1]
-            rows = self._block(lines) if ended else None
-            yield from self._one_by_one(lines, n + 1) if rows is None else rows
-            n += len(lines)
-
-# %% ../../nbs/core/pairs.ipynb #1e1df874
-@patch
-def _state(self: Ledger):
-    "What changes when anybody writes to the file; None where there is none."
-    if not self.path.exists():
-        return None
-    s = self.path.stat()
-    return s.st_ino, s.st_size, s.st_mtime_ns
-
-# %% ../../nbs/core/pairs.ipynb #53ea42eb
-@patch
-def _count(self: Ledger) -> Counter:
-    "Rows by where they came from; the file is read again only if it has changed."
-    state = self._state()
-    if state != self._seen or state is None:
-        self._sources = Counter(str(r.get("source", "?")) for r in self._read())
-        self._seen = state
-    return self._sources
-
-
-@patch
-def rows(self: Ledger, round: int | None = None) -> list[dict]:  # only those of this round
-    "All rows in order; raises `ValueError` naming the line that is damaged."
-    return [row for row in self._read() if round is None or row.get("round") == round]
-
-# %% ../../nbs/core/pairs.ipynb #d7b6184b
-@patch
-@contextmanager
-def _alone(self: Ledger):
-    """The file, open for appending, while no other process has it so (on Windows nobody waits: there one
-    process has to do).
-    """
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(self.path, "ab+") as f:
-        try:
-            import fcntl
-        except ImportError:
-            pass
-        else:
-            fcntl.flock(f, fcntl.LOCK_EX)  # until it is closed
-        yield f
-
-# %% ../../nbs/core/pairs.ipynb #a06b9728
-def _line(row: dict) -> bytes:
-    "A row as JSON; half a character (a lone surrogate, which no encoding has) is written as an escape."
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    try:
-        return text.encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
-
-# %% ../../nbs/core/pairs.ipynb #b47fab93
-@patch
-def _end(self: Ledger, f):
-    "End an unfinished last line if it is a row; cut it off if it is torn."
-    f.seek(max(0, f.tell() - 1))
-    if f.read() in (b"", b"\n"):
-        return
-    size = f.seek(0, os.SEEK_END)
-    start, data = size, b""
-    while start and b"\n" not in data:  # back to the line's beginning, without reading the whole file
-        start = max(0, size - max(1 << 16, 4 * len(data)))
+    def _end(self, f):
+        "End an unfinished last line if it is a row; cut it off if it is torn."
+        f.seek(max(0, f.tell() - 1))
+        if f.read() in (b"", b"\n"):
+            return
+        size = f.seek(0, os.SEEK_END)
+        start, data = size, b""
+        while start and b"\n" not in data:  # back to the line's beginning, without reading the whole file
+            start = max(0, size - max(1 << 16, 4 * len(data)))
+            f.seek(start)
+            data = f.read()
+        start += data.rfind(b"\n") + 1
         f.seek(start)
-        data = f.read()
-    start += data.rfind(b"\n") + 1
-    f.seek(start)
-    if self._row(f.read()) is not None:
-        f.write(b"\n")
-    else:
-        f.truncate(start)
+        if self._row(f.read()) is not None:
+            f.write(b"\n")
+        else:
+            f.truncate(start)
 
-# %% ../../nbs/core/pairs.ipynb #79b115d0
-@patch
-def append(self: Ledger, rows: list[dict]):  # each with the ledger's fields
-    """Add rows and wait until they are on the disk: all, or none.
+    def append(self, rows: list[dict]):  # each with the ledger's fields
+        """Add rows and wait until they are on the disk: all, or none.
 
-    Rows that JSON cannot hold raise before anything is written.
-    """
-    data = b"".join(map(_line, rows))
-    with self._alone() as f:
-        known = self._seen == self._state()
-        self._end(f)
-        f.flush()
-        end = self.position
-        try:
-            f.write(data)
+        Rows that JSON cannot hold raise before anything is written.
+        """
+        data = b"".join(map(_line, rows))
+        with self._alone() as f:
+            known = self._seen == self._state()
+            self._end(f)
             f.flush()
-            os.fsync(f.fileno())
-        except OSError:
-            os.truncate(self.path, end)
-            raise  # a full disk leaves no half of it
-        if known:
-            self._sources.update(str(r.get("source", "?")) for r in rows)
-            self._seen = self._state()
+            end = self.position
+            try:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            except OSError:
+                os.truncate(self.path, end)
+                raise  # a full disk leaves no half of it
+            if known:
+                self._sources.update(str(r.get("source", "?")) for r in rows)
+                self._seen = self._state()
 
-# %% ../../nbs/core/pairs.ipynb #15d3d827
-@patch
-def __len__(self: Ledger):
-    return self._count().total()
-
-
-@patch
-@printable
-def __repr__(self: Ledger):
-    sources = self._count()
-    return f"Ledger({self.path.name}: {sources.total()} rows, {dict(sources)})"
+    @printable
+    def __repr__(self):
+        sources = self._count()
+        return f"Ledger({self.path.name}: {sources.total()} rows, {dict(sources)})"
 
 # %% ../../nbs/core/pairs.ipynb #6a7fdb50
+def _check_replaceable(path: Path, mine):
+    "Raise `ValueError` for a link, and for a file that `mine` cannot read."
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and is left as it is: give another name.")
+    if path.exists() and mine:
+        try:
+            mine(path)
+        except Exception as e:
+            raise ValueError(
+                f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is:"
+                " give another name."
+            ) from None
+
+# %% ../../nbs/core/pairs.ipynb #beadfa21
 def write_whole(
     path: str | Path,  # a file; its folder is made if missing
     text: str,  # all of it
@@ -583,17 +578,8 @@ def write_whole(
 
     Raises `ValueError` for a link, and for a file that `mine` cannot read: it is left as it is."""
     path = Path(path)
+    _check_replaceable(path, mine)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link, and is left as it is: give another name.")
-    if path.exists() and mine:
-        try:
-            mine(path)
-        except Exception as e:
-            raise ValueError(
-                f"{path} is there already and holds something else ({str(e)[:100]!r}); it is left as it is:"
-                " give another name."
-            ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(beside, "w", encoding="utf-8", errors="replace") as f:

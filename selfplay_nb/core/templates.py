@@ -23,7 +23,10 @@ def fence_mark(*texts: str) -> str:
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/templates.ipynb #eb282321
-def escape_special(text: str, tokens=()) -> str:  # anything  # the tokenizer's special tokens, as strings
+def escape_special(
+    text: str,  # anything
+    tokens=(),  # the tokenizer's special tokens, as strings
+) -> str:
     "Break what a tokenizer would read as a special token, with a space after its first character."
     text = text.encode("utf-8", "replace").decode()  # lone surrogates have no tokens
     for t in sorted(tokens, key=len, reverse=True):
@@ -31,26 +34,26 @@ def escape_special(text: str, tokens=()) -> str:  # anything  # the tokenizer's 
     return SPECIAL.sub(lambda m: m[0] + " ", text)
 
 # %% ../../nbs/core/templates.ipynb #82050f01
-def clip(text: str, limit: int) -> str:  # anything  # characters
+def clip(
+    text: str,  # anything
+    limit: int,  # characters
+) -> str:
     "`text`, or its beginning and end with a note of what was left out."
-    cut = len(text) - limit
-    return (
-        text
-        if cut <= 0
-        else f"{text[: limit // 2]} [... {cut} characters left out ...] {text[len(text) - limit // 2 :]}"
-    )
+    cut, half = len(text) - limit, limit // 2
+    if cut <= 0:
+        return text
+    return f"{text[:half]} [... {cut} characters left out ...] {text[len(text) - half :]}"
 
 # %% ../../nbs/core/templates.ipynb #4de61191
 def control_tokens(tokenizer) -> tuple[str, ...]:
     """What a tokenizer reads as a token of its own that is no text: its special tokens, and added ones that
     look like a turn's; longest first.
     """
-    added = [
-        t.content for t in tokenizer.added_tokens_decoder.values() if t.special or SPECIAL.match(t.content)
-    ]
-    return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda t: (-len(t), t)))
+    added = tokenizer.added_tokens_decoder.values()
+    control = {t.content for t in added if t.special or SPECIAL.match(t.content)}
+    return tuple(sorted(control.union(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
 
-
+# %% ../../nbs/core/templates.ipynb #d9598024
 def special_tokens(reader) -> tuple[str, ...]:
     "Control tokens of a `Policy`'s tokenizer; none for other players."
     tokenizer = getattr(getattr(reader, "base", None), "tokenizer", None)
@@ -67,21 +70,41 @@ def fill(
     """Put each text between two lines with a mark of their own; nothing in a text can end its fence or begin
     a turn.
     """
-    texts = {
-        k: escape_special(t if max_chars is None else clip(t, max_chars), tokens) for k, t in texts.items()
-    }
-    mark, out, closed = fence_mark(*texts.values()), "", False
+    clipped = {k: t if max_chars is None else clip(t, max_chars) for k, t in texts.items()}
+    texts = {k: escape_special(t, tokens) for k, t in clipped.items()}
+    mark = fence_mark(*texts.values())
+    out, after_fence = "", False
     for words, name, *_ in Formatter().parse(template):
-        # a fence has its lines for itself
-        out += ("\n" if closed and words and words[0] != "\n" else "") + words
-        closed = name in texts
-        if closed:
-            out += ("\n" if out and out[-1] != "\n" else "") + f"{mark}\n{texts[name]}\n{mark}"
+        # the lines of a fence have nothing else on them
+        break_before = "\n" if after_fence and words and words[0] != "\n" else ""
+        out += break_before + words
+        after_fence = name in texts
+        if after_fence:
+            break_before = "\n" if out and out[-1] != "\n" else ""
+            out += f"{break_before}{mark}\n{texts[name]}\n{mark}"
         elif name:
             out += mark if name == "mark" else trusted[name]
     return out, mark
 
 # %% ../../nbs/core/templates.ipynb #eaaadcd4
+def _template_fault(template: str, fields) -> str:
+    "What is wrong with a template that should have these fields; empty if nothing is."
+    try:
+        parsed = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except (ValueError, TypeError) as e:
+        return f"; {e}: {template!r:.80}."
+    found = Counter(
+        name + (f"!{how}" if how else "") + (f":{spec}" if spec else "") for name, spec, how in parsed
+    )
+    faults = {
+        "lacks": [f for f in fields if f not in found],
+        "has": sorted(set(found) - {*fields, "mark"}),
+        "repeats": [f for f in fields if found[f] > 1],
+    }
+    said = [f"{verb} {which}" for verb, which in faults.items() if which]
+    return f"; it {' and '.join(said)}." if said else ""
+
+# %% ../../nbs/core/templates.ipynb #9bd085e7
 class Template:
     """An attribute that holds a template with these fields, once each, and takes no other; `{mark}` may be in
     it. Raises `ValueError`.
@@ -98,26 +121,10 @@ class Template:
 
     def __set__(self, obj, template):
         fields = ", ".join("{" + f + "}" for f in self.fields)
-        expected = (
-            f"{self.name}: expected a text with {fields}, once each, and {{mark}} if you like (other braces"
-            " are doubled)"
-        )
-        try:
-            parsed = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{expected}; {e}: {template!r:.80}.") from None
-        found = Counter(
-            name + (f"!{how}" if how else "") + (f":{spec}" if spec else "") for name, spec, how in parsed
-        )
-        faults = {
-            "lacks": [f for f in self.fields if f not in found],
-            "has": sorted(set(found) - {*self.fields, "mark"}),
-            "repeats": [f for f in self.fields if found[f] > 1],
-        }
-        if any(faults.values()):
+        fault = _template_fault(template, self.fields)
+        if fault:
             raise ValueError(
-                f"{expected}; it "
-                + " and ".join(f"{verb} {which}" for verb, which in faults.items() if which)
-                + "."
+                f"{self.name}: expected a text with {fields}, once each, and {{mark}} if you like (other"
+                f" braces are doubled){fault}"
             )
         obj.__dict__[self.name] = template

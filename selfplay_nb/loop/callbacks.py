@@ -32,6 +32,7 @@ class Progress:
         if trainer.round:
             print(f"Going on after round {trainer.round} of {total} in {trainer.dir}")
         self.total = total
+        self.first = trainer.round
         self.tokens = 0
         self.since = time.perf_counter()
         self.stage = ""
@@ -60,6 +61,8 @@ class Progress:
         self.bar.set_postfix(self.facts, refresh=True)
 
     def on_round_end(self, trainer, metrics):
+        if done := trainer.round - self.first:
+            self.bar.total = round(self.bar.n / done * (self.total - self.first))
         if "accuracy" in metrics:
             self.facts["accuracy"] = f"{100 * metrics['accuracy']['value']:.0f}%"
         if metrics.get("win_rate", {}).get("n"):

@@ -250,7 +250,11 @@ class Stages(list):
 
 # %% ../../nbs/loop/pipeline.ipynb #26cb202a
 @patch
-def plot(self: Stages, ax=None, **style):  # matplotlib axes, made if missing  # of the line
+def plot(
+    self: Stages,
+    ax=None,  # matplotlib axes, made if missing
+    **style,  # of the line
+):
     "Held-out accuracy after each stage that changed the policy, with 95 % intervals; returns the axes."
     import matplotlib.pyplot as plt
 
@@ -938,6 +942,7 @@ class StageRun:
     bar: Any = None  # of answers
     update_settings: dict = field(default_factory=dict)
     warned: set = field(default_factory=set)
+    asks: Any = None  # `problem -> bool`: is it held out?
     league = None
     role = "main"
     fresh_reference = False
@@ -963,7 +968,7 @@ def _run(self: RLHFOrchestrator, reference: Policy, name: str, reward=None, bar=
     "The stage that is to come."
     n = self.done + 1
     seeds = (name, self.seed, n, *step)
-    return StageRun(self.policy, reference, self.sampling, n - 1, seeds, reward, bar)
+    return StageRun(self.policy, reference, self.sampling, n - 1, seeds, reward, bar, asks=self.asks)
 
 # %% ../../nbs/loop/pipeline.ipynb #f1727bbf
 @patch

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -48,9 +49,13 @@ from ..models.base import DEFAULT_MODEL
 from ..core.pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
 from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
-from ..stats.rates import SPRT, finite
+from ..stats.rates import finite
 from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
-from .rounds import METHODS, Experience, GameTask, arena, as_game, collect
+from .collectors import named
+from .arena import arena
+from .game_rounds import GameTask, as_game
+from .gate import SequentialGate
+from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
 from ..models.update import COMMON, DPO, load_optimizer, save_optimizer
 from .vitals import Vitals, alarms, vitals
@@ -69,6 +74,9 @@ class SelfPlayConfig:
     method: str = "dpo"  # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12  # rounds of self-play
     prompts_per_round: int = 32  # fresh prompts each round; of a game, starts that are played in both seats
+    # in place of what the method asks for: names of `collectors.COLLECTORS` with shares of the round, such as
+    # "compete 0.7, screen 0.3"
+    collect: str = ""
     compete: bool = True  # play the opponent, and learn from who wins
     n_samples: int = 8  # answers a side and prompt
     pairs_per_prompt: int = 4  # at most
@@ -107,72 +115,11 @@ class SelfPlayConfig:
     keep: int = 2  # newest checkpoints that stay, beside the best and the last healthy one
     seed: int = 0  # of everything
 
-# %% ../../nbs/loop/trainer.ipynb #cd724228
-def _wrong(f, v) -> str | None:
-    lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations") else 1
-    if f.type is bool and not isinstance(v, bool):
-        return "True or False"
-    if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest):
-        return f"a whole number of at least {lowest}"
-    if f.type is float and not (
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
-    ):
-        return "a number of at least 0"
-    known = dict(
-        opponents=("reference", "league", *DISTRIBUTIONS),
-        judge=("rule", "coin"),
-        method=tuple(METHODS),
-        on_alarm=("warn", "stop", "rollback"),
-    ).get(f.name)
-    if known and v not in known:
-        return f"one of {', '.join(known)}"
-
 # %% ../../nbs/loop/trainer.ipynb #5f8feef0
 @patch(as_prop=True)
 def roles(self: SelfPlayConfig) -> list[str]:
     "The learners' roles in the league, the main agent first."
     return [role.strip() for role in self.learners.split(",")]
-
-# %% ../../nbs/loop/trainer.ipynb #ca866b4f
-@patch
-def check(self: SelfPlayConfig):
-    "Raise `ValueError` naming all fields whose values are not accepted."
-    wrong = [
-        f"{f.name}={v!r} (expected {why})"
-        for f in dataclasses.fields(self)
-        if (why := _wrong(f, v := getattr(self, f.name)))
-    ]
-    if wrong:
-        raise ValueError("bad configuration: " + ", ".join(wrong))
-    if not (self.compete or self.refine_iterations):
-        raise ValueError(
-            "bad configuration: compete is False and refine_iterations 0: nothing to learn from."
-        )
-    if self.method == "grpo" and self.n_samples < 2:
-        raise ValueError(
-            "bad configuration: n_samples=1: grpo compares an answer with others to the same prompt."
-        )
-    if self.opponents != "reference" and self.method in ("grpo", "spin") and not self.game:
-        raise ValueError(f"bad configuration: opponents={self.opponents!r}: {self.method} plays no opponent.")
-    roles = self.roles
-    if roles[0] != "main" or len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
-        raise ValueError(
-            f"bad configuration: learners={self.learners!r}: expected 'main', and after it some of"
-            f" {', '.join(r for r in ROLES if r != 'main')}."
-        )
-    if len(roles) > 1 and self.opponents == "reference":
-        raise ValueError(
-            f"bad configuration: learners={self.learners!r}: exploiters play in a league, give"
-            " opponents='league'."
-        )
-    if self.game and (self.watch or self.refine_iterations):
-        raise ValueError("bad configuration: on a game there is no watch and no refine_iterations.")
-    if not 0.1 < self.gate_win_rate < 0.9:
-        raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
-    if self.on_alarm != "warn" and not self.watch:
-        raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
-    ArithmeticTask(self.level, shots=self.shots)
-    return self
 
 # %% ../../nbs/loop/trainer.ipynb #3d4bf068
 @dataclass
@@ -211,7 +158,8 @@ class SelfPlayTrainer:
         # where experience comes from (see `rounds.Collector`); by default what the method asks for
         collectors=None,
         method=None,  # how to learn from it (see `rounds.Method`); by default `config.method`
-        # what decides at a gate (see `rounds.Gate`); by default a sequential test, if `config.gate`
+        # what decides whether the reference is updated (see `gate.Gate`); by default a sequential test, if
+        # `config.gate`
         gate=None,
     ):
         self.given = self.config = config.check()
@@ -219,9 +167,12 @@ class SelfPlayTrainer:
         self.task, self.no_task = _task_of(config, task), task is None
         self.arena = arena(self.task)
         self.method = method or method_of(config)
-        self.own_gate = gate
+        own = SequentialGate(config.gate_win_rate, config.gate_prompts) if config.gate else None
+        self.gate = gate or own
         self.parts = collectors, method, gate
-        self.collectors = self.arena.collectors(config) if collectors is None else list(collectors)
+        if collectors is None:
+            collectors = named(config.collect, config) if config.collect else self.arena.collectors(config)
+        self.collectors = list(collectors)
         self.exam_problems = self.task.problems("held-out", config.exam_size)
         columns = columns_of(self.exam_problems)[1]
         for scorer in filter(None, (self.task.reward, self.task.verifier)):
@@ -249,9 +200,11 @@ class SelfPlayTrainer:
         self.made_of = self.identity()
         if config.gate:
             self.task.problems("train", min(32, config.gate_prompts))
-        if config.refine_iterations and is_judge(self.task.reward):
+        single = config.refine_iterations or re.search("refine|screen|levels", config.collect)
+        if single and is_judge(self.task.reward):
             raise ValueError(
-                "refine_iterations needs a reward that scores single answers; this task's judge compares two."
+                "refinement, screening and levels need a reward that scores single answers; this task's judge"
+                " compares two."
             )
 
     def call(self, event: str, **kwargs):
@@ -364,34 +317,6 @@ def draw(self: SelfPlayTrainer, round: int) -> list[dict]:
         return self.problems(n, seed)
     return random.Random(seed).sample(self.prompts, min(n, len(self.prompts)))
 
-# %% ../../nbs/loop/trainer.ipynb #a43555ff
-@patch
-def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
-    """`prompts` as a list of rows; raises `ValueError` for none, unequal columns, held-out ones, or ones that
-    need a task where none was given.
-    """
-    if prompts is None:
-        return None
-    rows = load_rows(prompts, "prompts")
-    if not rows:
-        raise ValueError("no prompts: expected a non-empty list of prompts, or of dicts with a 'prompt'.")
-    for i, row in enumerate(rows):
-        if set(row) != set(rows[0]):
-            raise ValueError(
-                f"row {i} of the prompts has {sorted(row)}: expected {sorted(rows[0])}, as the first one."
-            )
-        if self.asks(row):
-            raise ValueError(
-                f"row {i} of the prompts asks a held-out problem: {row['prompt']!r:.80}. Leave it out."
-            )
-    if self.no_task and not set(map(form, rows)) & set(map(form, self.exam_problems)):
-        raise ValueError(
-            f"these prompts ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is"
-            " no evaluation of them: give SelfPlayTrainer(config, task=...) something with `problems`,"
-            " `reward` and `verifier`."
-        )
-    return rows
-
 # %% ../../nbs/loop/trainer.ipynb #b52ceef0
 @patch
 def collect(self: SelfPlayTrainer, problems: list[dict]) -> Experience:
@@ -492,60 +417,16 @@ def learn(self: SelfPlayTrainer, experience: Experience):
     self.learner.optimizer, self.learner.fresh_reference = result.optimizer, False
     return result
 
-# %% ../../nbs/loop/trainer.ipynb #4682480a
-@patch
-def ask_gate(self: SelfPlayTrainer) -> dict:
-    """Does the student beat the reference? The verifier judges, or coins in a control.
-
-    The verdict, the prompts played, and of the games that somebody won their number, the wins, and the win
-    rate corrected for stopping.
-    """
-    c = self.config
-    gates = sum("gate" in m for m in self.history)
-    seen = set(self.learner.trained)
-    self.call("on_stage", stage="gate")
-    sprt = SPRT(c.gate_win_rate - 0.1, c.gate_win_rate + 0.1, alpha=0.05 / ((gates + 1) * (gates + 2)))
-    played = 0
-    look = 0
-    while sprt.verdict == "undecided" and played < c.gate_prompts:
-        look += 1
-        problems = self.problems(
-            min(32, c.gate_prompts - played), seed_of("gate", c.seed, self.round, look), seen
-        )
-        if not problems:
-            break
-        seen |= set(map(question_key, problems))  # no game twice
-        scores = self.arena.duel(self, problems, seed_of("games", c.seed, self.round, look))
-        sprt.add([s for row in scores for s in row if s != 0.5])
-        played += len(problems)
-    if sprt.verdict == "undecided" and played < c.gate_prompts:
-        self.warn(
-            "gate",
-            f"the gate found {played} prompts that the student was not trained on, of {c.gate_prompts} that"
-            " it may ask, and is undecided: the reference stays. Give more prompts, or gate=False.",
-        )
-    value, low, high = sprt.estimate()
-    rate = finite(dict(value=value, n=sprt.n, low=low, high=high))
-    return {
-        "verdict": sprt.verdict,
-        "prompts": played,
-        "decided": sprt.n,
-        "won": sum(sprt.scores),
-        "win_rate": rate,
-    }
-
 # %% ../../nbs/loop/trainer.ipynb #6c800c58
 @patch
 def maybe_renew(self: SelfPlayTrainer) -> dict:
-    """If it is time to, renew the reference (where there is a gate, only with a student that passes); a
-    rejected one goes back to it.
-    """
+    "If it is time to, ask the gate, and update the reference or go back to it."
     if (self.round + 1) % self.config.renew_every:
         return {}
-    if self.own_gate is None and not self.config.gate:
+    if self.gate is None:
         self.renew_reference()
         return {}
-    told = self.own_gate.decide(self) if self.own_gate else self.ask_gate()
+    told = self.gate.decide(self)
     if told["verdict"] not in ("accept", "reject", "undecided"):
         raise ValueError(
             f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'."
@@ -612,38 +493,6 @@ def begin_anew(self: SelfPlayTrainer):
         policy.delete()
     self.learner = self.learners[number] = self._new_learner(role)
     self.league.reset(role)
-
-# %% ../../nbs/loop/trainer.ipynb #f5ee9e07
-@patch
-def unjudged(self: SelfPlayTrainer) -> dict:
-    "How many answers of this round the reward failed on, by reason."
-    r = self.reward
-    return {"unjudged": dict(r.failures) | {"share": r.share, "first": r.first}} if r and r.failures else {}
-
-# %% ../../nbs/loop/trainer.ipynb #8f632045
-@patch
-def check_survivors(self: SelfPlayTrainer):
-    """Raise `RuntimeError` if the reward failed on too many answers of this round.
-
-    Nothing has been trained on then.
-    """
-    r = self.reward
-    if r and r.share > self.config.max_unjudged:
-        raise RuntimeError(
-            f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of"
-            f" {r.asked} answers ({dict(r.failures)}; first: {r.first}). Nothing of this round was trained"
-            " on, the checkpoint before stands. If what failed was outside of it (a server, a file), the"
-            " same call goes on. If the reward has to change, that is another run: choose another run_dir,"
-            " or start anew."
-        )
-
-# %% ../../nbs/loop/trainer.ipynb #1dd7e232
-@patch
-def warn(self: SelfPlayTrainer, kind: str, text: str):
-    "Warn of each kind of thing once."
-    if kind not in self.warned:
-        self.warned.add(kind)
-        warnings.warn(f"round {self.round + 1}: {text}", stacklevel=2)
 
 # %% ../../nbs/loop/trainer.ipynb #1fd52e9e
 @patch
@@ -732,6 +581,140 @@ def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
         self.stop(f"rolled back three times in a row: {'; '.join(why)}")
     return healthy
 
+# %% ../../nbs/loop/trainer.ipynb #27dc9390
+@patch
+def play_base(
+    self: SelfPlayTrainer,
+    n: int = 100,  # held-out problems, the first of the exam's
+) -> dict:  # the win rate: `value`, `n`, `low`, `high`
+    """The student against the bare base on held-out problems, judged by the verifier; nothing is trained on
+    it.
+    """
+    return self.arena.against_base(self, Policy(self.base, "base"), self.exam_problems[:n])
+
+# %% ../../nbs/loop/trainer.ipynb #cd724228
+def _wrong(f, v) -> str | None:
+    lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations") else 1
+    if f.type is bool and not isinstance(v, bool):
+        return "True or False"
+    if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest):
+        return f"a whole number of at least {lowest}"
+    if f.type is float and not (
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0
+    ):
+        return "a number of at least 0"
+    known = dict(
+        opponents=("reference", "league", *DISTRIBUTIONS),
+        judge=("rule", "coin"),
+        method=tuple(METHODS),
+        on_alarm=("warn", "stop", "rollback"),
+    ).get(f.name)
+    if known and v not in known:
+        return f"one of {', '.join(known)}"
+
+# %% ../../nbs/loop/trainer.ipynb #ca866b4f
+@patch
+def check(self: SelfPlayConfig):
+    "Raise `ValueError` naming all fields whose values are not accepted."
+    wrong = [
+        f"{f.name}={v!r} (expected {why})"
+        for f in dataclasses.fields(self)
+        if (why := _wrong(f, v := getattr(self, f.name)))
+    ]
+    if wrong:
+        raise ValueError("bad configuration: " + ", ".join(wrong))
+    if not (self.compete or self.refine_iterations):
+        raise ValueError(
+            "bad configuration: compete is False and refine_iterations 0: nothing to learn from."
+        )
+    if self.method == "grpo" and self.n_samples < 2:
+        raise ValueError(
+            "bad configuration: n_samples=1: grpo compares an answer with others to the same prompt."
+        )
+    if self.opponents != "reference" and self.method in ("grpo", "spin") and not self.game:
+        raise ValueError(f"bad configuration: opponents={self.opponents!r}: {self.method} plays no opponent.")
+    roles = self.roles
+    if roles[0] != "main" or len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
+        raise ValueError(
+            f"bad configuration: learners={self.learners!r}: expected 'main', and after it some of"
+            f" {', '.join(r for r in ROLES if r != 'main')}."
+        )
+    if len(roles) > 1 and self.opponents == "reference":
+        raise ValueError(
+            f"bad configuration: learners={self.learners!r}: exploiters play in a league, give"
+            " opponents='league'."
+        )
+    if self.collect:
+        named(self.collect, self)
+    if self.game and (self.watch or self.refine_iterations or self.collect):
+        raise ValueError("bad configuration: on a game there is no watch, refine_iterations or collect.")
+    if not 0.1 < self.gate_win_rate < 0.9:
+        raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
+    if self.on_alarm != "warn" and not self.watch:
+        raise ValueError(f"bad configuration: on_alarm={self.on_alarm!r} needs watch=True.")
+    ArithmeticTask(self.level, shots=self.shots)
+    return self
+
+# %% ../../nbs/loop/trainer.ipynb #a43555ff
+@patch
+def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
+    """`prompts` as a list of rows; raises `ValueError` for none, unequal columns, held-out ones, or ones that
+    need a task where none was given.
+    """
+    if prompts is None:
+        return None
+    rows = load_rows(prompts, "prompts")
+    if not rows:
+        raise ValueError("no prompts: expected a non-empty list of prompts, or of dicts with a 'prompt'.")
+    for i, row in enumerate(rows):
+        if set(row) != set(rows[0]):
+            raise ValueError(
+                f"row {i} of the prompts has {sorted(row)}: expected {sorted(rows[0])}, as the first one."
+            )
+        if self.asks(row):
+            raise ValueError(
+                f"row {i} of the prompts asks a held-out problem: {row['prompt']!r:.80}. Leave it out."
+            )
+    if self.no_task and not set(map(form, rows)) & set(map(form, self.exam_problems)):
+        raise ValueError(
+            f"these prompts ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is"
+            " no evaluation of them: give SelfPlayTrainer(config, task=...) something with `problems`,"
+            " `reward` and `verifier`."
+        )
+    return rows
+
+# %% ../../nbs/loop/trainer.ipynb #f5ee9e07
+@patch
+def unjudged(self: SelfPlayTrainer) -> dict:
+    "How many answers of this round the reward failed on, by reason."
+    r = self.reward
+    return {"unjudged": dict(r.failures) | {"share": r.share, "first": r.first}} if r and r.failures else {}
+
+# %% ../../nbs/loop/trainer.ipynb #8f632045
+@patch
+def check_survivors(self: SelfPlayTrainer):
+    """Raise `RuntimeError` if the reward failed on too many answers of this round.
+
+    Nothing has been trained on then.
+    """
+    r = self.reward
+    if r and r.share > self.config.max_unjudged:
+        raise RuntimeError(
+            f"round {self.round + 1}: the reward {r.__name__!r} failed on {sum(r.failures.values())} of"
+            f" {r.asked} answers ({dict(r.failures)}; first: {r.first}). Nothing of this round was trained"
+            " on, the checkpoint before stands. If what failed was outside of it (a server, a file), the"
+            " same call goes on. If the reward has to change, that is another run: choose another run_dir,"
+            " or start anew."
+        )
+
+# %% ../../nbs/loop/trainer.ipynb #1dd7e232
+@patch
+def warn(self: SelfPlayTrainer, kind: str, text: str):
+    "Warn of each kind of thing once."
+    if kind not in self.warned:
+        self.warned.add(kind)
+        warnings.warn(f"round {self.round + 1}: {text}", stacklevel=2)
+
 # %% ../../nbs/loop/trainer.ipynb #a092a74a
 @patch
 def stop(self: SelfPlayTrainer, why: str):
@@ -761,17 +744,6 @@ def apply_changes(self: SelfPlayTrainer) -> dict:
 def adjustable(self: SelfPlayTrainer) -> dict:
     "The settings that may change, as they will be in the next round."
     return {k: self.changes.get(k, getattr(self.config, k)) for k in ADJUSTABLE}
-
-# %% ../../nbs/loop/trainer.ipynb #27dc9390
-@patch
-def play_base(
-    self: SelfPlayTrainer,
-    n: int = 100,  # held-out problems, the first of the exam's
-) -> dict:  # the win rate: `value`, `n`, `low`, `high`
-    """The student against the bare base on held-out problems, judged by the verifier; nothing is trained on
-    it.
-    """
-    return self.arena.against_base(self, Policy(self.base, "base"), self.exam_problems[:n])
 
 # %% ../../nbs/loop/trainer.ipynb #27d6f156
 def _folder_of(checkpoint: Path, role: str) -> Path:

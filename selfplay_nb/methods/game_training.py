@@ -22,7 +22,11 @@ class Sticks:
 
     name, seats, perfect = "sticks", 2, True
 
-    def __init__(self, low: int = 5, high: int = 12):  # the fewest at the start  # the most
+    def __init__(
+        self,
+        low: int = 5,  # the fewest at the start
+        high: int = 12,  # the most
+    ):
         self.low, self.high = low, high
 
     def start(self, seed) -> "SticksState":

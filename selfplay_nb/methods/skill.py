@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SKILLS', 'at_level', 'without_level', 'AtLevel', 'by_quantile', 'by_grade', 'by_rating', 'SkillRows', 'skill_rows',
-           'SkillConditioning', 'shuffled', 'Trend', 'trend', 'SkillCheck', 'check_levels', 'Guided']
+           'SkillConditioning', 'shuffled', 'Trend', 'trend', 'SkillCheck', 'check_levels', 'Guidance', 'Guided']
 
 # %% ../../nbs/methods/skill.ipynb #842ddb00
 import math
@@ -17,7 +17,7 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.checks import escape, printable, whole
+from ..core.checks import escape, number, printable, whole
 from ..core.players import answers_of, as_prompts, text_of
 from ..stats.rates import Rate, win_rate
 from ..scoring.reward import as_reward, rows_of, score_samples
@@ -26,51 +26,56 @@ from ..scoring.reward import as_reward, rows_of, score_samples
 SKILLS = "<novice>", "<intermediate>", "<expert>"
 
 
-def _turn(prompt):
-    "Where the level stands: the index of the last user message."
+def _changed(prompt, change):
+    "A prompt with `change` applied to its text, or to that of its last user message."
+    if isinstance(prompt, str):
+        return change(prompt)
     turns = [i for i, m in enumerate(prompt) if m["role"] == "user"]
     if not turns:
         raise ValueError(
             f"no user message in {prompt!r:.80}: expected one, for the level to stand in front of."
         )
-    return turns[-1]
+    *_, i = turns
+    return [*prompt[:i], prompt[i] | {"content": change(prompt[i]["content"])}, *prompt[i + 1 :]]
 
 # %% ../../nbs/methods/skill.ipynb #15f22d8d
 def at_level(
-    prompt,
-    level: str,  # a string or a list of messages  # a level's token, usually one of `SKILLS`
+    prompt,  # a string or a list of messages
+    level: str,  # a level's token, usually one of `SKILLS`
 ):  # the prompt, in the same form
     """Put `level` in front of a prompt, or of its last user message.
 
     Raises `ValueError` if a level is there already.
     """
-    text = prompt if isinstance(prompt, str) else prompt[i := _turn(prompt)]["content"]
-    if text.startswith((level, *SKILLS)):
-        raise ValueError(f"{text!r:.60} has a level already; take it away with without_level.")
-    return (
-        level + text
-        if isinstance(prompt, str)
-        else [*prompt[:i], prompt[i] | {"content": level + text}, *prompt[i + 1 :]]
-    )
+
+    def levelled(text):
+        if text.startswith((level, *SKILLS)):
+            raise ValueError(f"{text!r:.60} has a level already; take it away with without_level.")
+        return level + text
+
+    return _changed(prompt, levelled)
 
 # %% ../../nbs/methods/skill.ipynb #ce5ff45e
 def without_level(
-    prompt,
-    levels=SKILLS,  # a string or a list of messages  # the tokens
+    prompt,  # a string or a list of messages
+    levels=SKILLS,  # the tokens
 ):  # the prompt as it was before `at_level`
     "Take a level away, if there is one."
-    text = prompt if isinstance(prompt, str) else prompt[i := _turn(prompt)]["content"]
-    for level in levels:
-        if text.startswith(level):
-            text = text[len(level) :]
-            break
-    return text if isinstance(prompt, str) else [*prompt[:i], prompt[i] | {"content": text}, *prompt[i + 1 :]]
+
+    def bare(text):
+        return text.removeprefix(next((level for level in levels if text.startswith(level)), ""))
+
+    return _changed(prompt, bare)
 
 # %% ../../nbs/methods/skill.ipynb #3f260bdf
 class AtLevel:
     "A player that is asked at a level."
 
-    def __init__(self, policy, level: str):  # anything with `generate`  # put in front of each prompt
+    def __init__(
+        self,
+        policy,  # anything with `generate`
+        level: str,  # put in front of each prompt
+    ):
         self.policy = policy
         self.level = level
         self.name = f"{getattr(policy, 'name', type(policy).__name__)} {level}"
@@ -174,7 +179,7 @@ def skill_rows(
             "expected one for each prompt, a label for each answer."
         )
     found = {l: {} for l in levels}
-    dropped = Counter({"unjudged": unjudged} if unjudged else {})
+    dropped = Counter(unjudged=unjudged)
     rng = random.Random(seed)
     for i, (p, said, its) in enumerate(zip(prompts, answers, labels)):
         for a, l in zip(said, its):
@@ -202,7 +207,7 @@ def skill_rows(
     n = min([len(rows) for rows in found.values()] + [per_level or math.inf])
     if not n:
         raise ValueError(
-            f"a level has no answers: { ({l: len(r) for l, r in found.items()}) }; left out {dict(dropped)}."
+            f"a level has no answers: { ({l: len(r) for l, r in found.items()}) }; left out {dict(+dropped)}."
             " Sample more, or set other boundaries."
         )
     dropped["to balance"] += sum(len(r) - n for r in found.values())
@@ -329,14 +334,8 @@ def trend(scores) -> Trend:  # (n, k): a row a prompt, a column a level, lowest 
     weight = np.r_[np.ones(n), 0.5, 1, 0.5]
     mean = value @ weight / weight.sum()
     half = 1.96 * math.sqrt((value - mean) ** 2 @ weight) / weight.sum()
-    return Trend(
-        float(d.mean()),
-        float(mean - half),
-        float(mean + half),
-        float(tail(d.sum())),
-        float(tail(-d.sum())),
-        n,
-    )
+    told = d.mean(), mean - half, mean + half, tail(d.sum()), tail(-d.sum())
+    return Trend(*map(float, told), n)
 
 # %% ../../nbs/methods/skill.ipynb #cd45bca6
 @dataclass
@@ -446,8 +445,29 @@ def check_levels(
     return SkillCheck(tuple(levels), prompts, list(map(list, zip(*scores))), list(map(list, zip(*texts))))
 
 # %% ../../nbs/methods/skill.ipynb #61116914
+@dataclass(frozen=True)
+class Guidance:
+    "A hook on the logits: low + scale*(high - low). Raises `ValueError` for a scale that is not finite."
+
+    low: str = SKILLS[0]
+    high: str = SKILLS[-1]
+    scale: float = 2.0  # 0: the low level, 1: the high one, above: beyond it
+
+    def __post_init__(self):
+        number("scale", self.scale)
+
+    def contexts(self, prompt) -> list:
+        "The prompt at both levels; the high one is the key of the random stream."
+        return [at_level(prompt, self.high), at_level(prompt, self.low)]
+
+    def __call__(self, logits):  # (2, answers, vocabulary), as a tensor
+        "Log-probabilities, not normalised, (answers, vocabulary)."
+        high, low = logits.float().log_softmax(-1)
+        return low + self.scale * (high - low)
+
+# %% ../../nbs/methods/skill.ipynb #95f411d3
 class Guided:
-    "A `Policy` whose next-token logits are taken from two levels: low + scale*(high - low)."
+    "A `Policy` that answers under `Guidance`, a player like any other."
 
     takes_seeds = True  # one for each prompt, if `seed` is a list
 
@@ -460,124 +480,34 @@ class Guided:
     ):
         if not hasattr(policy, "base"):
             raise ValueError(f"{type(policy).__name__} has no logits to guide: expected a Policy.")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale is {scale!r}: expected a finite number.")
         self.policy = policy
-        self.low = low
-        self.high = high
-        self.scale = scale
+        self.guidance = Guidance(low, high, scale)
         self.name = f"{policy.name} {low}{high}×{scale:g}"
 
-# %% ../../nbs/methods/skill.ipynb #2828eb26
-@patch
-def _decode(self: Guided, model, prompts, uniforms, temperature, top_p, tick):
-    """Token ids and log-probabilities of an answer to each of `prompts`, pairs of token lists: at the high
-    level and at the low one.
-    """
-    import torch
-    from selfplay_nb.models.policy import _choose, _positions, _read, _with
-
-    base = self.policy.base
-    distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-    logits, cache, mask = _read(
-        model, [list(p[side]) for side in (0, 1) for p in distinct], base.tokenizer.pad_token_id
-    )
-    keep = torch.tensor(
-        [side * len(distinct) + distinct[p] for side in (0, 1) for p in prompts], device=model.device
-    )
-    logits, mask = logits[keep], mask[keep]
-    cache.batch_select_indices(keep)
-    u, stops = (torch.as_tensor(x, device=model.device) for x in (uniforms, sorted(base.eos_ids)))
-    alive = torch.arange(len(prompts), device=model.device)
-    tokens = [[] for _ in prompts]
-    logprobs = [[] for _ in prompts]
-    for step in range(u.shape[1]):
-        h, l = logits.float().log_softmax(-1).chunk(2)
-        token, lp = _choose(l + self.scale * (h - l), u[alive, step].float(), temperature, top_p)
-        for i, t, p in zip(alive.tolist(), token.tolist(), lp.tolist()):
-            tokens[i].append(t)
-            logprobs[i].append(p)
-        going = (~torch.isin(token, stops)).nonzero()[:, 0]
-        tick(len(token) - len(going), len(token))
-        if not len(going) or step == u.shape[1] - 1:
-            tick(len(going), 0)
-            break
-        both = torch.cat([going, going + len(token)])
-        if len(going) < len(token):
-            cache.batch_select_indices(both)
-            mask = mask[both]
-        alive, token = alive[going], token[going].repeat(2)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, -1:],
-            **_with(model, cache),
-        ).logits[:, -1]
-    return tokens, logprobs
-
-# %% ../../nbs/methods/skill.ipynb #07409dd4
+# %% ../../nbs/methods/skill.ipynb #29c7ecce
 @patch
 def sample(
     self: Guided,
     prompts,  # a string, a conversation, or a list of either; without a level
-    n_samples: int = 1,  # answers for each prompt
-    max_new_tokens: int = 64,  # an answer is cut off here
-    temperature: float = 1.0,  # 0 is greedy
-    top_p: float = 1.0,  # nucleus sampling
+    *args,  # as in `Policy.sample`
     seed: int | list[int] = 0,  # of the random streams; a list has one for each prompt
-    progress=None,  # called as `progress(finished answers, new tokens)`
+    **sampling,  # as in `Policy.sample`
 ):
     """Answers as `Policy.sample` gives them; their log-probabilities are those of the guided distribution.
 
     With scale 1, to rounding, those of the high level.
     """
-    import time
-    from selfplay_nb.models.policy import Samples, _batches, _check_sampling, _uniforms
-
-    _check_sampling(n_samples, max_new_tokens, temperature, top_p)
-    prompts, _ = as_prompts(prompts)
-    base, start, seen = self.policy.base, time.perf_counter(), Counter()
-    high, low = (
-        base._encode_all([at_level(p, l) for p in prompts], max_new_tokens) for l in (self.high, self.low)
-    )
-    results = [[None] * n_samples for _ in prompts]
-    streams = []
-    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one for each.")
-    for s, ids in zip(seeds, high):
-        streams.append(seen[s, tuple(ids)])
-        seen[s, tuple(ids)] += n_samples
-    with base.running(self.policy.name) as model:
-        for rows in _batches(
-            [len(h) + len(l) for h, l in zip(high, low)], n_samples, 2 * max_new_tokens, base.max_batch_tokens
-        ):
-            u = np.stack([_uniforms(seeds[i], high[i], streams[i] + k, max_new_tokens) for i, k in rows])
-            out = self._decode(
-                model,
-                [(tuple(high[i]), tuple(low[i])) for i, _ in rows],
-                u,
-                temperature,
-                top_p,
-                progress or (lambda *a: None),
-            )
-            for (i, k), ids, lps in zip(rows, *out):
-                results[i][k] = base._sample(ids, lps)
-    return Samples(results, time.perf_counter() - start, seed)
+    return self.policy.sample(prompts, *args, seed=seed, guide=self.guidance, **sampling)
 
 # %% ../../nbs/methods/skill.ipynb #c1152b53
 @patch
-def generate(self: Guided, prompts, n_samples: int = 1, **sampling):
+def generate(self: Guided, prompts, *args, seed: int | list[int] = 0, **sampling):
     "Answer `prompts` with text, in their shape; see `sample`."
-    single = as_prompts(prompts)[1]
-    rows = self.sample(prompts, n_samples, **sampling).texts
-    if n_samples == 1:
-        rows = [row[0] for row in rows]
-    return rows[0] if single else rows
+    return self.policy.generate(prompts, *args, seed=seed, guide=self.guidance, **sampling)
 
 
 @patch
 @printable
 def __repr__(self: Guided):
-    return f"Guided({self.policy!r}, {self.low} + {self.scale:g}·({self.high} - {self.low}))"
+    g = self.guidance
+    return f"Guided({self.policy!r}, {g.low} + {g.scale:g}·({g.high} - {g.low}))"

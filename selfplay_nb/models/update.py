@@ -36,16 +36,9 @@ from transformers import SchedulerType, get_scheduler
 
 from ..core.checks import function, number, one_of, printable, shown, whole
 from ..core.pairs import validate_pairs
-from selfplay_nb.models.policy import (
-    Base,
-    Policy,
-    can_share,
-    free_memory,
-    is_product,
-    lay_out,
-    out_of_memory,
-    pack,
-)
+from .base import Base, free_memory, out_of_memory
+from .policy import Policy
+from .sampling import can_share, is_product, lay_out, pack
 from ..core.players import is_messages, text_of
 
 # %% ../../nbs/models/update.ipynb #cae0b268

@@ -13,8 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from ..core.checks import escape, printable
 from ..core.pairs import Ledger
 from ..stats.rates import Agreement, Rate
@@ -38,10 +36,9 @@ def _texts(items: list[dict]) -> list[dict]:
     "What of each item may be seen; raises `ValueError` naming the item that is none."
     if not items:
         raise ValueError("no items: expected a non-empty list of dicts with 'prompt', 'a' and 'b'.")
+    fits = lambda item: all(isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b"))
     for i, item in enumerate(items):
-        if not isinstance(item, dict) or not all(
-            isinstance(item.get(k), (str, list)) for k in ("prompt", "a", "b")
-        ):
+        if not isinstance(item, dict) or not fits(item):
             raise ValueError(
                 f"item {i} is {repr(item)[:80]}: expected a dict with 'prompt', 'a' and 'b', each a string or"
                 " a list of messages."
@@ -49,11 +46,8 @@ def _texts(items: list[dict]) -> list[dict]:
     return [dict(prompt=prompt_text(x["prompt"]), a=text_of(x["a"]), b=text_of(x["b"])) for x in items]
 
 # %% ../../nbs/scoring/human.ipynb #279eac48
-class HumanRatings:
-    """A blind A/B session of one rater.
-
-    The sides are hidden and shuffled, every click is on disk before the next item is shown.
-    """
+class _RatingsFile:
+    "The record of one rater's session: what is shown, and every click as a line of a file."
 
     def __init__(
         self,
@@ -67,148 +61,183 @@ class HumanRatings:
         """
         self.items, self.rater, self._shown = list(items), rater, _texts(items)
         self.sides = _sides(len(self.items), seed, rater)
-        self.head = dict(
-            items=hashlib.sha256(json.dumps(self._shown).encode()).hexdigest()[:16],
-            n=len(self.items),
-            seed=seed,
-            rater=rater,
-        )
-        # a ledger cuts off a torn line: not in anybody else's file
-        start = Path(path).read_bytes()[:10] if Path(path).exists() else b""
-        if not b'{"items": '.startswith(start):
-            raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
+        content = hashlib.sha256(json.dumps(self._shown).encode()).hexdigest()[:16]
+        self.head = dict(items=content, n=len(self.items), seed=seed, rater=rater)
+        _check_start(path)
         self.log = Ledger(path, fields=())
         if not self.log.rows():
             self.log.append([self.head])
         self.given()
 
-# %% ../../nbs/scoring/human.ipynb #f1444a10
-@patch
-def given(self: HumanRatings) -> list[str]:
-    """The verdicts so far as they were clicked (left, right, tie, skip), without those that were taken back.
+    def given(self) -> list[str]:
+        """The verdicts so far as they were clicked (left, right, tie, skip), without those taken back.
 
-    Raises `ValueError` naming a damaged line.
-    """
-    (head, *rows), path, out = self.log.rows(), self.log.path, []
-    if set(head) != set(self.head):
-        raise ValueError(
-            f"{path}, line 1 is damaged: {str(head)[:60]} does not say what is rated; expected"
-            f" {sorted(self.head)}."
-        )
-    other = ", ".join(f"{k} {head[k]!r} instead of {v!r}" for k, v in self.head.items() if head[k] != v)
-    if other:
-        raise ValueError(f"{path} was made for {other}: give what it was made for, or another path.")
+        Raises `ValueError` naming a damaged line.
+        """
+        (head, *rows), path = self.log.rows(), self.log.path
+        _check_head(path, head, self.head)
+        return _replay(path, rows, self.sides)
+
+    @property
+    def current(self) -> dict | None:
+        "What to show now, `{'item', 'prompt', 'left', 'right'}`, all texts; None at the end."
+        i = len(self.given())
+        if i == len(self.items):
+            return None
+        shown, (left, right) = self._shown[i], "ab" if self.sides[i] == "a" else "ba"
+        return dict(item=i, prompt=shown["prompt"], left=shown[left], right=shown[right])
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        "How many are rated (skipped ones count), out of how many."
+        return len(self.given()), len(self.items)
+
+    @property
+    def done(self) -> bool:
+        return self.progress[0] == self.progress[1]
+
+    def rate(
+        self,
+        verdict: str,  # left, right, tie or skip
+        item: int | None = None,  # the item that was looked at; by default the current one
+    ):
+        """Save the verdict on the current item.
+
+        Raises `ValueError` for another verdict, another item, or if all are rated.
+        """
+        i = len(self.given())
+        if verdict not in VERDICTS:
+            raise ValueError(f"verdict {verdict!r}: expected one of {list(VERDICTS)}.")
+        if i == len(self.items):
+            raise ValueError(f"all {i} items are rated: only undo is possible.")
+        if item not in (None, i):
+            raise ValueError(
+                f"the verdict is on items[{item}], but items[{i}] is the current one: look again."
+            )
+        self.log.append([dict(item=i, left=self.sides[i], verdict=verdict, time=round(time.time(), 3))])
+
+    def undo(self):
+        "Take the last verdict back; its item is the current one again. Raises `ValueError` if there is none."
+        i = len(self.given())
+        if not i:
+            raise ValueError("nothing is rated yet: nothing to undo.")
+        self.log.append([dict(undo=i - 1, time=round(time.time(), 3))])
+
+# %% ../../nbs/scoring/human.ipynb #f1444a10
+def _replay(path, rows: list[dict], sides: str) -> list[str]:
+    "The verdicts that stand after all clicks and undos; raises `ValueError` for a line that cannot follow."
+    verdicts = []
     for line, row in enumerate(rows, 2):
-        i, what = len(out), row.get("verdict")
-        if out and row.get("undo") == i - 1:
-            out.pop()
-        elif (
-            i < len(self.items)
-            and (row.get("item"), row.get("left")) == (i, self.sides[i])
-            and what in VERDICTS
-        ):
-            out.append(what)
+        i, verdict = len(verdicts), row.get("verdict")
+        place = row.get("item"), row.get("left")
+        if verdicts and row.get("undo") == i - 1:
+            verdicts.pop()
+        elif i < len(sides) and place == (i, sides[i]) and verdict in VERDICTS:
+            verdicts.append(verdict)
         else:
             raise ValueError(f"{path}, line {line} is damaged: {str(row)[:60]} cannot follow {i} ratings.")
-    return out
+    return verdicts
 
-# %% ../../nbs/scoring/human.ipynb #3cebedbc
-@patch(as_prop=True)
-def current(self: HumanRatings) -> dict | None:
-    "What to show now, `{'item', 'prompt', 'left', 'right'}`, all texts; None at the end."
-    i = len(self.given())
-    if i == len(self.items):
-        return None
-    shown, left, right = self._shown[i], *("ab" if self.sides[i] == "a" else "ba")
-    return dict(item=i, prompt=shown["prompt"], left=shown[left], right=shown[right])
-
-# %% ../../nbs/scoring/human.ipynb #32bf4bcb
-@patch(as_prop=True)
-def progress(self: HumanRatings) -> tuple[int, int]:
-    "How many are rated (skipped ones count), out of how many."
-    return len(self.given()), len(self.items)
+# %% ../../nbs/scoring/human.ipynb #5fb290a4
+def _check_start(path):
+    "A ledger cuts off an incomplete line: not in a file of somebody else."
+    start = Path(path).read_bytes()[:10] if Path(path).exists() else b""
+    if not b'{"items": '.startswith(start):
+        raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
 
 
-@patch(as_prop=True)
-def done(self: HumanRatings) -> bool:
-    return self.progress[0] == self.progress[1]
-
-# %% ../../nbs/scoring/human.ipynb #5284bd17
-@patch
-def rate(
-    self: HumanRatings,
-    verdict: str,  # left, right, tie or skip
-    item: int | None = None,  # the item that was looked at; by default the current one
-):
-    """Save the verdict on the current item.
-
-    Raises `ValueError` for another verdict, another item, or if all are rated.
-    """
-    i = len(self.given())
-    if verdict not in VERDICTS:
-        raise ValueError(f"verdict {verdict!r}: expected one of {list(VERDICTS)}.")
-    if i == len(self.items):
-        raise ValueError(f"all {i} items are rated: only undo is possible.")
-    if item not in (None, i):
-        raise ValueError(f"the verdict is on items[{item}], but items[{i}] is the current one: look again.")
-    self.log.append([dict(item=i, left=self.sides[i], verdict=verdict, time=round(time.time(), 3))])
-
-# %% ../../nbs/scoring/human.ipynb #e8d4c967
-@patch
-def undo(self: HumanRatings):
-    "Take the last verdict back; its item is the current one again. Raises `ValueError` if there is none."
-    i = len(self.given())
-    if not i:
-        raise ValueError("nothing is rated yet: nothing to undo.")
-    self.log.append([dict(undo=i - 1, time=round(time.time(), 3))])
+def _check_head(path, head: dict, expected: dict):
+    if set(head) != set(expected):
+        raise ValueError(
+            f"{path}, line 1 is damaged: {str(head)[:60]} does not say what is rated; expected"
+            f" {sorted(expected)}."
+        )
+    other = ", ".join(f"{k} {head[k]!r} instead of {v!r}" for k, v in expected.items() if head[k] != v)
+    if other:
+        raise ValueError(f"{path} was made for {other}: give what it was made for, or another path.")
 
 # %% ../../nbs/scoring/human.ipynb #8582c1ff
-@patch(as_prop=True)
-def verdicts(self: HumanRatings) -> list:
-    "For each item the probability that a beats b: 1, 0.5 or 0; None if skipped or not rated yet."
-    value = lambda v, side: dict(tie=0.5, skip=None).get(v, float((v == "left") == (side == "a")))
-    given = self.given()
-    return [value(v, s) for v, s in zip(given, self.sides)] + [None] * (len(self.items) - len(given))
+class HumanRatings(_RatingsFile):
+    """A blind A/B session of one rater.
 
-# %% ../../nbs/scoring/human.ipynb #d5b440f2
-@patch(as_prop=True)
-def win_rate(self: HumanRatings) -> Rate:
-    """How often a beats b, ties counted as half, skipped items left out; the interval minds items that share
-    a prompt.
+    The sides are hidden and shuffled, every click is on disk before the next item is shown.
     """
-    by_prompt = {}
-    for text, v in zip(self._shown, self.verdicts):
-        if v is not None:
-            by_prompt.setdefault(text["prompt"], []).append(v)
-    return pooled(list(by_prompt.values()))
 
-# %% ../../nbs/scoring/human.ipynb #a0e12d25
-@patch(as_prop=True)
-def left_share(self: HumanRatings) -> Rate:
-    "How often left won where there was a winner; near one half, unless the rater leans to a side."
-    given = self.given()
-    return Rate(given.count("left"), given.count("left") + given.count("right"))
+    @property
+    def verdicts(self) -> list:
+        "For each item the probability that a beats b: 1, 0.5 or 0; None if skipped or not rated yet."
+        given = self.given()
+        values = [_value(verdict, side) for verdict, side in zip(given, self.sides)]
+        return values + [None] * (len(self.items) - len(given))
 
-# %% ../../nbs/scoring/human.ipynb #8438826f
-@patch
-def agreement_with(
-    self: HumanRatings,
-    # a judge's probabilities that a beats b, one an item (None or nan where it gave none), or another rater's
-    # session on the same items
-    other,
-) -> Agreement:
-    """Agreement on the items that both have judged; above 0.5 counts as a, below as b.
+    @property
+    def win_rate(self) -> Rate:
+        """How often a beats b, ties counted as half, skipped items left out; the interval minds items that
+        share a prompt.
+        """
+        by_prompt = {}
+        for text, v in zip(self._shown, self.verdicts):
+            if v is not None:
+                by_prompt.setdefault(text["prompt"], []).append(v)
+        return pooled(list(by_prompt.values()))
 
-    Raises `ValueError` if `other` is about other items.
-    """
-    if isinstance(other, HumanRatings):
-        if other.head["items"] != self.head["items"]:
-            raise ValueError(f"{other.rater} rated other items than {self.rater}: expected the same.")
-        other = other.verdicts
-    if len(other) != len(self.items):
-        raise ValueError(f"{len(other)} probabilities for {len(self.items)} items: expected one for each.")
-    winner = lambda p: None if p is None or p != p else 0.5 + 0.5 * ((p > 0.5) - (p < 0.5))
-    return agree(self.verdicts, [winner(p) for p in other])
+    @property
+    def left_share(self) -> Rate:
+        "How often left won where there was a winner; near one half, unless the rater leans to a side."
+        given = self.given()
+        return Rate(given.count("left"), given.count("left") + given.count("right"))
+
+    def agreement_with(
+        self,
+        # a judge's probabilities that a beats b, one an item (None or nan where it gave none), or another
+        # rater's session on the same items
+        other,
+    ) -> Agreement:
+        """Agreement on the items that both have judged; above 0.5 counts as a, below as b.
+
+        Raises `ValueError` if `other` is about other items.
+        """
+        if isinstance(other, HumanRatings):
+            if other.head["items"] != self.head["items"]:
+                raise ValueError(f"{other.rater} rated other items than {self.rater}: expected the same.")
+            other = other.verdicts
+        n = len(self.items)
+        if len(other) != n:
+            raise ValueError(f"{len(other)} probabilities for {n} items: expected one for each.")
+        winner = lambda p: None if p is None or p != p else 0.5 + 0.5 * ((p > 0.5) - (p < 0.5))
+        return agree(self.verdicts, [winner(p) for p in other])
+
+    def report(
+        self,
+        judges: dict | None = None,  # name: probabilities, or another rater's session
+    ) -> "RatingReport":
+        """Win rate, share of left wins, and agreement with each of `judges`.
+
+        It names a and b: look at it after the session.
+        """
+        judges = judges or {}
+        agreement = {name: self.agreement_with(j) for name, j in judges.items()}
+        said = {name: j.verdicts if isinstance(j, HumanRatings) else list(j) for name, j in judges.items()}
+        given = self.given() + [None] * len(self.items)
+        rows = [item | {"verdict": v, "clicked": c} for item, v, c in zip(self.items, self.verdicts, given)]
+        return RatingReport(self.rater, rows, self.win_rate, self.left_share, agreement, said)
+
+    @printable
+    def __repr__(self):
+        if self.done:
+            return repr(self.report())
+        rated, n = self.progress
+        return f"{rated} of {n} rated by {self.rater}; results are shown when all are"
+
+    def _repr_html_(self):
+        return self.report()._repr_html_() if self.done else f"<pre>{escape(repr(self))}</pre>"
+
+# %% ../../nbs/scoring/human.ipynb #7e189756
+def _value(verdict: str, side: str) -> float | None:  # as clicked; who stood on the left
+    "The probability that a beats b."
+    if verdict in ("tie", "skip"):
+        return 0.5 if verdict == "tie" else None
+    return float((verdict == "left") == (side == "a"))
 
 # %% ../../nbs/scoring/human.ipynb #d10566da
 @dataclass
@@ -224,78 +253,50 @@ class RatingReport:
     agreement: dict  # name of a judge or rater: `Agreement` with it
     judges: dict  # and its probabilities
 
+    @property
+    def leaning(self) -> str:
+        "Whether the share of left wins is shown to differ from one half."
+        low, high = self.left_share.interval
+        if low > 0.5:
+            return "the rater leans to the left"
+        return "the rater leans to the right" if high < 0.5 else "no leaning seen"
+
     @printable
     def __repr__(self):
-        n, (low, high) = Counter(r["clicked"] for r in self.rows), self.left_share.interval
-        lean = (
-            "the rater leans to the left"
-            if low > 0.5
-            else "the rater leans to the right"
-            if high < 0.5
-            else "no leaning seen"
-        )
-        return "\n".join(
-            [
-                (
-                    f"{len(self.rows) - n[None]} of {len(self.rows)} rated by {self.rater} (ties {n['tie']},"
-                    f" skipped {n['skip']})"
-                ),
-                f"a beats b   {self.win_rate}",
-                f"left wins   {self.left_share}: {lean}",
-            ]
-            + [f"{name}: {a}" for name, a in self.agreement.items()]
-        )
+        clicks, n = Counter(r["clicked"] for r in self.rows), len(self.rows)
+        left_out = f"(ties {clicks['tie']}, skipped {clicks['skip']})"
+        lines = [
+            f"{n - clicks[None]} of {n} rated by {self.rater} {left_out}",
+            f"a beats b   {self.win_rate}",
+            f"left wins   {self.left_share}: {self.leaning}",
+        ]
+        return "\n".join(lines + [f"{name}: {a}" for name, a in self.agreement.items()])
 
-# %% ../../nbs/scoring/human.ipynb #083a9660
-@patch
-def report(
-    self: HumanRatings,
-    judges: dict | None = None,  # name: probabilities, or another rater's session
-) -> RatingReport:
-    """Win rate, share of left wins, and agreement with each of `judges`.
-
-    It names a and b: look at it after the session.
-    """
-    agreement = {name: self.agreement_with(j) for name, j in (judges or {}).items()}
-    judges = {
-        name: j.verdicts if isinstance(j, HumanRatings) else list(j) for name, j in (judges or {}).items()
-    }
-    given = self.given() + [None] * len(self.items)
-    rows = [item | {"verdict": v, "clicked": c} for item, v, c in zip(self.items, self.verdicts, given)]
-    return RatingReport(self.rater, rows, self.win_rate, self.left_share, agreement, judges)
+    def _repr_html_(self, n: int = 20):
+        return _report_html(self, n)
 
 # %% ../../nbs/scoring/human.ipynb #bd74109e
-@patch
-def _repr_html_(self: RatingReport, n: int = 20):
-    word = lambda v: "" if v is None else "a" if v > 0.5 else "b" if v < 0.5 else "tie"
-    cell = lambda text: (
-        "<td style='text-align:left'><pre"
-        f" style='white-space:pre-wrap;margin:0;background:none'>{escape(text)}</pre></td>"
-    )
-    human = lambda r: r["clicked"] if r["clicked"] == "skip" else word(r["verdict"])
-    head = "".join(
-        f"<th style='text-align:left'>{escape(h)}</th>"
-        for h in ("prompt", "a", "b", self.rater, *self.judges)
-    )
-    rows = "".join(
-        f"<tr>{cell(t['prompt'])}{cell(t['a'])}{cell(t['b'])}{cell(human(r))}"
-        f"{''.join(cell(word(j[i])) for j in self.judges.values())}</tr>"
-        for i, (r, t) in enumerate(zip(self.rows[:n], _texts(self.rows[:n])))
-    )
-    more = f"<p>… and {len(self.rows) - n} more in <code>rows</code></p>" if len(self.rows) > n else ""
-    return f"<pre>{escape(repr(self))}</pre><table><tr>{head}</tr>{rows}</table>{more}"
+def _cell(text: str) -> str:
+    style = "white-space:pre-wrap;margin:0;background:none"
+    return f"<td style='text-align:left'><pre style='{style}'>{escape(text)}</pre></td>"
 
-# %% ../../nbs/scoring/human.ipynb #b976d1fb
-@patch
-@printable
-def __repr__(self: HumanRatings):
-    return (
-        repr(self.report())
-        if self.done
-        else f"{self.progress[0]} of {self.progress[1]} rated by {self.rater}; results are shown when all are"
-    )
 
-# %% ../../nbs/scoring/human.ipynb #d940f820
-@patch
-def _repr_html_(self: HumanRatings):
-    return self.report()._repr_html_() if self.done else f"<pre>{escape(repr(self))}</pre>"
+def _winner(p) -> str:
+    "A probability that a beats b in words."
+    if p is None:
+        return ""
+    return "a" if p > 0.5 else "b" if p < 0.5 else "tie"
+
+# %% ../../nbs/scoring/human.ipynb #09b67e31
+def _report_html(report: RatingReport, n: int) -> str:  # rows
+    rows = []
+    for i, (row, text) in enumerate(zip(report.rows[:n], _texts(report.rows[:n]))):
+        own = "skip" if row["clicked"] == "skip" else _winner(row["verdict"])
+        others = [_winner(said[i]) for said in report.judges.values()]
+        cells = map(_cell, [text["prompt"], text["a"], text["b"], own, *others])
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    names = ("prompt", "a", "b", report.rater, *report.judges)
+    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in names)
+    left = len(report.rows) - n
+    more = f"<p>… and {left} more in <code>rows</code></p>" if left > 0 else ""
+    return f"<pre>{escape(repr(report))}</pre><table><tr>{head}</tr>{''.join(rows)}</table>{more}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUBRIC', 'TEMPLATE', 'FEWEST', 'CANARIES', 'Verdicts', 'Judge', 'RewardJudge', 'RuleJudge', 'as_judge', 'ModelJudge',
-           'without_mark', 'ModelVerdicts', 'correlation', 'without_length', 'Check', 'Panel', 'as_labels',
-           'PanelVerdicts']
+           'ModelVerdicts', 'correlation', 'without_length', 'Check', 'Panel', 'as_labels', 'PanelVerdicts',
+           'without_mark']
 
 # %% ../../nbs/scoring/judge.ipynb #2f0fafb2
 import math
@@ -61,28 +61,33 @@ class Judge:
         Raises `ValueError` for lists of different lengths and for verdicts outside [0, 1].
         """
         prompts, _ = as_prompts(prompts)
-        for side, answers in ("a", a), ("b", b):
-            if isinstance(answers, str) or not hasattr(answers, "__len__"):
-                raise ValueError(f"{side} is {answers!r:.60}: expected a list of {len(prompts)} answers.")
-        sizes = {
-            "prompts": len(prompts),
-            "a": len(a),
-            "b": len(b),
-            **{k: len(v) for k, v in columns.items() if hasattr(v, "__len__")},
-        }
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"lists of different lengths: {sizes}; expected one value for each prompt.")
+        _check_matches(prompts, a, b, columns)
         verdicts = self._compare(prompts, a, b, **columns)
-        if len(verdicts) != len(prompts):
-            raise ValueError(f"judge {self.name!r} gave {len(verdicts)} verdicts for {len(prompts)} matches.")
-        found = list(map(as_number, verdicts))
-        for i, p in enumerate(found):
-            if p is None or p < 0 or p > 1:
-                raise ValueError(
-                    f"judge {self.name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability from"
-                    " 0 to 1, or None to abstain."
-                )
+        found = _as_probabilities(self.name, verdicts, len(prompts))
         return verdicts if isinstance(verdicts, Verdicts) else Verdicts(found)
+
+# %% ../../nbs/scoring/judge.ipynb #5979c150
+def _check_matches(prompts, a, b, columns):
+    for side, answers in ("a", a), ("b", b):
+        if isinstance(answers, str) or not hasattr(answers, "__len__"):
+            raise ValueError(f"{side} is {answers!r:.60}: expected a list of {len(prompts)} answers.")
+    lists = {"prompts": prompts, "a": a, "b": b, **columns}
+    sizes = {k: len(v) for k, v in lists.items() if hasattr(v, "__len__")}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"lists of different lengths: {sizes}; expected one value for each prompt.")
+
+# %% ../../nbs/scoring/judge.ipynb #cfc7c507
+def _as_probabilities(name: str, verdicts, n: int) -> list[float]:
+    if len(verdicts) != n:
+        raise ValueError(f"judge {name!r} gave {len(verdicts)} verdicts for {n} matches.")
+    found = list(map(as_number, verdicts))
+    for i, p in enumerate(found):
+        if p is None or p < 0 or p > 1:
+            raise ValueError(
+                f"judge {name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability from"
+                " 0 to 1, or None to abstain."
+            )
+    return found
 
 # %% ../../nbs/scoring/judge.ipynb #f92966b5
 class RewardJudge(Judge):
@@ -101,12 +106,11 @@ class RewardJudge(Judge):
 
     def _compare(self, prompts, a, b, **columns):
         n = len(prompts)
-        both = {k: [*v, *v] if hasattr(v, "__len__") else v for k, v in columns.items()}
-        r = rewards_of(self.reward_fn, [*prompts, *prompts], [text_of(x) for x in (*a, *b)], **both)
-        d = np.subtract(r[:n], r[n:])
-        return (
-            0.5 + 0.5 * np.sign(d) if self.scale is None else 0.5 + 0.5 * np.tanh(d / (2 * self.scale))
-        ).tolist()
+        twice = {k: [*v, *v] if hasattr(v, "__len__") else v for k, v in columns.items()}
+        rewards = rewards_of(self.reward_fn, [*prompts] * 2, [text_of(x) for x in (*a, *b)], **twice)
+        difference = np.subtract(rewards[:n], rewards[n:])
+        lead = np.sign(difference) if self.scale is None else np.tanh(difference / (2 * self.scale))
+        return (0.5 + 0.5 * lead).tolist()
 
 # %% ../../nbs/scoring/judge.ipynb #083f0ffa
 class RuleJudge(Judge):
@@ -122,11 +126,8 @@ class RuleJudge(Judge):
 
     def _compare(self, prompts, a, b, **columns):
         taken = columns_for(self.rule, 3, columns, f"judge {self.name!r}")
-        games = enumerate(zip(prompts, a, b))
-        return [
-            self.rule(p, text_of(x), text_of(y), **{k: v[i] for k, v in taken.items()})
-            for i, (p, x, y) in games
-        ]
+        verdict = lambda i, p, x, y: self.rule(p, x, y, **{k: v[i] for k, v in taken.items()})
+        return [verdict(i, p, text_of(x), text_of(y)) for i, (p, x, y) in enumerate(zip(prompts, a, b))]
 
 # %% ../../nbs/scoring/judge.ipynb #29801682
 def as_judge(
@@ -202,37 +203,36 @@ class ModelJudge(Judge):
         self.max_chars = max_chars
         self.name = f"model {getattr(policy, 'name', '')}".strip()
 
-# %% ../../nbs/scoring/judge.ipynb #c5a35550
-@patch
-def render(
-    self: ModelJudge,
-    prompt,  # a string or messages
-    a: str,  # the answer that is called A
-    b: str,  # the answer that is called B
-) -> str:
-    "The judge's prompt for one match in one order."
-    return fill(
-        self.template,
-        special_tokens(self.policy),
-        self.max_chars,
-        {"rubric": self.rubric},
-        prompt=prompt_text(prompt),
-        a=text_of(a),
-        b=text_of(b),
-    )[0]
+    def render(
+        self,
+        prompt,  # a string or messages
+        a: str,  # the answer that is called A
+        b: str,  # the answer that is called B
+    ) -> str:
+        "The judge's prompt for one match in one order."
+        fenced = dict(prompt=prompt_text(prompt), a=text_of(a), b=text_of(b))
+        special = special_tokens(self.policy)
+        return fill(self.template, special, self.max_chars, {"rubric": self.rubric}, **fenced)[0]
 
-# %% ../../nbs/scoring/judge.ipynb #6c7ac9f4
-def without_mark(text: str, mark: str) -> str:  # what a model said  # of its prompt's fences
-    """The text without copies of the mark, or of five of its digits and more with whatever digits are joined
-    to them; and without a last line that begins one.
-    """
-    pieces = {mark[i : i + 5] for i in range(len(mark) - 4)}
-    copied = lambda run: any(run[i : i + 5] in pieces for i in range(len(run) - 4))
-    clean = re.sub(r"[0-9a-f]{5,}", lambda m: "" if copied(m[0]) else m[0], text)
-    *before, last = clean.rstrip().split("\n")
-    if before and len(last.strip()) > 2 and mark.startswith(last.strip()):
-        clean = "\n".join(before)
-    return text if clean == text else clean.strip()
+    def _first_wins(self, prompts, first, second) -> np.ndarray:
+        "(n,) P(the answer that stands first wins), for matches in this order."
+        asked = [self.render(p, x, y) for p, x, y in zip(prompts, first, second)]
+        each_label = [q for q in asked for _ in self.labels], [label for _ in asked for label in self.labels]
+        lp = self.policy.logprobs(*each_label, finished=False)
+        lp = np.asarray(lp.tolist() if hasattr(lp, "tolist") else lp, float).reshape(-1, 2)
+        return 1 / (1 + np.exp(lp[:, 1] - lp[:, 0]))
+
+    def _compare(self, prompts, a, b, **columns):
+        if self.both_orders:
+            q = self._first_wins([*prompts] * 2, [*a, *b], [*b, *a]).reshape(2, -1).T
+            p = 0.5 + (q[:, 0] - q[:, 1]) / 2
+        else:
+            q = self._first_wins(prompts, a, b)[:, None]
+            p = q[:, 0]
+        lengths = np.array([len(text_of(x)) - len(text_of(y)) for x, y in zip(a, b)])
+        if self.control_length:
+            p = without_length(p, lengths)
+        return ModelVerdicts(p.tolist(), q, lengths)
 
 # %% ../../nbs/scoring/judge.ipynb #08cf273d
 class ModelVerdicts(Verdicts):
@@ -248,17 +248,31 @@ class ModelVerdicts(Verdicts):
         "How often the order changed the verdict: the same position won both times."
         if self.first.shape[1] < 2:
             return Rate(0, 0)
-        return Rate(int(((self.first > 0.5).all(1) | (self.first < 0.5).all(1)).sum()), len(self))
+        same_position = (self.first > 0.5).all(1) | (self.first < 0.5).all(1)
+        return Rate(int(same_position.sum()), len(self))
 
     @property
     def first_wins(self) -> Rate:
         "Share of all questions in which the answer that stood first won."
-        return Rate(float(((self.first > 0.5) + 0.5 * (self.first == 0.5)).sum()), self.first.size, len(self))
+        won = (self.first > 0.5) + 0.5 * (self.first == 0.5)
+        return Rate(float(won.sum()), self.first.size, len(self))
 
     @property
     def length_correlation(self) -> tuple[float, float, float]:
         "Pearson correlation of verdict and length difference, with its 95 % interval (Fisher's z)."
         return correlation(self, self.lengths)
+
+    @printable
+    def __repr__(self):
+        r, low, high = self.length_correlation
+        length = "undefined (all alike)" if math.isnan(r) else f"{r:.2f} [{low:.2f}, {high:.2f}]"
+        lines = {
+            "a preferred": self.wins,
+            "order changed it": self.flips,
+            "first position won": self.first_wins,
+            "length correlation": length,
+        }
+        return "\n".join(f"{name:20} {value}" for name, value in lines.items())
 
 # %% ../../nbs/scoring/judge.ipynb #ea5bdf69
 def correlation(
@@ -267,33 +281,21 @@ def correlation(
     # r, and the ends of its 95 % interval by Fisher's z; nan where it is undefined
 ) -> tuple[float, float, float]:
     "Pearson correlation with an interval."
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    n = len(x)
-    if n < 4 or x.std() < 1e-12 or y.std() < 1e-12:
-        return math.nan, math.nan, math.nan
-    r = float(np.corrcoef(x, y)[0, 1])
-    z = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
-    half = 1.96 / math.sqrt(n - 3)
-    return r, math.tanh(z - half), math.tanh(z + half)
+    from scipy.stats import pearsonr
 
-# %% ../../nbs/scoring/judge.ipynb #730d6089
-@patch
-@printable
-def __repr__(self: ModelVerdicts):
-    r, low, high = self.length_correlation
-    length = "undefined (all alike)" if math.isnan(r) else f"{r:.2f} [{low:.2f}, {high:.2f}]"
-    return (
-        f"a preferred          {self.wins}\norder changed it     {self.flips}\nfirst position won  "
-        f" {self.first_wins}\nlength correlation   {length}"
-    )
+    if len(x) < 4 or np.std(x) < 1e-12 or np.std(y) < 1e-12:
+        return math.nan, math.nan, math.nan
+    found = pearsonr(x, y)
+    low, high = found.confidence_interval()
+    return float(found.statistic), float(low), float(high)
 
 # %% ../../nbs/scoring/judge.ipynb #4f62c210
 FEWEST = 30  # matches from which on `without_length` says something
 
 # %% ../../nbs/scoring/judge.ipynb #2794f7b7
 def without_length(
-    p,
-    lengths,  # n verdicts  # n differences in length, a minus b
+    p,  # n verdicts
+    lengths,  # n differences in length, a minus b
 ) -> np.ndarray:  # n verdicts
     """The verdicts as they would be at equal length, by a linear fit in log-odds on tanh(difference / its
     spread).
@@ -304,47 +306,30 @@ def without_length(
     p, lengths = np.asarray(p, float), np.asarray(lengths, float)
     n, spread = len(p), lengths.std()
     if n < FEWEST:
-        warnings.warn(
-            f"no length control: {n} matches do not tell what length does to a verdict; expected {FEWEST} or"
-            " more.",
-            stacklevel=2,
-        )
+        what = f"{n} matches do not tell what length does to a verdict; expected {FEWEST} or more."
+        warnings.warn(f"no length control: {what}", stacklevel=2)
         return p
-    if spread == 0:
+    x = np.tanh(lengths / spread) if spread else np.zeros(n)
+    part = _predicted_by(x, p)
+    if part is None:
         return p
-    x, sure = np.tanh(lengths / spread), np.abs(p - 0.5) > 0.499
     clipped = np.clip(p, 0.001, 0.999)
-    odds = np.log(clipped / (1 - clipped))
-    xc = x - x.mean()
-    if xc @ xc < 1e-12:
-        return p
-    slope = float(xc @ odds / (xc @ xc))
-    rest = odds - odds.mean() - slope * xc
-    error = float(rest @ rest / ((n - 2) * (xc @ xc)))  # variance of the slope
-    kept = max(0.0, 1 - 1.96**2 * error / slope**2) if slope else 0.0
-    if not kept:
-        return p
-    level = 1 / (1 + np.exp(-(odds - kept * slope * x)))
-    beyond = sure & ((level - 0.5) * (p - 0.5) < 0)
-    return np.where(beyond, 0.5, level)
+    level = 1 / (1 + np.exp(part - np.log(clipped / (1 - clipped))))
+    sure = np.abs(p - 0.5) > 0.499
+    turned = (level - 0.5) * (p - 0.5) < 0
+    return np.where(sure & turned, 0.5, level)
 
-# %% ../../nbs/scoring/judge.ipynb #88361ebc
-@patch
-def _compare(self: ModelJudge, prompts, a, b, **columns):
-    orders = [(a, b), (b, a)] if self.both_orders else [(a, b)]
-    asked = [self.render(p, x, y) for xs, ys in orders for p, x, y in zip(prompts, xs, ys)]
-    lp = self.policy.logprobs(
-        [q for q in asked for _ in self.labels],
-        [label for _ in asked for label in self.labels],
-        finished=False,
-    )
-    lp = np.asarray(lp.tolist() if hasattr(lp, "tolist") else lp, float).reshape(len(asked), 2)
-    first = (1 / (1 + np.exp(lp[:, 1] - lp[:, 0]))).reshape(len(orders), len(prompts)).T
-    p = first[:, 0] if not self.both_orders else 0.5 + (first[:, 0] - first[:, 1]) / 2
-    lengths = np.array([len(text_of(x)) - len(text_of(y)) for x, y in zip(a, b)])
-    if self.control_length:
-        p = without_length(p, lengths)
-    return ModelVerdicts(p.tolist(), first, lengths)
+# %% ../../nbs/scoring/judge.ipynb #17805e61
+def _predicted_by(x: np.ndarray, p: np.ndarray) -> np.ndarray | None:
+    "The part of the verdicts' log-odds that a line in `x` predicts, shrunk; None if it may be chance."
+    from scipy.stats import linregress
+
+    if ((x - x.mean()) ** 2).sum() < 1e-12:
+        return None
+    clipped = np.clip(p, 0.001, 0.999)
+    line = linregress(x, np.log(clipped / (1 - clipped)))
+    kept = 1 - (1.96 * line.stderr / line.slope) ** 2 if line.slope else 0.0
+    return kept * line.slope * x if kept > 0 else None
 
 # %% ../../nbs/scoring/judge.ipynb #06c03996
 CANARIES = {
@@ -385,11 +370,10 @@ class Check:
 
     @printable
     def __repr__(self):
-        rows = "\n".join(
-            f"{name:18} {r!s:32} {'not shown to lose' if name in self.beaten_by else 'loses'}"
-            for name, r in self.rates.items()
-        )
-        return f"{'canary':18} {'wins against real answers':32} judge {self.judge!r}\n{rows}"
+        says = lambda name: "not shown to lose" if name in self.beaten_by else "loses"
+        rows = [f"{name:18} {r!s:32} {says(name)}" for name, r in self.rates.items()]
+        head = f"{'canary':18} {'wins against real answers':32} judge {self.judge!r}"
+        return "\n".join([head, *rows])
 
 # %% ../../nbs/scoring/judge.ipynb #d416d866
 @patch
@@ -405,8 +389,8 @@ def check(
         raise ValueError("no canaries: expected a dict of name to function.")
     rates = {}
     for name, make in canaries.items():
-        p = self.compare(prompts, [make(q, text_of(x)) for q, x in zip(prompts, answers)], answers, **columns)
-        rates[name] = p.wins
+        planted = [make(q, text_of(x)) for q, x in zip(prompts, answers)]
+        rates[name] = self.compare(prompts, planted, answers, **columns).wins
     return Check(self.name, rates)
 
 # %% ../../nbs/scoring/judge.ipynb #0f80d678
@@ -444,3 +428,19 @@ class PanelVerdicts(Verdicts):
         labels = {k: as_labels(v) for k, v in {**self.members, **others}.items()}
         names = list(labels)
         return {(x, y): agreement(labels[x], labels[y]) for i, x in enumerate(names) for y in names[i + 1 :]}
+
+# %% ../../nbs/scoring/judge.ipynb #6c7ac9f4
+def without_mark(
+    text: str,  # what a model said
+    mark: str,  # of its prompt's fences
+) -> str:
+    """The text without copies of the mark, or of five of its digits and more with whatever digits are joined
+    to them; and without a last line that begins one.
+    """
+    pieces = {mark[i : i + 5] for i in range(len(mark) - 4)}
+    copied = lambda run: any(run[i : i + 5] in pieces for i in range(len(run) - 4))
+    clean = re.sub(r"[0-9a-f]{5,}", lambda m: "" if copied(m[0]) else m[0], text)
+    *before, last = clean.rstrip().split("\n")
+    if before and len(last.strip()) > 2 and mark.startswith(last.strip()):
+        clean = "\n".join(before)
+    return text if clean == text else clean.strip()

@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..core.checks import printable
 from .rates import ratio_interval
@@ -30,8 +29,8 @@ def _ngrams(texts, n):
 
 # %% ../../nbs/stats/diversity.ipynb #bc60c764
 def distinct(
-    texts: list[str],
-    n: int = 2,  # a set of answers  # words in an n-gram
+    texts: list[str],  # a set of answers
+    n: int = 2,  # words in an n-gram
 ) -> float:  # in (0, 1]; NaN if no text has `n` words
     "Different n-grams over all n-grams of `texts`."
     grams = _ngrams(texts, n)
@@ -45,7 +44,10 @@ def adjusted_distinct(
 ) -> float:
     "Expectation-adjusted distinct-1."
     grams = _ngrams(texts, 1)
-    return len(set(grams)) / (vocabulary * (1 - (1 - 1 / vocabulary) ** len(grams))) if grams else math.nan
+    if not grams:
+        return math.nan
+    expected = vocabulary * (1 - (1 - 1 / vocabulary) ** len(grams))
+    return len(set(grams)) / expected
 
 # %% ../../nbs/stats/diversity.ipynb #ead94184
 LONGEST = 10_000  # characters of an answer that BLEU looks at: its time grows faster than the text
@@ -61,19 +63,19 @@ def self_bleu(
     """
     from sacrebleu.metrics import BLEU
 
-    if len(texts) < 2:
+    k = len(texts)
+    if k < 2:
         return math.nan
     texts = [t.strip()[:LONGEST] for t in texts]
     counts, bleu = Counter(texts), BLEU(effective_order=True)
-    chosen = (
-        range(len(texts))
-        if len(texts) <= limit
-        else np.random.default_rng(seed).choice(len(texts), limit, replace=False)
-    )
-    one = lambda i: (
-        1.0 if counts[texts[i]] > 1 else bleu.sentence_score(texts[i], texts[:i] + texts[i + 1 :]).score / 100
-    )
-    return float(np.mean([one(int(i)) for i in chosen]))
+
+    def score(i):
+        if counts[texts[i]] > 1:
+            return 1.0
+        return bleu.sentence_score(texts[i], texts[:i] + texts[i + 1 :]).score / 100
+
+    chosen = range(k) if k <= limit else np.random.default_rng(seed).choice(k, limit, replace=False)
+    return float(np.mean([score(int(i)) for i in chosen]))
 
 # %% ../../nbs/stats/diversity.ipynb #12975564
 def compression_ratio(
@@ -84,15 +86,18 @@ def compression_ratio(
     return len(data) / len(zlib.compress(data, 9))
 
 # %% ../../nbs/stats/diversity.ipynb #639bbd59
-def vendi(embeddings: np.ndarray) -> float:  # (n, d), a row an answer  # from 1, all the same, to n
+def vendi(
+    embeddings: np.ndarray,  # (n, d), a row an answer
+) -> float:  # from 1, all the same, to n
     "Vendi score with the cosine kernel."
     x = np.asarray(embeddings, float)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     if not (np.isfinite(x).all() and norm.all()):
         raise ValueError("an embedding is zero or not finite: cosine similarity needs a direction.")
-    l = np.linalg.eigvalsh((x / norm) @ (x / norm).T / len(x))
-    l = l[l > 1e-12]
-    return float(np.exp(-(l * np.log(l)).sum()))
+    similarity = (x / norm) @ (x / norm).T
+    eigenvalues = np.linalg.eigvalsh(similarity / len(x))
+    eigenvalues = eigenvalues[eigenvalues > 1e-12]
+    return float(np.exp(-(eigenvalues * np.log(eigenvalues)).sum()))
 
 # %% ../../nbs/stats/diversity.ipynb #19dde1c3
 def embed(
@@ -104,18 +109,24 @@ def embed(
     import torch
 
     ids = [base.completion_ids(t, finished=False)[: base.context_length] or [base.end_id] for t in texts]
-    out = []
+    means = []
     with base.running("base") as model:
         for start in range(0, len(ids), batch_size):
-            batch = ids[start : start + batch_size]
-            longest = max(map(len, batch))
-            mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in batch], device=base.device)
-            tokens = torch.tensor([i + [base.end_id] * (longest - len(i)) for i in batch], device=base.device)
-            hidden = model.base_model(
-                input_ids=tokens, attention_mask=mask, use_cache=False
-            ).last_hidden_state.float()
-            out.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-    return torch.cat(out).cpu().numpy()
+            tokens, mask = _padded(ids[start : start + batch_size], base.end_id, base.device)
+            out = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            hidden = out.last_hidden_state.float()
+            means.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+    return torch.cat(means).cpu().numpy()
+
+# %% ../../nbs/stats/diversity.ipynb #49d98d1b
+def _padded(ids: list[list[int]], pad: int, device):
+    "Token ids on the left, padding on the right, and a mask that is 1 for tokens."
+    import torch
+
+    longest = max(map(len, ids))
+    tokens = [i + [pad] * (longest - len(i)) for i in ids]
+    mask = [[1] * len(i) + [0] * (longest - len(i)) for i in ids]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 # %% ../../nbs/stats/diversity.ipynb #bdd2438b
 @dataclass(frozen=True)
@@ -140,14 +151,12 @@ def entropy(
     the tokens are then drawn from one distribution and scored with another. Raises `ValueError` for
     samples without tokens.
     """
-    s, n = (
-        np.array([sum(f(x) for x in row) for row in samples], float)
-        for f in (lambda x: -sum(x.logprobs), lambda x: len(x.logprobs))
-    )
-    if not n.sum():
+    nats = np.array([-sum(sum(x.logprobs) for x in row) for row in samples], float)  # of each prompt
+    tokens = np.array([sum(len(x.logprobs) for x in row) for row in samples], float)
+    if not tokens.sum():
         raise ValueError("no tokens: expected samples with their log-probabilities.")
-    low, high = ratio_interval(s, n)
-    return Entropy(float(s.sum() / n.sum()), low, high, int(n.sum()))
+    low, high = ratio_interval(nats, tokens)
+    return Entropy(float(nats.sum() / tokens.sum()), low, high, int(tokens.sum()))
 
 # %% ../../nbs/stats/diversity.ipynb #9d145975
 MEASURES = {
@@ -170,11 +179,31 @@ class Diversity:
     commonest: tuple[str, float]  # the most frequent answer, and its share of all answers
     entropy: Entropy | None = None  # for samples with log-probabilities
 
+    @printable
+    def __repr__(self):
+        answer, share = self.commonest
+        head = f"{'':20}{'within':>8}{'across':>8}  prompts"
+        rows = [f"{name:20}{w:8.2f}{self.across[name]:8.2f}" for name, w in self.within.items()]
+        size = f"{self.n_prompts} prompts, {self.n_samples} answers each, {self.words:.1f} words an answer"
+        common = f"; commonest, {100 * share:.0f} %: {answer[:60]!r}"
+        entropy = [f"entropy {self.entropy}"] if self.entropy else []
+        return "\n".join([head, *rows, size + common, *entropy])
+
 # %% ../../nbs/stats/diversity.ipynb #6ad80c87
 def _mean(measure, sets):
+    "Mean of a measure over sets of at least two answers, where it is defined."
     values = [measure(s) for s in sets if len(s) > 1]
     values = [v for v in values if not math.isnan(v)]
     return float(np.mean(values)) if values else math.nan
+
+# %% ../../nbs/stats/diversity.ipynb #9d748669
+def _vendi_both_ways(embeddings, m: int, k: int) -> tuple[float, float]:
+    "Mean Vendi score within each of m prompts, and across prompts."
+    e = np.asarray(embeddings)
+    if e.ndim != 2 or len(e) != m * k:
+        raise ValueError(f"embeddings have the shape {e.shape}: expected ({m * k}, d), a row an answer.")
+    e = e.reshape(m, k, -1)
+    return _mean(vendi, e), _mean(vendi, e.swapaxes(0, 1))
 
 # %% ../../nbs/stats/diversity.ipynb #3df4be06
 def diversity(
@@ -193,45 +222,17 @@ def diversity(
     if len(counts) != 1 or not k:
         raise ValueError(f"{m} prompts with {counts} answers: expected as many for each, at least one.")
     texts = [[x if isinstance(x, str) else x.text for x in r] for r in rows]
-    within, across = (
-        {name: _mean(f, sets) for name, f in MEASURES.items()} for sets in (texts, list(zip(*texts)))
-    )
+    columns = list(zip(*texts))
+    within = {name: _mean(measure, texts) for name, measure in MEASURES.items()}
+    across = {name: _mean(measure, columns) for name, measure in MEASURES.items()}
     if embeddings is not None:
-        e = np.asarray(embeddings)
-        if e.ndim != 2 or len(e) != m * k:
-            raise ValueError(f"embeddings have the shape {e.shape}: expected ({m * k}, d), a row an answer.")
-        e = e.reshape(m, k, -1)
-        within["Vendi"], across["Vendi"] = _mean(vendi, e), _mean(vendi, e.swapaxes(0, 1))
+        within["Vendi"], across["Vendi"] = _vendi_both_ways(embeddings, m, k)
     flat = [t for r in texts for t in r]
-    top, count = Counter(t.strip() for t in flat).most_common(1)[0]
+    answer, count = Counter(t.strip() for t in flat).most_common(1)[0]
+    mean_words = float(np.mean([len(words(t)) for t in flat]))
     scored = all(hasattr(x, "logprobs") for r in rows for x in r)
-    return Diversity(
-        within,
-        across,
-        m,
-        k,
-        float(np.mean([len(words(t)) for t in flat])),
-        (top, count / len(flat)),
-        entropy(rows) if scored else None,
-    )
-
-# %% ../../nbs/stats/diversity.ipynb #e3a693cd
-@patch
-@printable
-def __repr__(self: Diversity):
-    lines = [f"{'':20}{'within':>8}{'across':>8}  prompts"] + [
-        f"{name:20}{w:8.2f}{self.across[name]:8.2f}" for name, w in self.within.items()
-    ]
-    return "\n".join(
-        [
-            *lines,
-            (
-                f"{self.n_prompts} prompts, {self.n_samples} answers each, {self.words:.1f} words an answer; "
-                f"commonest, {100 * self.commonest[1]:.0f} %: {self.commonest[0][:60]!r}"
-            ),
-            *([f"entropy {self.entropy}"] if self.entropy else []),
-        ]
-    )
+    surprise = entropy(rows) if scored else None
+    return Diversity(within, across, m, k, mean_words, (answer, count / len(flat)), surprise)
 
 # %% ../../nbs/stats/diversity.ipynb #0ed78861
 @dataclass(frozen=True)
@@ -249,22 +250,24 @@ class Alarm:
 
     @property
     def verdict(self) -> str:
-        return "collapsed" if self.tripped else "converged" if self.within < self.threshold else "healthy"
+        if self.tripped:
+            return "collapsed"
+        return "converged" if self.within < self.threshold else "healthy"
 
     @printable
     def __repr__(self):
-        evidence = (
-            f"; {100 * self.commonest[1]:.0f} % of the answers are {self.commonest[0][:60]!r}"
-            if self.verdict != "healthy"
-            else ""
-        )
+        answer, share = self.commonest
+        evidence = f"; {100 * share:.0f} % of the answers are {answer[:60]!r}"
         return (
             f"{self.verdict}: {100 * self.across:.0f} % left across prompts (alarm below"
-            f" {100 * self.threshold:.0f} %), {100 * self.within:.0f} % within{evidence}"
+            f" {100 * self.threshold:.0f} %), {100 * self.within:.0f} % within"
+            f"{'' if self.verdict == 'healthy' else evidence}"
         )
 
 # %% ../../nbs/stats/diversity.ipynb #2c3d782c
-def has_diversity(d: Diversity) -> bool:  # of a policy
+def has_diversity(
+    d: Diversity,  # of a policy
+) -> bool:
     """Whether different prompts have different answers, so that there is something to lose: 1 − self-BLEU
     across prompts of at least 0.1.
     """
@@ -283,6 +286,14 @@ def collapse_alarm(
     Raises `ValueError` for tables of different size, a threshold outside (0, 1), or a reference whose
     answers are much the same already.
     """
+    _check_comparable(now, reference, threshold)
+    new_within, new_across = 1 - now.within["self-BLEU"], 1 - now.across["self-BLEU"]
+    had_within, had_across = 1 - reference.within["self-BLEU"], 1 - reference.across["self-BLEU"]
+    left_within = new_within / had_within if had_within > 0 else math.nan
+    return Alarm(left_within, new_across / had_across, threshold, now.commonest)
+
+# %% ../../nbs/stats/diversity.ipynb #7d962006
+def _check_comparable(now: Diversity, reference: Diversity, threshold: float):
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold!r}: expected a share between 0 and 1.")
     sizes = [(d.n_prompts, d.n_samples) for d in (now, reference)]
@@ -291,16 +302,11 @@ def collapse_alarm(
             f"{sizes[0]} prompts and samples now, {sizes[1]} in the reference: expected the same; the"
             " measures depend on it."
         )
-    new = lambda d: (1 - d.within["self-BLEU"], 1 - d.across["self-BLEU"])
-    (within, across), (had_within, had_across) = new(now), new(reference)
     if not has_diversity(reference):
         raise ValueError(
-            f"1 − self-BLEU of the reference across prompts is {had_across:.2f}: expected at least 0.1,"
-            " something to lose."
+            f"1 − self-BLEU of the reference across prompts is {1 - reference.across['self-BLEU']:.2f}:"
+            " expected at least 0.1, something to lose."
         )
-    return Alarm(
-        within / had_within if had_within > 0 else math.nan, across / had_across, threshold, now.commonest
-    )
 
 # %% ../../nbs/stats/diversity.ipynb #da7d499f
 def plot_strip(
@@ -318,32 +324,26 @@ def plot_strip(
 
     names = [*measures, *(["entropy"] if all(d.entropy for d in history) else [])]
     if axes is None:
-        _, axes = plt.subplots(
-            len(names), 1, figsize=(5, 1.1 * len(names)), sharex=True, layout="constrained", squeeze=False
-        )
-        axes = axes[:, 0]
-    rounds = range(len(history))
+        layout = dict(figsize=(5, 1.1 * len(names)), sharex=True, layout="constrained", squeeze=False)
+        axes = plt.subplots(len(names), 1, **layout)[1][:, 0]
     for ax, name in zip(axes, names):
-        if name == "entropy":
-            ax.fill_between(
-                rounds, [d.entropy.low for d in history], [d.entropy.high for d in history], color="0.85"
-            )
-            ax.plot(rounds, [d.entropy.value for d in history], "k-^", ms=4)
-        else:
-            ax.plot(rounds, [d.within[name] for d in history], "k-o", ms=4, label="within prompts")
-            ax.plot(
-                rounds, [d.across[name] for d in history], "s--", color="0.45", ms=4, label="across prompts"
-            )
+        _entropy_strip(ax, history) if name == "entropy" else _strip(ax, history, name)
         if name == "self-BLEU" and threshold:
-            ax.axhline(
-                1 - threshold * (1 - history[0].across[name]),
-                color="0.45",
-                lw=0.8,
-                ls=":",
-                label="alarm (across)",
-            )
+            alarm = 1 - threshold * (1 - history[0].across[name])
+            ax.axhline(alarm, color="0.45", lw=0.8, ls=":", label="alarm (across)")
         ax.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
     axes[0].legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     axes[-1].set_xlabel("round")
-    axes[-1].set_xticks(rounds)
+    axes[-1].set_xticks(range(len(history)))
     return axes
+
+# %% ../../nbs/stats/diversity.ipynb #a36691a3
+def _strip(ax, history, name):
+    ax.plot([d.within[name] for d in history], "k-o", ms=4, label="within prompts")
+    ax.plot([d.across[name] for d in history], "s--", color="0.45", ms=4, label="across prompts")
+
+
+def _entropy_strip(ax, history):
+    ends = [[d.entropy.low for d in history], [d.entropy.high for d in history]]
+    ax.fill_between(range(len(history)), *ends, color="0.85")
+    ax.plot([d.entropy.value for d in history], "k-^", ms=4)

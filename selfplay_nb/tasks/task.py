@@ -12,31 +12,21 @@ import warnings
 from dataclasses import dataclass
 from numbers import Real
 
-from fastcore.basics import patch
-
 from ..core.checks import printable, whole
-from ..scoring.judge import as_judge
 from ..core.pairs import load_rows, question_key, same_questions
 from ..core.players import name_of, places
-from selfplay_nb.scoring.reward import (
-    WeightedReward,
-    as_reward,
-    check_columns,
-    exact_number,
-    finished,
-    is_judge,
-    near_number,
-    rewards_of,
-    rows_of,
-)
+from ..scoring.judge import as_judge
+from ..scoring.reward import WeightedReward, as_reward, check_columns, exact_number, finished
+from ..scoring.reward import is_judge, near_number, rewards_of, rows_of
 
 # %% ../../nbs/tasks/task.ipynb #2bee04ee
 def held_out(
-    key: str,
-    share: float = 0.2,  # a canonical text of the problem  # of all problems that are held out
+    key: str,  # a canonical text of the problem
+    share: float = 0.2,  # of all problems that are held out
 ) -> bool:
     "Whether the problem belongs to the held-out split; the same answer everywhere and always."
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4]) < share * 2**32
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4]) < share * 2**32
 
 # %% ../../nbs/tasks/task.ipynb #6a56fa1e
 LEVELS = {  # level: (operation, range of the first number, range of the second)
@@ -48,6 +38,21 @@ LEVELS = {  # level: (operation, range of the first number, range of the second)
 }
 # solved examples, by operation
 SHOTS = {"+": ((3, 4), (20, 15)), "-": ((9, 4), (50, 20)), "*": ((3, 4), (20, 3))}
+
+# %% ../../nbs/tasks/task.ipynb #55613089
+def _solved(op: str, a: int, b: int) -> tuple[str, str, int]:
+    "Canonical text, question and answer."
+    answer = {"+": a + b, "-": a - b, "*": a * b}[op]
+    return f"{min(a, b)}{op}{max(a, b)}", f"{a} {op} {b} =", answer
+
+# %% ../../nbs/tasks/task.ipynb #6e7e910e
+def _chat(system: str, examples: list, question: str) -> list[dict]:
+    "A prompt as chat messages: what the system says, solved examples, the question."
+    turns = [("system", system)]
+    for _, shown, answer in examples:
+        turns += [("user", shown), ("assistant", str(answer))]
+    turns.append(("user", question))
+    return [{"role": role, "content": content} for role, content in turns]
 
 # %% ../../nbs/tasks/task.ipynb #81ed0c83
 @dataclass(frozen=True)
@@ -64,9 +69,7 @@ class ArithmeticTask:
         if type(self.shots) is not int or self.shots not in (0, 1, 2):
             raise ValueError(f"shots is {self.shots!r}: expected 0, 1 or 2.")
         if not isinstance(self.system, str):
-            raise ValueError(
-                f"system is {self.system!r}: expected a text, the system message of each prompt."
-            )
+            raise ValueError(f"system is {self.system!r}: expected a text, the prompts' system message.")
 
     @property
     def name(self) -> str:
@@ -75,73 +78,92 @@ class ArithmeticTask:
     @property
     def reward(self) -> WeightedReward:
         "What to learn from: it ended, it is near, it is right."
-        return WeightedReward(
-            dict(finished=finished, near=near_number(20), exact=exact_number),
-            dict(finished=0.1, near=0.3, exact=1.0),
-        )
+        parts = dict(finished=finished, near=near_number(20), exact=exact_number)
+        return WeightedReward(parts, dict(finished=0.1, near=0.3, exact=1.0))
 
     @property
     def verifier(self):
-        "What to be examined with: right or wrong."
+        "What to evaluate with: right or wrong."
         return exact_number
 
-# %% ../../nbs/tasks/task.ipynb #55613089
-def _solved(op: str, a: int, b: int) -> tuple[str, str, int]:
-    "Canonical text, question and answer."
-    return f"{min(a, b)}{op}{max(a, b)}", f"{a} {op} {b} =", {"+": a + b, "-": a - b, "*": a * b}[op]
+    def _shown(self) -> list:
+        op = LEVELS[self.level][0]
+        return [_solved(op, a, b) for a, b in SHOTS[op][: self.shots]]
 
+    def _problem(self, rng: random.Random) -> tuple[str, dict]:
+        op, first, second = LEVELS[self.level]
+        a, b = rng.randint(*first), rng.randint(*second)
+        if op == "-":
+            a, b = max(a, b), min(a, b)
+        key, question, answer = _solved(op, a, b)
+        return key, {"prompt": _chat(self.system, self._shown(), question), "answer": answer}
 
-@patch
-def _shown(self: ArithmeticTask) -> list:
-    return [_solved(LEVELS[self.level][0], *ab) for ab in SHOTS[LEVELS[self.level][0]][: self.shots]]
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, all different
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt` (messages) and `answer` (int)
+        "Draw `n` different problems of a split. Raises `ValueError` if the level does not have so many."
+        _check_split(split)
+        whole("n", n)
+        rng = random.Random(f"{self.level} {split} {seed}")
+        shown = {key for key, _, _ in self._shown()}
+        found = {}
+        for _ in range(200 * n + 2000):
+            key, problem = self._problem(rng)
+            if key not in shown and held_out(key) == (split == "held-out"):
+                found.setdefault(key, problem)
+            if len(found) == n:
+                return list(found.values())
+        raise ValueError(f"{self.name} has fewer than {n} different {split} problems; found {len(found)}. Ask"
+                         " for fewer, or take another level.")
 
-# %% ../../nbs/tasks/task.ipynb #6bccf72c
-@patch
-def _problem(self: ArithmeticTask, rng: random.Random) -> tuple[str, dict]:
-    op, a, b = LEVELS[self.level]
-    a, b = rng.randint(*a), rng.randint(*b)
-    if op == "-":
-        a, b = max(a, b), min(a, b)
-    key, question, answer = _solved(op, a, b)
-    examples = [
-        m
-        for _, q, x in self._shown()
-        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": str(x)})
-    ]
-    return key, {
-        "prompt": [
-            {"role": "system", "content": self.system},
-            *examples,
-            {"role": "user", "content": question},
-        ],
-        "answer": answer,
-    }
-
-# %% ../../nbs/tasks/task.ipynb #724b323c
-@patch
-def problems(
-    self: ArithmeticTask,
-    split: str,  # "train" or "held-out"
-    n: int,  # how many, all different
-    seed: int = 0,  # which ones
-) -> list[dict]:  # rows with `prompt` (messages) and `answer` (int)
-    "Draw `n` different problems of a split. Raises `ValueError` if the level does not have so many."
+# %% ../../nbs/tasks/task.ipynb #c1bd1580
+def _check_split(split):
     if split not in ("train", "held-out"):
         raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-    whole("n", n)
-    rng = random.Random(f"{self.level} {split} {seed}")
-    found = {}
-    shown = {key for key, _, _ in self._shown()}
-    for _ in range(200 * n + 2000):
-        key, problem = self._problem(rng)
-        if key not in shown and held_out(key) == (split == "held-out"):
-            found.setdefault(key, problem)
-        if len(found) == n:
-            return list(found.values())
-    raise ValueError(
-        f"{self.name} has fewer than {n} different {split} problems; found {len(found)}. Ask for fewer, or"
-        " take another level."
-    )
+
+# %% ../../nbs/tasks/task.ipynb #148e7903
+def _distinct(rows: list[dict]) -> list[dict]:
+    "The first of the rows that ask the same."
+    return list({question_key(r): r for r in reversed(rows)}.values())[::-1]
+
+# %% ../../nbs/tasks/task.ipynb #7c9403d9
+def _split(rows: list[dict], share: float) -> tuple[list[dict], list[dict]]:
+    "Training and held-out rows; those whose hash is smallest are held out, at least one."
+    if not 0 < share < 1:
+        raise ValueError(f"held_out is {share!r}: expected a share between 0 and 1, or the held-out prompts.")
+    n = max(1, round(share * len(rows)))
+    smallest = set(sorted(map(question_key, rows))[:n])
+    kept = [r for r in rows if question_key(r) in smallest]
+    return [r for r in rows if question_key(r) not in smallest], kept
+
+# %% ../../nbs/tasks/task.ipynb #3c4fde7d
+def _try(scorer, prompt: list, columns: dict):
+    "Score an answer that nobody gave; raises `ValueError` if that breaks the convention."
+    try:
+        if is_judge(scorer):
+            scorer.compare(prompt, ["One answer."], ["Another answer, which is longer."], **columns)
+        else:
+            rewards_of(scorer, prompt, ["One answer."], truncated=[False], **columns)
+    except (TypeError, NameError, AttributeError, LookupError) as e:
+        raise ValueError(f"{name_of(scorer)!r} failed on a first trial, with the prompt {prompt[0]!r:.60},"
+                         f" an answer and the columns {sorted(columns) or 'none'}:"
+                         f" {type(e).__name__}: {e}") from e
+    except ArithmeticError:
+        pass
+
+# %% ../../nbs/tasks/task.ipynb #0b38413a
+def _check_rows(train: list[dict], kept: list[dict], scorers: list):
+    "Raise `ValueError` for an empty split, unequal columns, or ones that a scorer cannot read."
+    if not (train and kept):
+        raise ValueError(f"{len(train)} training and {len(kept)} held-out prompts: expected at least one of"
+                         " each that ask different things.")
+    prompts, columns = rows_of([*train, *kept], {})
+    for scorer in scorers:
+        check_columns(scorer, **columns)
+        _try(scorer, prompts[:1], {name: values[:1] for name, values in columns.items()})
 
 # %% ../../nbs/tasks/task.ipynb #3c6323cf
 class PromptTask:
@@ -163,89 +185,33 @@ class PromptTask:
         if not rows:
             raise ValueError("there are no prompts: expected a list or file with some.")
         if isinstance(held_out, Real):
-            train, kept = _split(rows, held_out)
+            rows, kept = _split(rows, held_out)
         else:
-            train, kept = rows, _distinct(load_rows(held_out, "prompts"))
+            kept = _distinct(load_rows(held_out, "prompts"))
         asks = same_questions(kept)
-        self.splits = {"train": [r for r in train if not asks(r)], "held-out": kept}
-        self._check(len(train))
+        train = [r for r in rows if not asks(r)]
+        _check_rows(train, kept, [s for s in (self.reward, self.verifier) if s is not None])
+        if left := len(rows) - len(train):
+            warnings.warn(f"{left} training prompts were left out: they ask what a held-out one asks.",
+                          stacklevel=3)
+        self.splits = {"train": train, "held-out": kept}
+
+    def problems(
+        self,
+        split: str,  # "train" or "held-out"
+        n: int,  # how many, at most
+        seed: int = 0,  # which ones
+    ) -> list[dict]:  # rows with `prompt` and the columns
+        "Draw different prompts of a split, all that there are if they are fewer than `n`."
+        _check_split(split)
+        whole("n", n)
+        rows = self.splits[split]
+        return random.Random(f"{split} {seed}").sample(rows, min(n, len(rows)))
 
     @printable
     def __repr__(self):
         sizes = " and ".join(f"{len(rows)} {split}" for split, rows in self.splits.items())
         return f"PromptTask({self.name!r}: {sizes} prompts)"
-
-# %% ../../nbs/tasks/task.ipynb #148e7903
-def _distinct(rows: list[dict]) -> list[dict]:
-    "The first of the rows that ask the same."
-    return list({question_key(r): r for r in reversed(rows)}.values())[::-1]
-
-
-def _split(rows: list[dict], share: float) -> tuple[list[dict], list[dict]]:
-    "Training and held-out rows; those whose hash is smallest are held out, at least one."
-    if not 0 < share < 1:
-        raise ValueError(f"held_out is {share!r}: expected a share between 0 and 1, or the held-out prompts.")
-    n = max(1, round(share * len(rows)))
-    kept = set(sorted(map(question_key, rows))[:n])
-    return [r for r in rows if question_key(r) not in kept], [r for r in rows if question_key(r) in kept]
-
-# %% ../../nbs/tasks/task.ipynb #531ef5f4
-@patch
-def _check(self: PromptTask, n_train: int):
-    """Raise `ValueError` for a split without prompts, unequal columns, or ones that the reward cannot read;
-    say what was left out.
-    """
-    train, kept = self.splits["train"], self.splits["held-out"]
-    if not (train and kept):
-        raise ValueError(
-            f"{len(train)} training and {len(kept)} held-out prompts: expected at least one of each that ask"
-            " different things."
-        )
-    prompts, columns = rows_of([*train, *kept], {})
-    for scorer in self.reward, self.verifier:
-        if scorer is not None:
-            check_columns(scorer, **columns)
-            _try(scorer, prompts[:1], {k: v[:1] for k, v in columns.items()})
-    if len(train) < n_train:
-        warnings.warn(
-            f"{n_train - len(train)} training prompts were left out: they ask what a held-out one asks.",
-            stacklevel=4,
-        )
-
-# %% ../../nbs/tasks/task.ipynb #3c4fde7d
-def _try(scorer, prompt: list, columns: dict):
-    """Score an answer that nobody gave.
-
-    Raises `ValueError` for what breaks the convention; what else may go wrong with so odd an answer is no
-    matter.
-    """
-    try:
-        if is_judge(scorer):
-            scorer.compare(prompt, ["One answer."], ["Another answer, which is longer."], **columns)
-        else:
-            rewards_of(scorer, prompt, ["One answer."], truncated=[False], **columns)
-    except (TypeError, NameError, AttributeError, LookupError) as e:
-        raise ValueError(
-            f"{name_of(scorer)!r} failed on a first trial, with the prompt {prompt[0]!r:.60}, an answer and "
-            f"the columns {sorted(columns) or 'none'}: {type(e).__name__}: {e}"
-        ) from e
-    except ArithmeticError:
-        pass
-
-# %% ../../nbs/tasks/task.ipynb #02c918bc
-@patch
-def problems(
-    self: PromptTask,
-    split: str,  # "train" or "held-out"
-    n: int,  # how many, at most
-    seed: int = 0,  # which ones
-) -> list[dict]:  # rows with `prompt` and the columns
-    "Draw different prompts of a split, all that there are if they are fewer than `n`."
-    if split not in self.splits:
-        raise ValueError(f"split {split!r}: expected 'train' or 'held-out'.")
-    whole("n", n)
-    rows = self.splits[split]
-    return random.Random(f"{split} {seed}").sample(rows, min(n, len(rows)))
 
 # %% ../../nbs/tasks/task.ipynb #c89f7a9f
 def as_task(
@@ -254,27 +220,31 @@ def as_task(
     reward=None,  # `(prompt, answer) -> float`, or in TRL's convention
     # instead of a reward: `compare(prompts, a, b, **columns)`, or `(prompt, a, b) -> P(a beats b)`
     judge=None,
-    verifier=None,  # right or wrong, as a reward: what the policy is examined with
+    verifier=None,  # right or wrong, as a reward: what the policy is evaluated with
     held_out=0.2,  # share of the prompts that are never trained on; or those prompts
     name: str = "prompts",  # in reports
 ):  # something with `problems`, `reward` and `verifier`
     "A task, whatever it came as. Raises `ValueError` for what is none."
     if hasattr(prompts, "problems"):
-        lacks = [a for a in ("reward", "verifier") if not hasattr(prompts, a)]
-        if lacks:
-            raise ValueError(
-                f"the task {name_of(prompts)!r} has no {' and no '.join(lacks)}: a task has problems(split,"
-                " n, seed), reward and verifier."
-            )
-        return prompts
+        return _whole_task(prompts)
     if (reward is None) == (judge is None):
-        raise ValueError(
-            f"got {'both' if reward is not None else 'neither'} of reward and judge: expected one of them, to"
-            " learn from, as in as_task(prompts, reward=...) or as_task(prompts, judge=...)."
-        )
-    if callable(judge) and not hasattr(judge, "compare") and len(places(judge)) < 3:
-        raise ValueError(
-            f"judge {name_of(judge)!r} takes {len(places(judge))} arguments: expected (prompt, a, b). "
-            "What scores single answers is a reward: as_task(prompts, reward=...)."
-        )
+        raise ValueError(f"got {'both' if reward is not None else 'neither'} of reward and judge: expected"
+                         " one of them, to learn from, as in as_task(prompts, reward=...) or as_task(prompts,"
+                         " judge=...).")
+    if judge is not None:
+        _check_judge(judge)
     return PromptTask(prompts, reward if judge is None else as_judge(judge), verifier, held_out, name)
+
+# %% ../../nbs/tasks/task.ipynb #4e44d3fc
+def _whole_task(task):
+    lacks = [a for a in ("reward", "verifier") if not hasattr(task, a)]
+    if lacks:
+        raise ValueError(f"the task {name_of(task)!r} has no {' and no '.join(lacks)}: a task has"
+                         " problems(split, n, seed), reward and verifier.")
+    return task
+
+# %% ../../nbs/tasks/task.ipynb #0cee1647
+def _check_judge(judge):
+    if callable(judge) and not hasattr(judge, "compare") and len(places(judge)) < 3:
+        raise ValueError(f"judge {name_of(judge)!r} takes {len(places(judge))} arguments: expected (prompt,"
+                         " a, b). What scores single answers is a reward: as_task(prompts, reward=...).")

@@ -11,7 +11,6 @@ import io
 import math
 
 import ipywidgets as widgets
-from fastcore.basics import patch
 
 from ..core.checks import escape, printable
 from ..core.players import prompt_text
@@ -19,38 +18,52 @@ from ..stats.ratings import MOST, bradley_terry
 from .scoreboard import plot_rating_curve
 from .widgets import preformatted
 
+# %% ../../nbs/views/board.ipynb #fbe63cc4
+def _payoff_cell(score: float, n: int, marked: bool) -> str:  # HTML
+    "A cell of the payoff; without games it is a dot."
+    if math.isnan(score):
+        return "<td style='text-align:center'>·</td>"
+    shade = round(255 - 155 * score)
+    border = "3px solid black" if marked else "1px solid white"
+    look = f"text-align:center;color:black;background:rgb({shade},{shade},{shade});border:{border}"
+    return f"<td style='{look}'>{'▸ ' * marked}{score:.2f}<br><small>n={n}</small></td>"
+
 # %% ../../nbs/views/board.ipynb #3cbf7d00
 def payoff_table(
-    league,
-    cell=None,  # a `LeagueTraining`  # names of row and column to be marked
+    league,  # a `LeagueTraining`
+    cell=None,  # names of row and column to be marked
 ) -> str:  # HTML
     "Mean scores of the rows against the columns, with the number of games."
     games = league.games
-    P, N = games.payoff, games.results.sum(-1)
-
-    def show(i, j):
-        if i == j or math.isnan(P[i, j]):
-            return "<td style='text-align:center'>·</td>"
-        marked = cell == (games.players[i], games.players[j])
-        shade = round(255 - 155 * P[i, j])
-        border = "3px solid black" if marked else "1px solid white"
-        look = f"text-align:center;color:black;background:rgb({shade},{shade},{shade});border:{border}"
-        return f"<td style='{look}'>{'▸ ' if marked else ''}{P[i, j]:.2f}<br><small>n={N[i, j]}</small></td>"
-
+    payoff, played, names = games.payoff, games.results.sum(-1), games.players
     shown = games._shown(cell or ())
-    head = "".join(f"<th>{escape(games.players[j])}</th>" for j in shown)
-    rows = "".join(
-        f"<tr><th>{escape(games.players[i])}</th>{''.join(show(i, j) for j in shown)}</tr>" for i in shown
-    )
-    many = (
-        f"; of {len(games.players)} members the {len(shown)} with the most games"
-        if len(shown) < len(games.players)
-        else ""
-    )
-    return (
-        "<table><caption>mean score of the row against the column, and"
-        f" games{many}</caption><tr><td></td>{head}</tr>{rows}</table>"
-    )
+
+    def row(i):
+        scores = [math.nan if i == j else payoff[i, j] for j in shown]
+        marks = [cell == (names[i], names[j]) for j in shown]
+        cells = "".join(_payoff_cell(s, played[i, j], m) for s, j, m in zip(scores, shown, marks))
+        return f"<tr><th>{escape(names[i])}</th>{cells}</tr>"
+
+    title = "mean score of the row against the column, and games"
+    if len(shown) < len(names):
+        title += f"; of {len(names)} members the {len(shown)} with the most games"
+    head = "".join(f"<th>{escape(names[j])}</th>" for j in shown)
+    rows = "".join(map(row, shown))
+    return f"<table><caption>{title}</caption><tr><td></td>{head}</tr>{rows}</table>"
+
+# %% ../../nbs/views/board.ipynb #00f72f92
+def _plot_opponents(ax, matchmaking):
+    "The most likely opponents as bars with their numbers."
+    chances, members = matchmaking.probabilities, matchmaking.members
+    likely = sorted(sorted(range(len(members)), key=lambda i: -chances[i])[:MOST])
+    ax.barh(range(len(likely)), [chances[i] for i in likely], color="0.75", edgecolor="k")
+    for place, i in enumerate(likely):
+        at = (chances[i], place)
+        ax.annotate(f"{chances[i]:.2f}", at, (3, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_yticks(range(len(likely)), [members[i] for i in likely])
+    ax.invert_yaxis()
+    ax.margins(x=0.2)
+    ax.set_xlabel(f"{matchmaking.role} at {matchmaking.performance:.0f} plays")
 
 # %% ../../nbs/views/board.ipynb #4f021dcd
 class Board:
@@ -76,44 +89,36 @@ class Board:
     def sections(self) -> dict:
         return {"members": self.league, "who is drawn": self.matchmaking, "ratings": self.ratings}
 
+    def plot(self):
+        "Payoff with numbers, rating curve with 95 % bands, opponents by probability; returns the figure."
+        import matplotlib.pyplot as plt
+
+        k = len(self.games.players)
+        k = 12 if k > MOST else k  # the payoff of a large league has no numbers
+        size = (7 + 0.7 * k, 2.2 + 0.25 * k)
+        fig, axes = plt.subplots(1, 3, figsize=size, layout="constrained", width_ratios=[1.3, 1, 1])
+        self.games.plot(ax=axes[0])
+        plot_rating_curve(self.ratings, self.order, axes[1])
+        _plot_opponents(axes[2], self.matchmaking)
+        return fig
+
     @printable
     def __repr__(self):
-        return "\n\n".join(
-            f"{title.upper()}\n{record!r}"
-            for title, record in [*self.sections.items(), ("games", self.games)]
-        )
+        parts = [*self.sections.items(), ("games", self.games)]
+        return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in parts)
 
     def _repr_html_(self):
-        parts = {title: record._repr_html_() for title, record in self.sections.items()} | {
-            "payoff": payoff_table(self.league)
-        }
+        parts = {title: record._repr_html_() for title, record in self.sections.items()}
+        parts["payoff"] = payoff_table(self.league)
         return "".join(f"<section><h4>{title}</h4>{html}</section>" for title, html in parts.items())
 
-# %% ../../nbs/views/board.ipynb #d791e034
-@patch
-def plot(self: Board):
-    "Payoff with numbers, rating curve with 95 % bands, probabilities of the opponents; returns the figure."
-    import matplotlib.pyplot as plt
-
-    K, m = len(self.games.players), self.matchmaking
-    if K > MOST:
-        K = 12  # the payoff has no numbers then
-    fig, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(7 + 0.7 * K, 2.2 + 0.25 * K), layout="constrained", width_ratios=[1.3, 1, 1]
-    )
-    self.games.plot(ax=left)
-    plot_rating_curve(self.ratings, self.order, middle)
-    likely = sorted(sorted(range(len(m.members)), key=lambda i: -m.probabilities[i])[:MOST])
-    chances = [m.probabilities[i] for i in likely]
-    names = [m.members[i] for i in likely]
-    right.barh(range(len(likely)), chances, color="0.75", edgecolor="k")
-    for i, p in enumerate(chances):
-        right.annotate(f"{p:.2f}", (p, i), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    right.set_yticks(range(len(likely)), names)
-    right.invert_yaxis()
-    right.margins(x=0.2)
-    right.set_xlabel(f"{m.role} at {m.performance:.0f} plays")
-    return fig
+# %% ../../nbs/views/board.ipynb #a4f17fd7
+def _image(figure, text: str) -> str:
+    "A figure as an HTML image that says what it shows."
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'
 
 # %% ../../nbs/views/board.ipynb #f542a76b
 class BoardWidget(widgets.VBox):
@@ -122,32 +127,26 @@ class BoardWidget(widgets.VBox):
     def __init__(self, league):  # a `LeagueTraining` with games between its members
         "Raises `ValueError` if the members have played no games."
         board = Board(league)
-        names = board.games.players
         super().__init__()
         self.league = league
-        low = min(board.matchmaking.ratings)
-        high = max(board.matchmaking.ratings)
+        self._make_controls(board)
+        self.show(board)
+
+    def _make_controls(self, board: Board):
+        names, here = board.games.players, round(board.matchmaking.performance)
+        low, high = min(board.matchmaking.ratings), max(board.matchmaking.ratings)
+        low, high = min(here, math.floor(low)) - 200, max(here, math.ceil(high)) + 200
         wide, half = widgets.Layout(width="36em"), widgets.Layout(width="50%")
-        here = round(board.matchmaking.performance)
-        self.skill = widgets.IntSlider(
-            here,
-            min(here, math.floor(low)) - 200,
-            max(here, math.ceil(high)) + 200,
-            10,
-            description="Skill",
-            layout=wide,
-        )
-        self.role = widgets.ToggleButtons(options=list(league.roles), description="Role")
-        choose = lambda name, what: widgets.SelectionSlider(
-            options=names, value=name, description=what, layout=wide
-        )
-        self.row = choose(names[-1], "Row")
-        self.column = choose(names[0], "Column")
-        self.game = widgets.IntSlider(1, 1, 1, description="Game", layout=wide)
+        self.role = widgets.ToggleButtons(options=list(self.league.roles), description="Role")
+        self.skill = widgets.IntSlider(here, low, high, 10, description="Skill", layout=wide)
         self.refresh = widgets.Button(description="Draw again", tooltip="with the games played since")
+        self.row = widgets.SelectionSlider(options=names, value=names[-1], description="Row", layout=wide)
+        self.column = widgets.SelectionSlider(
+            options=names, value=names[0], description="Column", layout=wide
+        )
+        self.game = widgets.IntSlider(1, 1, 1, description="Game", layout=wide)
         self.members, self.drawn, self.payoff, self.curve, self.prompt = (widgets.HTML() for _ in range(5))
-        self.left = widgets.HTML(layout=half)
-        self.right = widgets.HTML(layout=half)
+        self.left, self.right = widgets.HTML(layout=half), widgets.HTML(layout=half)
         self.children = [
             self.role,
             widgets.HBox([self.skill, self.refresh]),
@@ -166,75 +165,54 @@ class BoardWidget(widgets.VBox):
             control.observe(lambda _: self.show_cell(), "value")
         self.game.observe(lambda _: self.show_game(), "value")
         self.refresh.on_click(lambda _: self.show())
-        self.show(board)
+
+    def show_drawn(self):
+        "Draw who is played by a learner of the skill on the slider."
+        self.drawn.value = self.league.matchmaking(self.skill.value, self.role.value)._repr_html_()
+
+    def show_cell(self):
+        "Mark the cell of the payoff, and list its games."
+        a, b = self.row.value, self.column.value
+        self.payoff.value = payoff_table(self.league, (a, b))
+        self.rows = self.league.between(a, b) if a != b else []
+        self.game.value = 1
+        self.game.max = max(1, len(self.rows))
+        self.show_game()
+
+    def show_game(self):
+        "Show the chosen game: prompt, both answers, verdict."
+        if not self.rows:
+            self.prompt.value = "<p>No games of these two.</p>"
+            self.left.value = self.right.value = ""
+            return
+        r = self.rows[self.game.value - 1]
+        verdict = "wins" if r["score"] > 0.5 else "loses" if r["score"] < 0.5 else "draws"
+        number = f"Game {self.game.value} of {len(self.rows)}"
+        title = f"{number}: {r['a']} {verdict} against {r['b']} ({r['score']:.2f})"
+        self.prompt.value = preformatted(prompt_text(r.get("prompt") or ""), title)
+        missing = "(the answers were not kept)"
+        self.left.value = preformatted(r.get("answer_a", missing), r["a"])
+        self.right.value = preformatted(r.get("answer_b", missing), r["b"])
+
+    def show(self, board: Board | None = None):  # of the league as it is; by default made now
+        "Draw everything as the league is now; members that joined or left are in the lists."
+        from matplotlib.figure import Figure
+
+        board = board or Board(self.league)
+        names = board.games.players
+        for control, other in (self.row, names[-1]), (self.column, names[0]):
+            before = control.value
+            control.options = names
+            control.value = before if before in names else other
+        ax = Figure(figsize=(5, 3), layout="constrained").subplots()
+        plot_rating_curve(board.ratings, board.order, ax)
+        rated = [*zip(board.ratings.players, board.ratings.ratings)][:MOST]
+        told = ", ".join(f"{p} {r:.0f}" for p, r in rated)
+        self.curve.value = _image(ax.figure, f"Ratings, drawn with 95 % intervals: {told}")
+        self.members.value = self.league._repr_html_()
+        self.show_drawn()
+        self.show_cell()
 
     @printable
     def __repr__(self):
         return repr(self.league)  # what a saved notebook shows in its place
-
-# %% ../../nbs/views/board.ipynb #a6c5c5a9
-@patch
-def show_drawn(self: BoardWidget):
-    "Draw who is played by a learner of the skill on the slider."
-    self.drawn.value = self.league.matchmaking(self.skill.value, self.role.value)._repr_html_()
-
-# %% ../../nbs/views/board.ipynb #957b8d38
-@patch
-def show_cell(self: BoardWidget):
-    "Mark the cell of the payoff, and list its games."
-    a, b = self.row.value, self.column.value
-    self.payoff.value = payoff_table(self.league, (a, b))
-    self.rows = self.league.between(a, b) if a != b else []
-    self.game.value = 1
-    self.game.max = max(1, len(self.rows))
-    self.show_game()
-
-# %% ../../nbs/views/board.ipynb #53935e22
-@patch
-def show_game(self: BoardWidget):
-    "Show the chosen game: prompt, both answers, verdict."
-    if not self.rows:
-        self.prompt.value = "<p>No games of these two.</p>"
-        self.left.value = ""
-        self.right.value = ""
-        return
-    r = self.rows[self.game.value - 1]
-    verdict = "wins" if r["score"] > 0.5 else "loses" if r["score"] < 0.5 else "draws"
-    title = (
-        f"Game {self.game.value} of {len(self.rows)}: {r['a']} {verdict} against {r['b']} ({r['score']:.2f})"
-    )
-    self.prompt.value = preformatted(prompt_text(r.get("prompt") or ""), title)
-    self.left.value, self.right.value = (
-        preformatted(r.get(k, "(the answers were not kept)"), r[n])
-        for k, n in (("answer_a", "a"), ("answer_b", "b"))
-    )
-
-# %% ../../nbs/views/board.ipynb #a4f17fd7
-def _image(figure, text: str) -> str:
-    "A figure as an HTML image that says what it shows."
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=90)
-    return (
-        f"<img alt=\"{escape(text)}\""
-        f" src=\"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}\">"
-    )
-
-# %% ../../nbs/views/board.ipynb #f1ca948f
-@patch
-def show(self: BoardWidget, board: Board | None = None):  # of the league as it is; by default made now
-    "Draw everything as the league is now; members that joined or left are in the lists."
-    from matplotlib.figure import Figure
-
-    board = board or Board(self.league)
-    names = board.games.players
-    for control, other in (self.row, names[-1]), (self.column, names[0]):
-        before = control.value
-        control.options = names
-        control.value = before if before in names else other
-    ax = Figure(figsize=(5, 3), layout="constrained").subplots()
-    plot_rating_curve(board.ratings, board.order, ax)
-    told = ", ".join(f"{p} {r:.0f}" for p, r in [*zip(board.ratings.players, board.ratings.ratings)][:MOST])
-    self.curve.value = _image(ax.figure, f"Ratings, drawn with 95 % intervals: {told}")
-    self.members.value = self.league._repr_html_()
-    self.show_drawn()
-    self.show_cell()

@@ -9,10 +9,10 @@ __all__ = ['ConstitutionCard']
 from pathlib import Path
 
 import ipywidgets as widgets
-from fastcore.basics import patch
 from IPython.display import HTML, display
 
 from ..core.checks import printable
+from ..core.players import prompt_text
 from .widgets import escape, preformatted
 
 # %% ../../nbs/views/card.ipynb #2dfd563c
@@ -34,134 +34,101 @@ class ConstitutionCard(widgets.VBox):
         """Asks rules and model once; raises what the wrapper's `attribution` raises, and `ValueError` if its
         base reward abstains.
         """
-        record = wrapper.attribution([prompt] * 2, [a, b], **{k: [v] * 2 for k, v in columns.items()})
+        columns = {k: [v] * 2 for k, v in columns.items()}
+        record = wrapper.attribution([prompt] * 2, [a, b], **columns)
         if any(t != t for t in record.totals):
             raise ValueError(
                 "the base reward abstained from one of the answers: expected a finite number for both."
             )
         super().__init__()
-        # made: files that were saved here, and what they held
         self.wrapper = wrapper
         self.record = record
         self.start = dict(record.weights)
-        self.made = {}
-        self.status = widgets.HTML()
-        self.table = widgets.HTML()
-        wide = widgets.Layout(width="24em")
-        self.sliders = {
-            p: widgets.FloatSlider(
-                value=w,
-                min=0,
-                max=max(1.0, 2 * w),
-                step=0.05,
-                description=f"Weight {i}",
-                readout_format=".2f",
-                layout=wide,
-            )
-            for i, (p, w) in enumerate(record.weights.items(), 1)
-        }
-        for p, slider in self.sliders.items():
-            slider.observe(lambda change, p=p: self._do(lambda: self._weigh(p, change["new"])), "value")
-        self.reset_button = widgets.Button(
-            description="Weights as at first", layout=widgets.Layout(width="auto")
-        )
-        self.save_button = widgets.Button(
-            description="Save constitution to", layout=widgets.Layout(width="auto")
-        )
-        self.file = widgets.Text(value=str(path), placeholder="file name", layout=wide)
-        self.reset_button.on_click(lambda _: self._do(self._reset))
-        self.save_button.on_click(lambda _: self._do(self._save))
-        rows = [
-            widgets.HBox([s, widgets.HTML(f"{i}. {escape(p)}")])
-            for i, (p, s) in enumerate(self.sliders.items(), 1)
-        ]
-        self.texts = widgets.HTML(self._texts())
-        self.children = [
-            self.status,
-            *rows,
-            widgets.HBox([self.reset_button, self.save_button, self.file]),
-            self.table,
-            self.texts,
-        ]
+        self.made = {}  # files that were saved here, and what they held
+        self._make_controls(path)
         self.show()
 
-# %% ../../nbs/views/card.ipynb #3cd4f53d
-@patch
-def _texts(self: ConstitutionCard) -> str:
-    from selfplay_nb.core.players import prompt_text
+    # controls
 
-    return preformatted(prompt_text(self.record.prompts[0]), "Question") + "".join(
-        preformatted(t, f"Answer {n}") for n, t in zip("AB", self.record.answers)
-    )
+    def _make_controls(self, path):
+        wide, auto = widgets.Layout(width="24em"), widgets.Layout(width="auto")
+        self.sliders, rows = {}, []
+        for i, (principle, weight) in enumerate(self.record.weights.items(), 1):
+            slider = widgets.FloatSlider(weight, min=0, max=max(1.0, 2 * weight), step=0.05, layout=wide)
+            slider.description = f"Weight {i}"
+            move = lambda change, p=principle: self._do(lambda: self._weigh(p, change["new"]))
+            slider.observe(move, "value")
+            self.sliders[principle] = slider
+            rows.append(widgets.HBox([slider, widgets.HTML(f"{i}. {escape(principle)}")]))
+        self.reset_button = widgets.Button(description="Weights as at first", layout=auto)
+        self.reset_button.on_click(lambda _: self._do(self._reset))
+        self.save_button = widgets.Button(description="Save constitution to", layout=auto)
+        self.save_button.on_click(lambda _: self._do(self._save))
+        self.file = widgets.Text(value=str(path), placeholder="file name", layout=wide)
+        self.status, self.table, self.texts = widgets.HTML(), widgets.HTML(), widgets.HTML(self._texts())
+        files = widgets.HBox([self.reset_button, self.save_button, self.file])
+        self.children = [self.status, *rows, files, self.table, self.texts]
 
-# %% ../../nbs/views/card.ipynb #3200602f
-@patch
-def show(self: ConstitutionCard, message: str = ""):  # what just happened
-    "Draw the verdict, the bars and the sliders with the wrapper's weights as they are now."
-    self.record = self.record.reweigh(self.wrapper.principle_weights)
-    # first, since each slider that moves writes a message of its own
-    for p, w in self.record.weights.items():
-        self.sliders[p].max = max(self.sliders[p].max, w)
-        self.sliders[p].value = w
-    self.table.value = self.record._repr_html_()
-    self.status.value = f"<p><b>{self.record.verdict}</b> {escape(message)}</p>"
+    # drawing
 
-# %% ../../nbs/views/card.ipynb #079db002
-@patch
-def _do(self: ConstitutionCard, action):
-    "Do it and draw; an error is shown, of whatever kind."
-    try:
-        self.show(action())
-    except Exception as e:
-        self.status.value = f"<p><b>Error, nothing was done:</b> {escape(f'{type(e).__name__}: {e}')}</p>"
+    def _texts(self) -> str:
+        question = preformatted(prompt_text(self.record.prompts[0]), "Question")
+        return question + "".join(preformatted(t, f"Answer {n}") for n, t in zip("AB", self.record.answers))
 
+    def show(self, message: str = ""):  # what just happened
+        "Draw the verdict, the bars and the sliders with the wrapper's weights as they are now."
+        self.record = self.record.reweigh(self.wrapper.principle_weights)
+        # first, since each slider that moves writes a message of its own
+        for p, w in self.record.weights.items():
+            self.sliders[p].max = max(self.sliders[p].max, w)
+            self.sliders[p].value = w
+        self.table.value = self.record._repr_html_()
+        self.status.value = f"<p><b>{self.record.verdict}</b> {escape(message)}</p>"
 
-@patch
-def _weigh(self: ConstitutionCard, p, weight):
-    self.wrapper.principle_weights[p] = weight
-    return f"Weight of “{p}” is {weight:.2f}."
+    # acting
 
-# %% ../../nbs/views/card.ipynb #6e9e991e
-@patch
-def _reset(self: ConstitutionCard):
-    self.wrapper.principle_weights.update(self.start)
-    return "The weights are as they were at first."
+    def _do(self, action):
+        "Do it and draw; an error is shown, of whatever kind."
+        try:
+            self.show(action())
+        except Exception as e:
+            self.status.value = f"<p><b>Error, nothing was done:</b> {escape(f'{type(e).__name__}: {e}')}</p>"
 
-# %% ../../nbs/views/card.ipynb #1aa7429c
-@patch
-def _save(self: ConstitutionCard):
-    path = self.file.value.strip()
-    if not path:
-        raise ValueError("no file name; expected one beside the button.")
-    file = Path(path).resolve()
-    if file.exists() and self.made.get(file) != file.read_bytes():
-        raise ValueError(
-            f"{path} is there already and was not made here, or was changed since; expected another name."
-        )
-    self.wrapper.constitution.save(file)
-    self.made[file] = file.read_bytes()
-    return f"Saved {len(self.sliders)} principles to {path}."
+    def _weigh(self, principle, weight):
+        self.wrapper.principle_weights[principle] = weight
+        return f"Weight of “{principle}” is {weight:.2f}."
 
-# %% ../../nbs/views/card.ipynb #e9340dfd
-@patch
-def static(self: ConstitutionCard):
-    "What the card shows now, as HTML that needs no kernel."
-    return HTML(self.record._repr_html_() + self._texts())
+    def _reset(self):
+        self.wrapper.principle_weights.update(self.start)
+        return "The weights are as they were at first."
 
+    def _save(self):
+        path = self.file.value.strip()
+        if not path:
+            raise ValueError("no file name; expected one beside the button.")
+        file = Path(path).resolve()
+        if file.exists() and self.made.get(file) != file.read_bytes():
+            raise ValueError(
+                f"{path} is there already and was not made here, or was changed since; expected another name."
+            )
+        self.wrapper.constitution.save(file)
+        self.made[file] = file.read_bytes()
+        return f"Saved {len(self.sliders)} principles to {path}."
 
-@patch
-@printable
-def __repr__(self: ConstitutionCard):
-    return repr(self.record)
+    # what stays in a saved notebook
 
-# %% ../../nbs/views/card.ipynb #0047a546
-@patch
-def _ipython_display_(self: ConstitutionCard, **kwargs):
-    display(
-        {
+    def static(self):
+        "What the card shows now, as HTML that needs no kernel."
+        return HTML(self.record._repr_html_() + self._texts())
+
+    @printable
+    def __repr__(self):
+        return repr(self.record)
+
+    def _ipython_display_(self, **kwargs):
+        data = {
             "text/plain": repr(self),
             "text/html": self.static().data,
             "application/vnd.jupyter.widget-view+json": self.get_view_spec(),
-        },
-        raw=True,
-    )
+        }
+        display(data, raw=True)

@@ -14,60 +14,27 @@ import time
 from pathlib import Path
 
 import ipywidgets as widgets
-from fastcore.basics import patch
 
 from ..core.checks import escape, printable, printed
-from ..loop.callbacks import check_wish, control, process_begun, read_control, run_figure
 from ..core.players import is_messages
+from ..loop.callbacks import check_wish, control, process_begun, read_control, run_figure
 from .widgets import display_live, preformatted
-
-# %% ../../nbs/views/monitor.ipynb #5ee68e1b
-def run_state(
-    run_dir: str | Path,  # of a run
-    # `live`, as `Live` wrote it; `history`, a dict a round; `alive`, whether its process is there
-) -> dict:
-    "What a run's folder says about it; raises `ValueError` for a folder that holds no run."
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.json").exists():
-        raise ValueError(f"{run_dir} holds no run: expected a run_dir that a trainer has begun.")
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    history = [m for m in map(_parsed, lines) if isinstance(m, dict) and _is(m.get("round"), int)]
-    live = (
-        _tidy(_parsed((run_dir / "live.json").read_text(errors="replace")))
-        if (run_dir / "live.json").exists()
-        else {}
-    )
-    return {"live": live, "history": history, "alive": _alive(live)}
 
 # %% ../../nbs/views/monitor.ipynb #540b3e60
 def _parsed(text: str):
-    "JSON, or None: a file that is being written, or that somebody else wrote, is no reason to fall over."
+    "JSON, or None where it is none."
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
-
+# %% ../../nbs/views/monitor.ipynb #e83307d3
 def _is(x, kind) -> bool:
     return isinstance(x, kind) and (kind is bool or not isinstance(x, bool))
 
 # %% ../../nbs/views/monitor.ipynb #6c084f4c
-_FIELDS = dict(
-    pid=0,
-    begun=None,
-    round=0,
-    total=0,
-    stage="",
-    paused=False,
-    tokens_per_second=0.0,
-    memory_mb=0.0,
-    seconds_left=None,
-    settings={},
-    last_pair=None,
-    stopping="",
-    refused="",
-)
+_FIELDS = dict(pid=0, begun=None, round=0, total=0, stage="", paused=False, stopping="", refused="")
+_FIELDS |= dict(tokens_per_second=0.0, memory_mb=0.0, seconds_left=None, settings={}, last_pair=None)
 
 # %% ../../nbs/views/monitor.ipynb #8c810d7f
 def _tidy(live) -> dict:
@@ -85,15 +52,32 @@ def _tidy(live) -> dict:
 
 # %% ../../nbs/views/monitor.ipynb #4c80d031
 def _alive(live) -> bool:
-    if (
-        not live
-        or live["stage"] in ("finished", "failed", "interrupted")
-        or live["stage"] == live["stopping"] != ""
-    ):
+    "Is the process there that began the run?"
+    if not live or live["stage"] in ("finished", "failed", "interrupted"):
+        return False
+    if live["stopping"] and live["stage"] == live["stopping"]:
         return False
     begun = process_begun(live["pid"])
-    # else its number is another's now
     return begun is not None and (live["begun"] is None or abs(begun - live["begun"]) < 1)
+
+# %% ../../nbs/views/monitor.ipynb #5ee68e1b
+def run_state(
+    run_dir: str | Path,  # of a run
+    # `live`, as `Live` wrote it; `history`, a dict a round; `alive`, whether its process is there
+) -> dict:
+    "What a run's folder says about it; raises `ValueError` for a folder that holds no run."
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir} holds no run: expected a run_dir that a trainer has begun.")
+
+    def text(name):
+        file = run_dir / name
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    rows = map(_parsed, text("metrics.jsonl").splitlines())
+    history = [m for m in rows if isinstance(m, dict) and _is(m.get("round"), int)]
+    live = _tidy(_parsed(text("live.json")))
+    return {"live": live, "history": history, "alive": _alive(live)}
 
 # %% ../../nbs/views/monitor.ipynb #8a0d4df9
 def _clock(seconds) -> str:
@@ -105,15 +89,34 @@ def headline(state: dict) -> str:
     live, alive = state["live"], state["alive"]
     if not live:
         return "The run has not begun."
-    ended = live["stage"] in ("finished", "failed", "interrupted")
-    what = (
-        "paused" if live["paused"] else live["stage"] if alive or ended else live["stopping"] or "not running"
-    )
+    if live["paused"]:
+        what = "paused"
+    elif alive or live["stage"] in ("finished", "failed", "interrupted"):
+        what = live["stage"]
+    else:
+        what = live["stopping"] or "not running"
     left = f", about {_clock(live['seconds_left'])} left" if alive else ""
-    return (
-        f"Round {live['round']} of {live['total']}: {printed(what)}; {live['tokens_per_second']:.0f}"
-        f" tokens/s, {live['memory_mb']:.0f} MB{left}"
-    )
+    pace = f"{live['tokens_per_second']:.0f} tokens/s, {live['memory_mb']:.0f} MB"
+    return f"Round {live['round']} of {live['total']}: {printed(what)}; {pace}{left}"
+
+# %% ../../nbs/views/monitor.ipynb #0ced4cd0
+def _wrong(m: dict) -> list[str]:
+    "What a person should know about a round."
+    u = m.get("unjudged")
+    alarms = [str(a) for a in m.get("alarms") or []]
+    if isinstance(u, dict) and _is(u.get("share"), (int, float)):
+        alarms.append(f"{100 * u['share']:.0f} % of the answers could not be judged ({u.get('first')})")
+    return alarms
+
+# %% ../../nbs/views/monitor.ipynb #ef1bad74
+def _pair_html(pair) -> str:
+    if not pair or any(k not in pair for k in ("prompt", "chosen", "rejected")):
+        return ""
+    prompt = pair["prompt"]
+    prompt = prompt[-1].get("content") if is_messages(prompt) else prompt
+    texts = {"A pair of the last round: the prompt": prompt}
+    texts |= {"chosen": pair["chosen"], "rejected": pair["rejected"]}
+    return "".join(preformatted(str(text), title) for title, text in texts.items())
 
 # %% ../../nbs/views/monitor.ipynb #dafb5684
 class Monitor(widgets.VBox):
@@ -129,161 +132,119 @@ class Monitor(widgets.VBox):
         self.dir = Path(run_dir)
         self.every = every
         self.handle = None
-        self.drawn = None
-        button = lambda words, tip: widgets.Button(
-            description=words, tooltip=tip, layout=widgets.Layout(width="auto")
-        )
+        self.drawn = None  # rounds in the curve
+        self._make_controls()
+        self.look()
+
+    def _make_controls(self):
+        auto = widgets.Layout(width="auto")
+        button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=auto)
         self.pause = button("Pause", "Hold the run where it is")
         self.stop = button("Stop", "End the run after this round; it can be resumed")
-        self.setting = widgets.ToggleButtons(description="Setting")
-        self.value = widgets.Text(description="Value", layout=widgets.Layout(width="16em"))
-        self.setting.style.button_width = "auto"
         self.apply = button("Change", "From the next round on")
+        self.setting = widgets.ToggleButtons(description="Setting")
+        self.setting.style.button_width = "auto"
+        self.value = widgets.Text(description="Value", layout=widgets.Layout(width="16em"))
         self.status, self.said, self.curve, self.alarms, self.pair = (widgets.HTML() for _ in range(5))
-        self.children = [
-            self.status,
-            widgets.HBox([self.pause, self.stop]),
-            self.setting,
-            widgets.HBox([self.value, self.apply]),
-            self.said,
-            self.alarms,
-            self.curve,
-            self.pair,
-        ]
+        buttons, change = widgets.HBox([self.pause, self.stop]), widgets.HBox([self.value, self.apply])
+        shown = [self.said, self.alarms, self.curve, self.pair]
+        self.children = [self.status, buttons, self.setting, change, *shown]
         self.pause.on_click(lambda _: self.wish(pause=not read_control(self.dir).get("pause")))
         self.stop.on_click(lambda _: self.wish(stop=True, pause=False))
         self.apply.on_click(lambda _: self.change())
         self.setting.observe(lambda _: self.show_value(), "value")
+
+    # looking
+
+    def look(self) -> bool:  # does the run go on?
+        "Read the files and draw them."
+        self.state = run_state(self.dir)
+        live, history, alive = self.state["live"], self.state["history"], self.state["alive"]
+        self.status.value = f"<p role='status'><b>{escape(headline(self.state))}</b></p>"
+        self.pause.description = "Go on" if read_control(self.dir).get("pause") else "Pause"
+        self.pause.disabled = self.stop.disabled = self.apply.disabled = not alive
+        names = tuple(live.get("settings", ()))
+        if names and tuple(self.setting.options) != names:
+            self.setting.options = names
+            self.setting.value = names[0]
+        if live.get("refused"):
+            self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
+        if self.drawn != len(history):
+            self.drawn = len(history)
+            self.draw(history)
+        self.pair.value = _pair_html(live.get("last_pair"))
+        if self.handle:
+            self.handle.update(self._still(), raw=True)
+        return alive
+
+    def draw(self, history: list[dict]):
+        "The curve, and the alarms of all rounds."
+        if any("accuracy" in m for m in history):
+            png = io.BytesIO()
+            run_figure(history).savefig(png, format="png", dpi=80)
+            data = base64.b64encode(png.getvalue()).decode()
+            alt = "held-out accuracy and win rate by round"
+            self.curve.value = f"<img alt='{alt}' src='data:image/png;base64,{data}'>"
+        alarms = [(m["round"], alarm) for m in history for alarm in _wrong(m)]
+        line = "<p role='alert'><b>Round {}</b>: {}</p>"
+        self.alarms.value = "".join(line.format(n, escape(alarm)) for n, alarm in alarms)
+
+    def watch(self) -> threading.Thread:
+        "Look again and again, in a thread, until the run is over or its folder is gone."
+
+        def run():
+            while self.dir.exists() and self.look():
+                time.sleep(self.every)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    # wishes
+
+    def wish(self, **wishes):
+        "Write a wish, and say so."
+        try:
+            check_wish(wishes.get("set") or {})
+            control(self.dir, **wishes)
+        except (ValueError, OSError) as e:
+            self.said.value = f"<p role='alert'>Not changed: {escape(str(e))}</p>"
+            return
         self.look()
+        if not self.state["alive"]:
+            self.said.value = "<p role='alert'>The run is not running: nobody was asked.</p>"
+            return
+        asked = ", ".join(f"{k}={v}" for k, v in wishes.items())
+        self.said.value = f"<p role='status'>Asked the run: {escape(asked)}.</p>"
 
-# %% ../../nbs/views/monitor.ipynb #7df28366
-@patch
-def look(self: Monitor) -> bool:  # does the run go on?
-    "Read the files and draw them."
-    state = run_state(self.dir)
-    live, history, alive = state["live"], state["history"], state["alive"]
-    self.state = state
-    self.status.value = f"<p role='status'><b>{escape(headline(state))}</b></p>"
-    self.pause.description = "Go on" if read_control(self.dir).get("pause") else "Pause"
-    self.pause.disabled = self.stop.disabled = self.apply.disabled = not alive
-    names = tuple(live.get("settings", ()))
-    if names and tuple(self.setting.options) != names:
-        self.setting.options = names
-        self.setting.value = names[0]
-    if live.get("refused"):
-        self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
-    if self.drawn != len(history):
-        self.drawn = len(history)
-        self.draw(history)
-    self.pair.value = _pair_html(live.get("last_pair"))
-    if self.handle:
-        self.handle.update(self._still(), raw=True)
-    return alive
+    def change(self):
+        "Ask for another value of a setting."
+        try:
+            value = float(self.value.value)
+        except ValueError:
+            given = escape(repr(self.value.value))
+            self.said.value = f"<p role='alert'>Not changed: {given} is no number.</p>"
+        else:
+            self.wish(set={self.setting.value: value})
 
-# %% ../../nbs/views/monitor.ipynb #799ae497
-@patch
-def draw(self: Monitor, history: list[dict]):
-    "The curve, and the alarms of all rounds."
-    if any("accuracy" in m for m in history):
-        png = io.BytesIO()
-        run_figure(history).savefig(png, format="png", dpi=80)
-        self.curve.value = (
-            "<img alt='held-out accuracy and win rate by round'"
-            f" src='data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}'>"
-        )
-    self.alarms.value = "".join(
-        f"<p role='alert'><b>Round {m['round']}</b>: {escape(a)}</p>" for m in history for a in _wrong(m)
-    )
+    def show_value(self):
+        settings = self.state["live"].get("settings", {})
+        if self.setting.value in settings:
+            self.value.value = f"{settings[self.setting.value]:g}"
 
-# %% ../../nbs/views/monitor.ipynb #0ced4cd0
-def _wrong(m: dict) -> list[str]:
-    "What a person should know about a round."
-    u = m.get("unjudged")
-    known = isinstance(u, dict) and _is(u.get("share"), (int, float))
-    share = (
-        [f"{100 * u['share']:.0f} % of the answers could not be judged ({u.get('first')})"] if known else []
-    )
-    return [*map(str, m.get("alarms") or []), *share]
+    # what stays in a saved notebook
 
-# %% ../../nbs/views/monitor.ipynb #ef1bad74
-def _pair_html(p) -> str:
-    if not p or any(k not in p for k in ("prompt", "chosen", "rejected")):
-        return ""
-    prompt = p["prompt"][-1].get("content") if is_messages(p["prompt"]) else p["prompt"]
-    parts = (
-        (prompt, "A pair of the last round: the prompt"),
-        (p["chosen"], "chosen"),
-        (p["rejected"], "rejected"),
-    )
-    return "".join(preformatted(str(text), title) for text, title in parts)
+    def _still(self) -> dict:
+        shown = [self.status, self.alarms, self.curve, self.pair]
+        return {"text/plain": repr(self), "text/html": "".join(part.value for part in shown)}
 
-# %% ../../nbs/views/monitor.ipynb #6b33fb17
-@patch
-def wish(self: Monitor, **wishes):
-    "Write a wish, and say so."
-    try:
-        check_wish(wishes.get("set") or {})
-        control(self.dir, **wishes)
-    except (ValueError, OSError) as e:
-        self.said.value = f"<p role='alert'>Not changed: {escape(str(e))}</p>"
-        return
-    self.look()
-    if not self.state["alive"]:
-        self.said.value = "<p role='alert'>The run is not running: nobody was asked.</p>"
-        return
-    self.said.value = (
-        f"<p role='status'>Asked the run: {escape(', '.join(f'{k}={v}' for k, v in wishes.items()))}.</p>"
-    )
+    def _ipython_display_(self, **kwargs):
+        self.handle = display_live(self)
+        self.watch()
 
-# %% ../../nbs/views/monitor.ipynb #362dd20f
-@patch
-def change(self: Monitor):
-    "Ask for another value of a setting."
-    try:
-        value = float(self.value.value)
-    except ValueError:
-        self.said.value = f"<p role='alert'>Not changed: {escape(repr(self.value.value))} is no number.</p>"
-    else:
-        self.wish(set={self.setting.value: value})
-
-# %% ../../nbs/views/monitor.ipynb #6b79498f
-@patch
-def show_value(self: Monitor):
-    if self.setting.value in self.state["live"].get("settings", {}):
-        self.value.value = f"{self.state['live']['settings'][self.setting.value]:g}"
-
-# %% ../../nbs/views/monitor.ipynb #5c92f3a1
-@patch
-def watch(self: Monitor) -> threading.Thread:
-    "Look again and again, in a thread, until the run is over."
-
-    def run():
-        while self.look():
-            time.sleep(self.every)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
-# %% ../../nbs/views/monitor.ipynb #b62d89e7
-@patch
-def _still(self: Monitor) -> dict:
-    return {
-        "text/plain": repr(self),
-        "text/html": self.status.value + self.alarms.value + self.curve.value + self.pair.value,
-    }
-
-
-@patch
-@printable
-def __repr__(self: Monitor):
-    return headline(self.state)
-
-# %% ../../nbs/views/monitor.ipynb #dafd94af
-@patch
-def _ipython_display_(self: Monitor, **kwargs):
-    self.handle = display_live(self)
-    self.watch()
+    @printable
+    def __repr__(self):
+        return headline(self.state)
 
 # %% ../../nbs/views/monitor.ipynb #a4feb0ca
 class Background(threading.Thread):

@@ -6,11 +6,16 @@
 __all__ = ['plot_rating_curve', 'Scoreboard']
 
 # %% ../../nbs/views/scoreboard.ipynb #fd84ad02
-from fastcore.basics import patch
-
 from ..core.checks import escape, printable
 from ..stats.diversity import plot_strip
 from ..stats.ratings import MOST, Games, Ratings, bradley_terry, cycles, spaced
+
+# %% ../../nbs/views/scoreboard.ipynb #15dd7c08
+def _plot_lines(ax, ratings: Ratings, players: list[str], end: int):
+    "Ratings that do not move, as lines with their names at the end of the curve."
+    for p in players[:MOST]:
+        ax.axhline(ratings[p], ls=":", color="0.45")
+        ax.annotate(p, (end, ratings[p]), fontsize=8, ha="right", va="bottom")
 
 # %% ../../nbs/views/scoreboard.ipynb #4c611093
 def plot_rating_curve(
@@ -25,13 +30,10 @@ def plot_rating_curve(
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    interval = dict(zip(ratings.players, ratings.intervals.tolist()))
-    x = range(len(order))
+    x, interval = range(len(order)), dict(zip(ratings.players, ratings.intervals.tolist()))
     ax.plot(x, [ratings[p] for p in order], "k-o", ms=4 if len(order) <= MOST else 1)
     ax.fill_between(x, *zip(*[interval[p] for p in order]), color="0.85", label="95 % interval")
-    for p in [p for p in ratings.players if p not in set(order)][:MOST]:
-        ax.axhline(ratings[p], ls=":", color="0.45")
-        ax.annotate(p, (len(order) - 1, ratings[p]), fontsize=8, ha="right", va="bottom")
+    _plot_lines(ax, ratings, [p for p in ratings.players if p not in set(order)], len(order) - 1)
     ax.set_xticks(*spaced(order), rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("rating (Elo scale)")
     ax.legend(fontsize=8)
@@ -61,10 +63,10 @@ class Scoreboard:
         unknown = [p for p in self.order if p not in games.players]
         if unknown:
             raise ValueError(f"order names {unknown}, who did not play: expected some of {games.players}.")
-        if self.diversity and len(self.diversity) != len(self.order):
+        n = len(self.diversity)
+        if n not in (0, len(self.order)):
             raise ValueError(
-                f"{len(self.diversity)} records of diversity for {len(self.order)} snapshots: expected one"
-                " for each."
+                f"{n} records of diversity for {len(self.order)} snapshots: expected one for each."
             )
 
     @property
@@ -72,41 +74,34 @@ class Scoreboard:
         "Title to record, in the order of the page."
         parts = {"ratings": self.ratings, "cycles": self.cycles, "games": self.games}
         if self.diversity:
-            parts |= {
-                f"diversity of {self.order[0]}": self.diversity[0],
-                f"diversity of {self.order[-1]}": self.diversity[-1],
-            }
+            parts[f"diversity of {self.order[0]}"] = self.diversity[0]
+            parts[f"diversity of {self.order[-1]}"] = self.diversity[-1]
         return parts | self.records
 
-# %% ../../nbs/views/scoreboard.ipynb #5c5889f9
-@patch
-@printable
-def __repr__(self: Scoreboard):
-    return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in self.sections.items())
+    def plot(self):
+        "Rating curve, payoff heat map and, if there are records of it, diversity; returns the figure."
+        import matplotlib.pyplot as plt
 
+        strip = bool(self.diversity)
+        fig = plt.figure(figsize=(9, 5.6 if strip else 3.4), layout="constrained")
+        top, *bottom = fig.subfigures(2, 1, height_ratios=[3.4, 2.2]) if strip else [fig]
+        left, right = top.subplots(1, 2)
+        plot_rating_curve(self.ratings, self.order, left)
+        self.games.plot(ax=right)
+        if strip:
+            axes = bottom[0].subplots(2, 1, sharex=True)
+            axes = plot_strip(self.diversity, ("self-BLEU", "distinct-2"), axes=axes)
+            axes[-1].set_xticklabels(self.order, fontsize=8)
+        return fig
 
-@patch
-def _repr_html_(self: Scoreboard):
-    body = lambda r: r._repr_html_() if hasattr(r, "_repr_html_") else f"<pre>{escape(repr(r))}</pre>"
-    return "".join(
-        f"<section><h4>{escape(title)}</h4>{body(record)}</section>"
-        for title, record in self.sections.items()
-    )
+    @printable
+    def __repr__(self):
+        return "\n\n".join(f"{title.upper()}\n{record!r}" for title, record in self.sections.items())
 
-# %% ../../nbs/views/scoreboard.ipynb #a5807a9e
-@patch
-def plot(self: Scoreboard):
-    "Rating curve, payoff heat map and, if there are records of it, diversity; returns the figure."
-    import matplotlib.pyplot as plt
+    def _repr_html_(self):
+        def body(record):
+            own = hasattr(record, "_repr_html_")
+            return record._repr_html_() if own else f"<pre>{escape(repr(record))}</pre>"
 
-    strip = bool(self.diversity)
-    fig = plt.figure(figsize=(9, 3.4 + 2.2 * strip), layout="constrained")
-    top, *bottom = fig.subfigures(2, 1, height_ratios=[3.4, 2.2]) if strip else [fig]
-    left, right = top.subplots(1, 2)
-    plot_rating_curve(self.ratings, self.order, left)
-    self.games.plot(ax=right)
-    if strip:
-        plot_strip(self.diversity, ("self-BLEU", "distinct-2"), axes=bottom[0].subplots(2, 1, sharex=True))[
-            -1
-        ].set_xticklabels(self.order, fontsize=8)
-    return fig
+        parts = [f"<h4>{escape(title)}</h4>{body(record)}" for title, record in self.sections.items()]
+        return "".join(f"<section>{part}</section>" for part in parts)

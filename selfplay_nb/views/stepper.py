@@ -12,7 +12,6 @@ from pathlib import Path
 
 # %% ../../nbs/views/stepper.ipynb #bd3ebc90
 import ipywidgets as widgets
-from fastcore.basics import patch
 
 from ..core.checks import escape, printable
 from ..core.pairs import write_whole
@@ -21,34 +20,34 @@ from ..methods.refinement import IterativeRefiner, Trace, Traces, diff_html
 from .widgets import display_live, framed, preformatted
 
 # %% ../../nbs/views/stepper.ipynb #1d1c07a2
+def _dot(x: int, y: float, score: float, name: str, shown: bool) -> str:  # SVG
+    "A point of the curve with its score above and its name below."
+    words = "font-size='11' text-anchor='middle' fill='currentColor'"
+    dot = f"<circle cx='{x}' cy='{y:.0f}' r='3' fill='currentColor'/>"
+    ring = f"<circle cx='{x}' cy='{y:.0f}' r='7' fill='none' stroke='currentColor'/>" if shown else ""
+    texts = f"<text x='{x}' y='{y - 11:.0f}' {words}>{score:.2f}</text>"
+    return dot + ring + texts + f"<text x='{x}' y='92' {words}>{escape(name)}</text>"
+
+# %% ../../nbs/views/stepper.ipynb #b65e1c72
 def score_curve(
     names: list[str],  # of the versions
     scores: list,  # their scores; None where there is none
     at: int = 0,  # the place of the version on show; it has a ring
 ) -> str:  # HTML
     "Scores as a line with their values; for those who do not see it, in its label."
-    if all(s is None for s in scores):
+    known = [(i, name, s) for i, (name, s) in enumerate(zip(names, scores)) if s is not None]
+    if not known:
         return "<p>No scores: the refiner has no reward for this prompt.</p>"
-    low = min(s for s in scores if s is not None)
-    high = max(s for s in scores if s is not None)
-    x = lambda i: 30 + 60 * i
-    y = lambda s: 70 - 40 * (s - low) / (high - low) if high > low else 50
-    dots = [(x(i), y(s), s, name, i == at) for i, (s, name) in enumerate(zip(scores, names)) if s is not None]
-    line = " ".join(f"{a},{b:.0f}" for a, b, *_ in dots)
-    ring = lambda a, b: f"<circle cx='{a}' cy='{b:.0f}' r='7' fill='none' stroke='currentColor'/>"
-    marks = "".join(
-        f"<circle cx='{a}' cy='{b:.0f}' r='3' fill='currentColor'/>"
-        + (ring(a, b) if here else "")
-        + f"<text x='{a}' y='{b - 11:.0f}' font-size='11' text-anchor='middle'"
-        f" fill='currentColor'>{s:.2f}</text>"
-        f"<text x='{a}' y='92' font-size='11' text-anchor='middle' fill='currentColor'>{escape(name)}</text>"
-        for a, b, s, name, here in dots
-    )
-    label = "Score: " + ", ".join(f"{name} {s:.2f}{' (shown)' * here}" for _, _, s, name, here in dots)
-    width = x(len(names))
+    low, high = min(s for *_, s in known), max(s for *_, s in known)
+    height = lambda s: 70 - 40 * (s - low) / (high - low) if high > low else 50
+    dots = "".join(_dot(30 + 60 * i, height(s), s, name, i == at) for i, name, s in known)
+    line = " ".join(f"{30 + 60 * i},{height(s):.0f}" for i, _, s in known)
+    label = "Score: " + ", ".join(f"{name} {s:.2f}{' (shown)' * (i == at)}" for i, name, s in known)
+    width = 30 + 60 * len(names)
     return (
-        f"<svg role='img' aria-label='{escape(label)}' width='{width}' height='100' viewBox='0 0 {width}"
-        f" 100'><polyline points='{line}' fill='none' stroke='currentColor'/>{marks}</svg>"
+        f"<svg role='img' aria-label='{escape(label)}' width='{width}' height='100'"
+        f" viewBox='0 0 {width} 100'>"
+        f"<polyline points='{line}' fill='none' stroke='currentColor'/>{dots}</svg>"
     )
 
 # %% ../../nbs/views/stepper.ipynb #5fb3e62d
@@ -75,346 +74,294 @@ class RefinementStepper(widgets.VBox):
         self.traces = Traces([trace] if trace else [])
         self.made = {}  # files that were saved or loaded here, and what they held then
         self.given = (trace.prompt, trace.columns) if trace else (prompt, columns)
-        wide = widgets.Layout(width="98%")
-        auto = widgets.Layout(width="auto")
-        half = widgets.Layout(width="50%")
+        self.drawing, self.busy, self.handle = False, False, None
+        self._make_controls(max_iterations, path)
+        self._connect()
+        self.show("Loaded." if trace else "Press Generate, or Run for all of it.")
+
+    # the controls
+
+    def _make_controls(self, max_iterations, path):
+        auto, wide = widgets.Layout(width="auto"), widgets.Layout(width="98%")
+        medium, half = widgets.Layout(width="26em"), widgets.Layout(width="50%")
         button = lambda words, tip: widgets.Button(description=words, tooltip=tip, layout=auto)
         self.prompt = widgets.Textarea(prompt_text(self.given[0]), description="Prompt", rows=2, layout=wide)
         self.generate = button("Generate", "A first answer to the prompt")
         self.critique = button("Critique", "Let the critic look at the version on show")
-        self.refine = button(
-            "Refine", "A new version that follows the critique on the right, as it stands there"
-        )
+        self.refine = button("Refine", "A new version that follows the critique on the right")
         self.run = button("Run", "Critique and refine until there is a reason to stop")
+        narrow = widgets.Layout(width="10em")
         self.iterations = widgets.BoundedIntText(
-            max_iterations, min=1, max=20, description="Iterations", layout=widgets.Layout(width="10em")
+            max_iterations, min=1, max=20, description="Iterations", layout=narrow
         )
-        self.status, self.text, self.reason, self.curve = (widgets.HTML() for _ in range(4))
-        self.branch = widgets.Dropdown(description="Branch", layout=widgets.Layout(width="26em"))
+        self.branch = widgets.Dropdown(description="Branch", layout=medium)
         self.play = widgets.Play(interval=1500, min=0, max=1)
         self.slider = widgets.IntSlider(description="Step", min=0, max=1)
-        self.remark = widgets.Textarea(
-            description="Critique",
-            placeholder="press Critique, or write here what to mend",
-            rows=5,
-            layout=wide,
-            style={"description_width": "initial"},
-        )
-        self.file = widgets.Text(str(path), description="File", layout=widgets.Layout(width="26em"))
+        self.remark = widgets.Textarea(description="Critique", rows=5, layout=wide)
+        self.remark.placeholder = "press Critique, or write here what should be corrected"
+        self.remark.style.description_width = "initial"
+        self.file = widgets.Text(str(path), description="File", layout=medium)
         self.save = button("Save", "Write the trace, and its training rows beside it")
         self.load = button("Load", "Show the trace in the file")
+        self.status, self.text, self.reason, self.curve = (widgets.HTML() for _ in range(4))
+        left = widgets.VBox([self.text, self.curve], layout=half)
+        right = widgets.VBox([self.reason, self.remark], layout=half)
         self.children = [
             self.prompt,
             widgets.HBox([self.generate, self.critique, self.refine, self.run, self.iterations]),
             self.status,
             widgets.HBox([self.branch, self.play, self.slider]),
-            widgets.HBox(
-                [
-                    widgets.VBox([self.text, self.curve], layout=half),
-                    widgets.VBox([self.reason, self.remark], layout=half),
-                ]
-            ),
+            widgets.HBox([left, right]),
             widgets.HBox([self.file, self.save, self.load]),
         ]
-        self._connect()
-        self.show("Loaded." if trace else "Press Generate, or Run for all of it.")
 
-# %% ../../nbs/views/stepper.ipynb #dc764c04
-@patch
-def _connect(self: RefinementStepper):
-    self.drawing, self.busy, self.handle = False, False, None
-    widgets.link((self.play, "value"), (self.slider, "value"))
-    for b, words, do, moves in [
-        (self.generate, "generating", self._generate, True),
-        (self.critique, "criticising", self._critique, True),
-        (self.refine, "refining", self._refine, True),
-        (self.run, "running", self._run, True),
-        (self.save, "saving", self._save, False),
-        (self.load, "loading", self._load, True),
-    ]:
-        b.on_click(lambda b, words=words, do=do, moves=moves: self._work(b, words, do, moves))
-    self.slider.observe(lambda _: self.show(), "value")
-    self.branch.observe(lambda _: self.show(), "value")
-    self.remark.observe(lambda _: self.drawing or self._enable(), "value")
+    def _connect(self):
+        widgets.link((self.play, "value"), (self.slider, "value"))
+        for button, words, do, moves in [
+            (self.generate, "generating", self._generate, True),
+            (self.critique, "criticising", self._critique, True),
+            (self.refine, "refining", self._refine, True),
+            (self.run, "running", self._run, True),
+            (self.save, "saving", self._save, False),
+            (self.load, "loading", self._load, True),
+        ]:
+            button.on_click(lambda b, words=words, do=do, moves=moves: self._work(b, words, do, moves))
+        self.slider.observe(lambda _: self.show(), "value")
+        self.branch.observe(lambda _: self.show(), "value")
+        self.remark.observe(lambda _: self.drawing or self._enable(), "value")
 
-# %% ../../nbs/views/stepper.ipynb #39326b8d
-@patch(as_prop=True)
-def _inputs(self: RefinementStepper):
-    return [
-        self.prompt,
-        self.generate,
-        self.critique,
-        self.refine,
-        self.run,
-        self.iterations,
-        self.branch,
-        self.play,
-        self.slider,
-        self.remark,
-        self.file,
-        self.save,
-        self.load,
-    ]
+    @property
+    def _inputs(self):
+        buttons = [self.generate, self.critique, self.refine, self.run]
+        steps = [self.iterations, self.branch, self.play, self.slider]
+        return [self.prompt, *buttons, *steps, self.remark, self.file, self.save, self.load]
 
-# %% ../../nbs/views/stepper.ipynb #77e51cf8
-@patch(as_prop=True)
-def shown(self: RefinementStepper) -> int:
-    "Number of the version on show; raises `ValueError` if there is none."
-    if not self.trace:
-        raise ValueError("nothing is generated yet: press Generate.")
-    return self._line[min(self.slider.value, len(self._line) - 1)]
+    # what is on show
 
+    @property
+    def _line(self) -> list[int]:
+        "The versions of the branch on show."
+        return self.trace.branches[self.branch.value or 0]
 
-@patch(as_prop=True)
-def _line(self: RefinementStepper) -> list[int]:
-    return self.trace.branches[self.branch.value or 0]
+    @property
+    def shown(self) -> int:
+        "Number of the version on show; raises `ValueError` if there is none."
+        if not self.trace:
+            raise ValueError("nothing is generated yet: press Generate.")
+        return self._line[min(self.slider.value, len(self._line) - 1)]
 
-# %% ../../nbs/views/stepper.ipynb #d68addd2
-@patch
-def _critique_of(self: RefinementStepper, i: int) -> str:
-    """The critique of version `i`: the one that waits, else the one that led on along the branch, else the
-    last.
-    """
-    t, after = self.trace, dict(zip(self._line, self._line[1:]))
-    if t.pending and t.pending.source == i:
-        return t.pending.critique
-    if i in after:
-        return t.step_to(after[i]).critique
-    return next((s.critique for s in reversed(t.steps) if s.source == i), "")
+    def _critique_of(self, i: int) -> str:
+        "The critique of `i`: the one that waits, else the one that led on along the branch, else the last."
+        t, after = self.trace, dict(zip(self._line, self._line[1:]))
+        if t.pending and t.pending.source == i:
+            return t.pending.critique
+        if i in after:
+            return t.step_to(after[i]).critique
+        return next((s.critique for s in reversed(t.steps) if s.source == i), "")
 
-# %% ../../nbs/views/stepper.ipynb #0d0aaa09
-@patch
-def show(
-    self: RefinementStepper,
-    message: str | None = None,  # what just happened; None leaves the last message
-    at: int | None = None,  # the version to show; by default the place that the controls say
-):
-    "Draw the trace as it is now."
-    if self.drawing:
-        return
-    self.drawing = True
-    try:
-        if message is not None:
-            outcome = f" {self.trace.outcome}." if self.trace else ""
-            self.status.value = f"<p role='status'>{escape(message + outcome)}</p>"
-        if self.trace:
-            self._draw(at)
+    # drawing
+
+    def show(
+        self,
+        message: str | None = None,  # what just happened; None leaves the last message
+        at: int | None = None,  # the version to show; by default the place that the controls say
+    ):
+        "Draw the trace as it is now."
+        if self.drawing:
+            return
+        self.drawing = True
+        try:
+            if message is not None:
+                outcome = f" {self.trace.outcome}." if self.trace else ""
+                self._say(message + outcome)
+            if self.trace:
+                self._go_to(at)
+                self._draw()
+            self._enable()
+        finally:
+            self.drawing = False
+
+    def _go_to(self, at):
+        "Set branch and slider to version `at`, or keep them where they are."
+        branches, old = self.trace.branches, self.branch.value or 0
+        if at is None:
+            here = min(old, len(branches) - 1)
+            place = min(self.slider.value, len(branches[here]) - 1)
+        else:
+            stays = old < len(branches) and at in branches[old]
+            here = old if stays else max(k for k, line in enumerate(branches) if at in line)
+            place = branches[here].index(at)
+        self.branch.options = [(" → ".join(f"v{i}" for i in line), k) for k, line in enumerate(branches)]
+        self.branch.value = here
+        self.slider.max = self.play.max = max(1, len(branches[here]) - 1)
+        self.slider.value = place
+
+    def _draw(self):
+        "Text, critiques and curve of the version on show."
+        t, i, line = self.trace, self.shown, self._line
+        version, step = t.versions[i], t.step_to(i)
+        if step:
+            difference = diff_html(t.versions[version.parent].text, version.text)
+            legend = "<p><del>struck</del>: left out, <ins><b>underlined</b></ins>: new</p>"
+            self.text.value = framed(difference, t.about(i)) + legend
+            self.reason.value = preformatted(step.critique, f"Critique that led to v{i}, by {step.by}")
+        else:
+            self.text.value = preformatted(version.text, t.about(i))
+            self.reason.value = "<p>The first version: no critique led to it.</p>"
+        self.remark.description = f"Critique of v{i}"
+        self.remark.value = self._critique_of(i)
+        scores = [t.versions[k].score for k in line]
+        self.curve.value = score_curve([f"v{k}" for k in line], scores, line.index(i))
+
+    def _enable(self):
+        "What can be done now can be clicked; nothing, while it works."
+        t = self.trace
+        some = t is not None and bool(t.versions[self.shown].text.strip())
+        one = t is None or len(self._line) < 2
+        off = {
+            self.critique: not some,
+            self.refine: not (some and self.remark.value.strip()),
+            self.remark: not some,
+            self.save: t is None,
+            self.branch: t is None or len(t.branches) < 2,
+            self.slider: one,
+            self.play: one,
+        }
+        for c in self._inputs:
+            c.disabled = self.busy or off.get(c, False)
+
+    def _say(self, message: str):
+        self.status.value = f"<p role='status'>{escape(message)}</p>"
+
+    # work
+
+    def _work(self, button, words, do, moves):
+        "Run `do(progress)`, which returns a message; show how it goes and how it ended."
+        self.busy = True
         self._enable()
-    finally:
-        self.drawing = False
+        self._say(f"Working: {words} …")
+        start, seen = time.perf_counter(), dict(tokens=0, at=0.0)
 
-# %% ../../nbs/views/stepper.ipynb #473b23a1
-@patch
-def _draw(self: RefinementStepper, at):
-    t, lines, old = self.trace, self.trace.branches, self.branch.value or 0
-    if at is not None:
-        here = (
-            old
-            if old < len(lines) and at in lines[old]
-            else max(k for k, line in enumerate(lines) if at in line)
-        )
-    else:
-        here = min(old, len(lines) - 1)
-    line = lines[here]
-    place = line.index(at) if at is not None else min(self.slider.value, len(line) - 1)
-    self.branch.options = [(" → ".join(f"v{i}" for i in branch), k) for k, branch in enumerate(lines)]
-    self.branch.value = here
-    self.slider.max = max(1, len(line) - 1)
-    self.play.max = max(1, len(line) - 1)
-    self.slider.value = place
-    i = line[place]
-    v = t.versions[i]
-    step = t.step_to(i)
-    body = preformatted(v.text, t.about(i))
-    if step:
-        body = framed(diff_html(t.versions[v.parent].text, v.text), t.about(i))
-        body += "<p><del>struck</del>: left out, <ins><b>underlined</b></ins>: new</p>"
-    self.text.value = body
-    self.reason.value = (
-        preformatted(step.critique, f"Critique that led to v{i}, by {step.by}")
-        if step
-        else "<p>The first version: no critique led to it.</p>"
-    )
-    self.remark.description = f"Critique of v{i}"
-    self.remark.value = self._critique_of(i)
-    self.curve.value = score_curve([f"v{k}" for k in line], [t.versions[k].score for k in line], place)
+        def progress(finished, tokens):
+            seen["tokens"] += tokens
+            now = time.perf_counter() - start
+            if now - seen["at"] > 0.3:
+                seen["at"] = now
+                self._say(f"Working: {words} … {seen['tokens']} tokens, {now:.0f} s")
 
-# %% ../../nbs/views/stepper.ipynb #76f1d266
-@patch
-def _enable(self: RefinementStepper):
-    "What can be done now can be clicked; nothing, while it works."
-    t = self.trace
-    some = t is not None and bool(t.versions[self.shown].text.strip())
-    off = {
-        self.critique: not some,
-        self.refine: not (some and self.remark.value.strip()),
-        self.remark: not some,
-        self.save: t is None,
-        self.branch: t is None or len(t.branches) < 2,
-    } | dict.fromkeys([self.slider, self.play], t is None or len(self._line) < 2)
-    for c in self._inputs:
-        c.disabled = self.busy or off.get(c, False)
+        def end(message):
+            self.busy = False
+            self.show(message, self.trace.tip if self.trace and moves else None)
 
-# %% ../../nbs/views/stepper.ipynb #6cdb1573
-@patch
-def _say(self: RefinementStepper, message):
-    self.status.value = f"<p role='status'>{escape(message)}</p>"
+        try:
+            message = do(progress)
+            end(f"{message} ({time.perf_counter() - start:.1f} s)")
+        except KeyboardInterrupt:
+            end(f"Interrupted while {words}; what was finished is kept.")
+        except Exception as e:
+            end("")
+            what = f"<b>Error while {words}</b>: {escape(type(e).__name__)}: {escape(str(e))}"
+            where = f"<summary>Where it happened</summary>{preformatted(traceback.format_exc())}"
+            self.status.value = f"<p role='alert'>{what}</p><details>{where}</details>"
+        self._keep()
+        if hasattr(button, "focus"):  # ipywidgets 8: switching a button off took the focus away
+            (self.critique if button.disabled else button).focus()
 
-# %% ../../nbs/views/stepper.ipynb #4eb95d70
-@patch
-def _work(self: RefinementStepper, button, words, do, moves):
-    "Run `do(progress)`, which returns a message; show how it goes, how it ended and, if it `moves`, where."
-    self.busy = True
-    self._enable()
-    start, seen = time.perf_counter(), dict(tokens=0, at=0.0)
+    def _generate(self, progress):
+        prompt, columns = self.given
+        if self.prompt.value == prompt_text(prompt):
+            self.trace = self.refiner.begin(prompt, self.seed, True, progress, **columns)
+            message = "Generated."
+        else:
+            self.trace = self.refiner.begin(self.prompt.value, self.seed, not columns, progress)
+            note = f"; another prompt, so {', '.join(columns)} does not apply and nothing is scored"
+            message = f"Generated{note if columns else ''}."
+        self.traces.append(self.trace)
+        return message
 
-    def progress(finished, tokens):
-        seen["tokens"] += tokens
-        now = time.perf_counter() - start
-        if now - seen["at"] > 0.3:
-            seen["at"] = now
-            self._say(f"Working: {words} … {seen['tokens']} tokens, {now:.0f} s")
+    def _critique(self, progress):
+        self.refiner.critique(self.trace, self.shown, progress)
+        return "Criticised."
 
-    def end(message):
-        self.busy = False
-        self.show(message, self.trace.tip if self.trace and moves else None)
+    def _refine(self, progress):
+        t, i, text = self.trace, self.shown, self.remark.value
+        waits = t.pending and t.pending.source == i and t.pending.critique == text
+        if not waits:
+            said_by = (s.by for s in t.steps if s.source == i and s.critique == text)
+            t.criticise(text, i, next(said_by, "person"))
+        n = len(t.versions)
+        self.refiner.improve(t, progress)
+        if len(t.versions) > n:
+            return "Refined."
+        old = t.steps[-1].target
+        return "Refined: nothing new came of it" + (f", it is v{old} again." if old is not None else ".")
 
-    self._say(f"Working: {words} …")
-    try:
-        message = do(progress)
-        end(f"{message} ({time.perf_counter() - start:.1f} s)")
-    except KeyboardInterrupt:
-        end(f"Interrupted while {words}; what was finished is kept.")
-    except Exception as e:
-        end("")
-        self.status.value = (
-            f"<p role='alert'><b>Error while {words}</b>: {escape(type(e).__name__)}: {escape(str(e))}</p>"
-            f"<details><summary>Where it happened</summary>{preformatted(traceback.format_exc())}</details>"
-        )
-    self._keep()
-    # ipywidgets 8: to be off took the focus away
-    if hasattr(button, "focus"):
-        (self.critique if button.disabled else button).focus()
+    def _run(self, progress):
+        n, said = self.iterations.value, "Ran."
+        if not self.trace or self.prompt.value != prompt_text(self.trace.prompt):
+            said = f"{self._generate(progress)} Ran."
+            self.show(at=0)
+        elif self.remark.value.strip() and self.remark.value != self._critique_of(self.shown):
+            self._refine(progress)  # the critique was edited
+            n -= 1
+        elif self.trace.tip != self._line[-1]:
+            self.refiner.critique(self.trace, self._line[-1], progress)
+        for t in self.refiner.go_on(self.trace, n, progress):
+            self.show(at=t.tip)
+        return said
 
-# %% ../../nbs/views/stepper.ipynb #85e66f3a
-@patch
-def _generate(self: RefinementStepper, progress):
-    prompt, columns = self.given
-    same = self.prompt.value == prompt_text(prompt)
-    judged = same or not columns
-    self.trace = self.refiner.begin(
-        prompt if same else self.prompt.value, self.seed, judged, progress, **(columns if same else {})
-    )
-    self.traces.append(self.trace)
-    return (
-        "Generated."
-        if judged
-        else f"Generated; another prompt, so {', '.join(columns)} does not apply and nothing is scored."
-    )
+    # files
 
-# %% ../../nbs/views/stepper.ipynb #5cd74a30
-@patch
-def _critique(self: RefinementStepper, progress):
-    self.refiner.critique(self.trace, self.shown, progress)
-    return "Criticised."
+    @property
+    def _path(self) -> Path:
+        name = self.file.value.strip()
+        if not name:
+            raise ValueError("no file is named: expected a path such as runs/refinement.json.")
+        return Path(name if name.endswith(".json") else name + ".json")
 
-# %% ../../nbs/views/stepper.ipynb #4cf8bd92
-@patch
-def _refine(self: RefinementStepper, progress):
-    t, i, text = self.trace, self.shown, self.remark.value
-    if not (t.pending and t.pending.source == i and t.pending.critique == text):
-        t.criticise(text, i, next((s.by for s in t.steps if s.source == i and s.critique == text), "person"))
-    n = len(t.versions)
-    self.refiner.improve(t, progress)
-    if len(t.versions) > n:
-        return "Refined."
-    old = t.steps[-1].target
-    return "Refined: nothing new came of it" + (f", it is v{old} again." if old is not None else ".")
+    def _save(self, progress):
+        path = self._path
+        rows = Traces([self.trace]).data_files(path.with_suffix(""), self.refiner)
+        files = {path: self.trace.to_json(), **rows}
+        for file in files:
+            if file.exists() and self.made.get(file.resolve()) != file.read_text(encoding="utf-8"):
+                raise ValueError(
+                    f"{file} is there already and was not made here, or was changed since: "
+                    "nothing was written. Give another name, or load a trace before it is saved again."
+                )
+        for file, text in files.items():
+            write_whole(file, text)
+            self.made[file.resolve()] = file.read_text(encoding="utf-8")
+        counts = {file.name: text.count("\n") for file, text in rows.items()}
+        told = ", ".join(f"{name} ({n} row{'s' * (n != 1)})" for name, n in counts.items())
+        return f"Saved {path.name}, {told}."
 
-# %% ../../nbs/views/stepper.ipynb #b94b1b22
-@patch
-def _run(self: RefinementStepper, progress):
-    said, n = [], self.iterations.value
-    if not self.trace or self.prompt.value != prompt_text(self.trace.prompt):
-        said.append(self._generate(progress))
-        self.show(at=0)
-    # it was edited
-    elif self.remark.value.strip() and self.remark.value != self._critique_of(self.shown):
-        self._refine(progress)
-        n -= 1
-    elif self.trace.tip != self._line[-1]:
-        self.refiner.critique(self.trace, self._line[-1], progress)
-    for t in self.refiner.go_on(self.trace, n, progress):
-        self.show(at=t.tip)
-    return " ".join([*said, "Ran."])
+    def _load(self, progress):
+        path = self._path
+        trace = Trace.load(path)
+        if not trace.versions:
+            raise ValueError(f"{path}: a trace without an answer.")
+        self.trace, self.given = trace, (trace.prompt, trace.columns)
+        self.traces.append(trace)
+        rows = Traces([trace]).data_files(path.with_suffix(""), self.refiner)
+        mine = {path: path.read_text(encoding="utf-8"), **rows}
+        self.made |= {file.resolve(): text for file, text in mine.items()}
+        self.prompt.value = prompt_text(trace.prompt)
+        return f"Loaded {path.name}."
 
-# %% ../../nbs/views/stepper.ipynb #58a934b8
-@patch(as_prop=True)
-def _path(self: RefinementStepper) -> Path:
-    name = self.file.value.strip()
-    if not name:
-        raise ValueError("no file is named: expected a path such as runs/refinement.json.")
-    return Path(name if name.endswith(".json") else name + ".json")
+    # what stays in the notebook
 
-# %% ../../nbs/views/stepper.ipynb #7ca545df
-@patch
-def _save(self: RefinementStepper, progress):
-    path, traces = self._path, Traces([self.trace])
-    files = {path: self.trace.to_json(), **traces.data_files(path.with_suffix(""), self.refiner)}
-    for file in files:
-        if file.exists() and self.made.get(file.resolve()) != file.read_text(encoding="utf-8"):
-            raise ValueError(
-                f"{file} is there already and was not made here, or was changed since: nothing was written. "
-                "Give another name, or load a trace before it is saved again."
-            )
-    for file, text in files.items():
-        write_whole(file, text)
-        self.made[file.resolve()] = file.read_text(encoding="utf-8")
-    rows = {file.name: text.count("\n") for file, text in files.items() if file != path}
-    return (
-        f"Saved {path.name}, "
-        + ", ".join(f"{name} ({n} row{'s' * (n != 1)})" for name, n in rows.items())
-        + "."
-    )
+    def _still(self) -> dict:
+        html = self.trace._repr_html_() if self.trace else "<p>Nothing generated yet.</p>"
+        return {"text/plain": repr(self), "text/html": html}
 
-# %% ../../nbs/views/stepper.ipynb #58e4eeb5
-@patch
-def _load(self: RefinementStepper, progress):
-    path = self._path
-    trace = Trace.load(path)
-    if not trace.versions:
-        raise ValueError(f"{path}: a trace without an answer.")
-    self.trace, self.given = trace, (trace.prompt, trace.columns)
-    self.traces.append(trace)
-    mine = {
-        path: path.read_text(encoding="utf-8"),
-        **Traces([trace]).data_files(path.with_suffix(""), self.refiner),
-    }
-    self.made |= {file.resolve(): text for file, text in mine.items()}
-    self.prompt.value = prompt_text(trace.prompt)
-    return f"Loaded {path.name}."
+    def _keep(self):
+        if self.handle:
+            self.handle.update(self._still(), raw=True)
 
-# %% ../../nbs/views/stepper.ipynb #002670f7
-@patch
-def _still(self: RefinementStepper) -> dict:
-    return {
-        "text/plain": repr(self),
-        "text/html": self.trace._repr_html_() if self.trace else "<p>Nothing generated yet.</p>",
-    }
+    def _ipython_display_(self, **kwargs):
+        self.handle = display_live(self)
 
-
-@patch
-def _ipython_display_(self: RefinementStepper, **kwargs):
-    self.handle = display_live(self)
-
-# %% ../../nbs/views/stepper.ipynb #4343b989
-@patch
-def _keep(self: RefinementStepper):
-    if self.handle:
-        self.handle.update(self._still(), raw=True)
-
-
-@patch
-@printable
-def __repr__(self: RefinementStepper):
-    return repr(self.trace) if self.trace else "RefinementStepper: nothing generated yet"
+    @printable
+    def __repr__(self):
+        return repr(self.trace) if self.trace else "RefinementStepper: nothing generated yet"

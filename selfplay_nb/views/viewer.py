@@ -9,13 +9,29 @@ __all__ = ['board_svg', 'board_html', 'GameViewer', 'PlaySeat']
 import traceback
 
 import ipywidgets as widgets
-from fastcore.basics import patch
 
 from ..core.checks import escape, printable
-from ..games.play import LiveGame, Played, Transcript, ask, find_move, replay, stream
 from ..core.players import name_of, prompt_text
+from ..games.play import LiveGame, Played, Transcript, ask, find_move, replay, stream
 from .stepper import score_curve
 from .widgets import display_live, preformatted
+
+# %% ../../nbs/views/viewer.ipynb #d83df38e
+def _field(row: int, column: int, mark: str, size: int, new: bool) -> str:  # SVG
+    "A field of a board with what stands in it; a new mark has a dashed frame."
+    x, y, d = column * size + size / 2, row * size + size / 2, size * 0.3
+    line = "fill='none' stroke='currentColor'"
+    frame = lambda gap, style: (
+        f"<rect x='{column * size + gap}' y='{row * size + gap}' width='{size - 2 * gap}'"
+        f" height='{size - 2 * gap}' {line} {style}/>"
+    )
+    out = frame(0, "stroke-width='.5'")
+    if mark == "x":
+        strokes = f"M{x - d} {y - d}L{x + d} {y + d}M{x + d} {y - d}L{x - d} {y + d}"
+        out += f"<path d='{strokes}' {line} stroke-width='3'/>"
+    if mark == "o":
+        out += f"<circle cx='{x}' cy='{y}' r='{d}' {line} stroke-width='3'/>"
+    return out + (frame(3, "stroke-dasharray='3'") if new else "")
 
 # %% ../../nbs/views/viewer.ipynb #d3e58c09
 def board_svg(
@@ -24,36 +40,15 @@ def board_svg(
     size: int = 36,  # of a field, in pixels
 ) -> str:  # HTML
     "A board as SVG in the colour of the text."
-    w, h, k = len(grid[0]), len(grid), size
-
-    def mark(r, c, m):
-        x, y, d = c * k + k / 2, r * k + k / 2, k * 0.3
-        out = (
-            f"<rect x='{c * k}' y='{r * k}' width='{k}' height='{k}' fill='none' stroke='currentColor'"
-            " stroke-width='.5'/>"
-        )
-        if m == "x":
-            out += (
-                f"<path d='M{x - d} {y - d}L{x + d} {y + d}M{x + d} {y - d}L{x - d} {y + d}' "
-                f"stroke='currentColor'"
-                " stroke-width='3'/>"
-            )
-        if m == "o":
-            out += f"<circle cx='{x}' cy='{y}' r='{d}' fill='none' stroke='currentColor' stroke-width='3'/>"
-        if before and before[r][c] != m:
-            out += (
-                f"<rect x='{c * k + 3}' y='{r * k + 3}' width='{k - 6}' height='{k - 6}' fill='none'"
-                " stroke='currentColor' stroke-dasharray='3'/>"
-            )
-        return out
-
-    cells = "".join(mark(r, c, m) for r, row in enumerate(grid) for c, m in enumerate(row))
+    fields = [
+        _field(r, c, mark, size, bool(before) and before[r][c] != mark)
+        for r, row in enumerate(grid)
+        for c, mark in enumerate(row)
+    ]
+    w, h = len(grid[0]) * size + 2, len(grid) * size + 2
     label = escape(f"Board: {' / '.join(grid)}")
-    return (
-        f"<svg role='img' aria-label='{label}' width='{w * k + 2}' height='{h * k + 2}' viewBox='-1 -1 "
-        f"{w * k + 2}"
-        f" {h * k + 2}'>{cells}</svg>"
-    )
+    box = f"width='{w}' height='{h}' viewBox='-1 -1 {w} {h}'"
+    return f"<svg role='img' aria-label='{label}' {box}>{''.join(fields)}</svg>"
 
 # %% ../../nbs/views/viewer.ipynb #9d4bcd23
 def board_html(state, before=None) -> str:
@@ -62,6 +57,10 @@ def board_html(state, before=None) -> str:
     return board_svg(grid, getattr(before, "grid", None)) if grid else preformatted(str(state), "Position")
 
 # %% ../../nbs/views/viewer.ipynb #9326c267
+def _button(words: str, tip: str) -> widgets.Button:
+    return widgets.Button(description=words, tooltip=tip, layout=widgets.Layout(width="auto"))
+
+# %% ../../nbs/views/viewer.ipynb #4f636ab3
 class GameViewer(widgets.VBox):
     "A live view of games that were played: board, prompt, answer, verdict, value of the position."
 
@@ -78,24 +77,23 @@ class GameViewer(widgets.VBox):
         self.played = played
         self.game = game
         self.drawing = False
-        n = len(self.transcripts)
-        wide = widgets.Layout(width="36em")
+        self.handle = None
+        self._make_controls()
+        self.show_game()
+
+    def _make_controls(self):
+        n, wide = len(self.transcripts), widgets.Layout(width="36em")
         self.number = widgets.IntSlider(1, 1, max(2, n), description="Game", layout=wide, disabled=n == 1)
         self.step = widgets.IntSlider(0, 0, 1, description="Turn", layout=wide)
         self.play = widgets.Play(interval=1200, min=0, max=1)
-        button = lambda words, tip: widgets.Button(
-            description=words, tooltip=tip, layout=widgets.Layout(width="auto")
-        )
-        self.first = button("First", "The start of the game")
-        self.previous = button("Previous", "One turn back")
-        self.next = button("Next", "One turn on")
-        self.last = button("Last", "The end of the game")
-        self.title, self.board, self.verdict, self.curve, self.prompt, self.answer = (
-            widgets.HTML() for _ in range(6)
-        )
+        self.first = _button("First", "The start of the game")
+        self.previous = _button("Previous", "One turn back")
+        self.next = _button("Next", "One turn on")
+        self.last = _button("Last", "The end of the game")
+        self.title, self.board, self.verdict = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.prompt, self.answer, self.curve = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.left = widgets.VBox([self.board], layout=widgets.Layout(margin="0 2em 0 0"))
-        self.right = widgets.VBox([self.verdict, self.prompt, self.answer])
-        self.right.layout.flex, self.handle = "1", None
+        self.right = widgets.VBox([self.verdict, self.prompt, self.answer], layout=widgets.Layout(flex="1"))
         self.children = [
             self.number,
             widgets.HBox([self.play, self.step]),
@@ -105,121 +103,97 @@ class GameViewer(widgets.VBox):
             self.curve,
         ]
         widgets.link((self.play, "value"), (self.step, "value"))
-        here = lambda: self.step.value
-        for b, to in (
-            (self.first, lambda: 0),
-            (self.previous, lambda: here() - 1),
-            (self.next, lambda: here() + 1),
-            (self.last, lambda: self.step.max),
-        ):
-            b.on_click(lambda _, to=to: setattr(self.step, "value", min(self.step.max, max(0, to()))))
+        self.first.on_click(lambda _: self._go_to(0))
+        self.previous.on_click(lambda _: self._go_to(self.step.value - 1))
+        self.next.on_click(lambda _: self._go_to(self.step.value + 1))
+        self.last.on_click(lambda _: self._go_to(self.step.max))
         self.number.observe(lambda _: self.show_game(), "value")
         self.step.observe(lambda _: self.show(), "value")
-        self.show_game()
 
-# %% ../../nbs/views/viewer.ipynb #4de866ef
-@patch(as_prop=True)
-def transcript(self: GameViewer) -> Transcript:
-    return self.transcripts[min(self.number.value, len(self.transcripts)) - 1]
+    def _go_to(self, turn: int):
+        self.step.value = min(self.step.max, max(0, turn))
 
-# %% ../../nbs/views/viewer.ipynb #14e8b506
-@patch
-def show_game(self: GameViewer):
-    "Show the game on the slider from its start."
-    self.states, self.trouble, n = None, "", len(self.transcript.turns)
-    if self.game is not None:
+    @property
+    def transcript(self) -> Transcript:
+        return self.transcripts[min(self.number.value, len(self.transcripts)) - 1]
+
+    def show_game(self):
+        "Show the game on the slider from its start."
+        self.states, self.trouble = None, ""
+        if self.game is not None:
+            try:
+                self.states = replay(self.game, self.transcript)
+            except Exception as e:
+                why = f"{escape(type(e).__name__)}: {escape(str(e))}"
+                self.trouble = f"<p role='alert'><b>No board</b>: {why}</p>"
+        self.drawing = True
         try:
-            self.states = replay(self.game, self.transcript)
-        except Exception as e:
-            self.trouble = (
-                f"<p role='alert'><b>No board</b>: {escape(type(e).__name__)}: {escape(str(e))}</p>"
-            )
-    self.drawing = True
-    try:
-        self.step.value = 0
-        self.step.max = self.play.max = max(1, n)
-    finally:
-        self.drawing = False
-    self.show()
-    if self.handle:
-        self.handle.update(self._still(), raw=True)
+            self.step.value = 0
+            self.step.max = self.play.max = max(1, len(self.transcript.turns))
+        finally:
+            self.drawing = False
+        self.show()
+        if self.handle:
+            self.handle.update(self._still(), raw=True)
 
-# %% ../../nbs/views/viewer.ipynb #493ddb46
-@patch
-def show(self: GameViewer):
-    "Draw the turn on the slider."
-    if self.drawing:
-        return
-    t, k = self.transcript, min(self.step.value, len(self.transcript.turns))
-    turn = t.turns[k] if k < len(t.turns) else None
-    seats = ", ".join(f"seat {s}: {p}" for s, p in enumerate(t.players))
-    self.title.value = (
-        f"<p role='status'>{escape(t.game)}, game {t.number} ({escape(seats)}):"
-        f" {escape(t.result)}.</p>{self.trouble}"
-    )
-    if self.states:
-        self.board.value = board_html(self.states[k], self.states[k - 1] if k else None)
-    else:
-        self.board.value = preformatted(t.end, "Last position") if turn is None else ""
-    self.curve.value = self._values(k)
-    if turn is None:
-        self.verdict.value = f"<p><b>The end</b>: {escape(t.result)}.</p>"
-        self.prompt.value = ""
-        self.answer.value = ""
-    else:
-        made = (
-            f"legal, plays {turn.move}"
-            if turn.legal
-            else f"ILLEGAL: {turn.reason}" + (f"; {turn.move} was played at random" if turn.move else "")
-        )
-        made += ", the answer was cut off" * turn.truncated
-        self.verdict.value = (
-            f"<p><b>Turn {k}</b>, {escape(t.players[turn.seat])} (seat {turn.seat}): {escape(made)}.</p>"
-        )
-        self.prompt.value = preformatted(prompt_text(turn.prompt), "Prompt")
-        self.answer.value = preformatted(turn.answer, "Answer")
-    for b, off in (
-        (self.first, k == 0),
-        (self.previous, k == 0),
-        (self.next, turn is None),
-        (self.last, turn is None),
-    ):
-        b.disabled = off
+    def show(self):
+        "Draw the turn on the slider."
+        if self.drawing:
+            return
+        t, k = self.transcript, min(self.step.value, len(self.transcript.turns))
+        turn = t.turns[k] if k < len(t.turns) else None
+        seats = ", ".join(f"seat {s}: {p}" for s, p in enumerate(t.players))
+        title = f"{t.game}, game {t.number} ({seats}): {t.result}."
+        self.title.value = f"<p role='status'>{escape(title)}</p>{self.trouble}"
+        if self.states:
+            self.board.value = board_html(self.states[k], self.states[k - 1] if k else None)
+        else:
+            self.board.value = preformatted(t.end, "Last position") if turn is None else ""
+        self.curve.value = self._values(k)
+        if turn is None:
+            self.verdict.value = f"<p><b>The end</b>: {escape(t.result)}.</p>"
+            self.prompt.value = self.answer.value = ""
+        else:
+            who = f"{t.players[turn.seat]} (seat {turn.seat})"
+            self.verdict.value = f"<p><b>Turn {k}</b>, {escape(who)}: {escape(self._made(turn))}.</p>"
+            self.prompt.value = preformatted(prompt_text(turn.prompt), "Prompt")
+            self.answer.value = preformatted(turn.answer, "Answer")
+        self.first.disabled = self.previous.disabled = k == 0
+        self.next.disabled = self.last.disabled = turn is None
 
-# %% ../../nbs/views/viewer.ipynb #f2286a5b
-@patch
-def _values(self: GameViewer, k: int) -> str:
-    t = self.transcript
-    values = [u.value for u in t.turns]
-    if not values or all(v is None for v in values):
-        return "<p>No exact values: the game is too large, or something is hidden or left to chance.</p>"
-    if t.forfeit is None:
-        values.append(t.outcome[0] if t.outcome else None)  # after the last move
-    low = max(0, min(k, len(values) - 6) - 5)
-    here = min(k, len(values) - 1)
-    shown = slice(low, low + 12)
-    return f"<p>Value for seat 0, {escape(t.players[0])} (1 won, 0.5 drawn, 0 lost)</p>" + score_curve(
-        [f"turn {i}" if i < len(t.turns) else "end" for i in range(len(values))][shown],
-        values[shown],
-        here - low,
-    )
+    def _made(self, turn) -> str:
+        "What was made of an answer."
+        if turn.legal:
+            made = f"legal, plays {turn.move}"
+        else:
+            made = f"ILLEGAL: {turn.reason}" + (f"; {turn.move} was played at random" if turn.move else "")
+        return made + ", the answer was cut off" * turn.truncated
 
-# %% ../../nbs/views/viewer.ipynb #b8c8a018
-@patch
-def _still(self: GameViewer) -> dict:
-    table = self.played._repr_html_() if isinstance(self.played, Played) else ""
-    return {"text/plain": repr(self), "text/html": table + self.transcript._repr_html_()}
+    def _values(self, k: int) -> str:
+        "The curve of the values around turn `k`, twelve at most."
+        t = self.transcript
+        values = [u.value for u in t.turns]
+        if not values or all(v is None for v in values):
+            return "<p>No exact values: the game is too large, or something is hidden or left to chance.</p>"
+        if t.forfeit is None:
+            values.append(t.outcome[0] if t.outcome else None)  # after the last move
+        names = [f"turn {i}" if i < len(t.turns) else "end" for i in range(len(values))]
+        low = max(0, min(k, len(values) - 6) - 5)
+        here = min(k, len(values) - 1)
+        curve = score_curve(names[low : low + 12], values[low : low + 12], here - low)
+        return f"<p>Value for seat 0, {escape(t.players[0])} (1 won, 0.5 drawn, 0 lost)</p>{curve}"
 
+    def _still(self) -> dict:
+        "What stays in a saved notebook, where no kernel runs: the result and the game on show, as tables."
+        table = self.played._repr_html_() if isinstance(self.played, Played) else ""
+        return {"text/plain": repr(self), "text/html": table + self.transcript._repr_html_()}
 
-@patch
-@printable
-def __repr__(self: GameViewer):
-    return repr(self.transcript)
+    def _ipython_display_(self, **kwargs):
+        self.handle = display_live(self)
 
-# %% ../../nbs/views/viewer.ipynb #262ee1a9
-@patch
-def _ipython_display_(self: GameViewer, **kwargs):
-    self.handle = display_live(self)
+    @printable
+    def __repr__(self):
+        return repr(self.transcript)
 
 # %% ../../nbs/views/viewer.ipynb #6222d633
 class PlaySeat(widgets.VBox):
@@ -233,7 +207,7 @@ class PlaySeat(widgets.VBox):
         seed: int = 0,  # of the starts and of the opponent's luck
         illegal: str = "retry",  # the rule for the opponent's illegal answers, as in `play`
         retries: int = 2,  # further tries of the opponent
-        path="games.jsonl",  # where Save puts the finished games
+        path="runs/games.jsonl",  # where Save puts the finished games
         **sampling,  # for the opponent's `generate`
     ):
         "Raises `ValueError` for a seat that the game does not have."
@@ -247,189 +221,156 @@ class PlaySeat(widgets.VBox):
         self.rule = (illegal, retries)
         self.sampling = sampling
         self.played = Played()
-        self.saved = 0
-        self.count = 0
+        self.saved = 0  # games in the file
+        self.count = 0  # games begun
         self.handle = None
-        self.last = None
-        button = lambda words, tip: widgets.Button(
-            description=words, tooltip=tip, layout=widgets.Layout(width="auto")
-        )
-        self.new = button("New game", "Leave this game and start another")
-        self.again = button("Ask again", "Ask the opponent once more")
-        self.save = button("Save", "Append the finished games to the file")
+        self.last = None  # the position before the last move
+        self._make_controls(path)
+        self.begin()
+
+    def _make_controls(self, path):
+        self.new = _button("New game", "Leave this game and start another")
+        self.again = _button("Ask again", "Ask the opponent once more")
+        self.save = _button("Save", "Append the finished games to the file")
+        self.submit = _button("Send", "Play what is in the box")
         self.file = widgets.Text(str(path), description="File")
-        self.text = widgets.Text(
-            description="Move", placeholder="type a move, then Enter", layout=widgets.Layout(width="36em")
-        )
-        self.submit = button("Send", "Play what is in the box")
+        self.text = widgets.Text(description="Move", placeholder="type a move, then Enter")
+        self.text.layout.width = "36em"
         self.moves = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         self.entry = widgets.HBox([self.text, self.submit])
-        self.status, self.board, self.prompt = (widgets.HTML() for _ in range(3))
-        self.children = [
-            self.status,
-            self.board,
-            self.moves,
-            self.entry,
-            self.prompt,
-            widgets.HBox([self.new, self.again, self.file, self.save]),
-        ]
+        self.status, self.board, self.prompt = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        files = widgets.HBox([self.new, self.again, self.file, self.save])
+        self.children = [self.status, self.board, self.moves, self.entry, self.prompt, files]
         self.new.on_click(lambda _: self.begin())
         self.again.on_click(lambda _: self.go_on())
         self.save.on_click(lambda _: self.keep())
         self.submit.on_click(lambda _: self.choose(self.text.value))
-        # Enter
-        self.text.on_msg(
-            lambda _, content, buffers: content.get("event") == "submit" and self.choose(self.text.value)
-        )
-        self.begin()
+        enter = lambda content: content.get("event") == "submit"
+        self.text.on_msg(lambda _, content, buffers: enter(content) and self.choose(self.text.value))
 
-# %% ../../nbs/views/viewer.ipynb #cc5a8d92
-@patch
-def begin(self: PlaySeat):
-    "Start the next game; an unfinished one is dropped."
-    other = name_of(self.opponent)
-    names = ["person" if s == self.seat else other for s in range(self.game.seats)]
-    order = [0 if s == self.seat else 1 + s - (s > self.seat) for s in range(self.game.seats)]
-    self.live = LiveGame(
-        self.game, stream(self.seed, "start", self.count), names, self.count, self.count, order, self.seed
-    )
-    self.last = None
-    self.count += 1
-    self.go_on()
+    # playing
 
-# %% ../../nbs/views/viewer.ipynb #5ed66a6a
-@patch(as_prop=True)
-def place(self: PlaySeat) -> tuple[int, int]:
-    "Number of the game, and of the turn."
-    return self.count, len(self.live.transcript.turns)
+    def begin(self):
+        "Start the next game; an unfinished one is dropped."
+        seats, other = range(self.game.seats), name_of(self.opponent)
+        names = ["person" if s == self.seat else other for s in seats]
+        order = [0 if s == self.seat else 1 + s - (s > self.seat) for s in seats]
+        start = stream(self.seed, "start", self.count)
+        self.live = LiveGame(self.game, start, names, self.count, self.count, order, self.seed)
+        self.last = None
+        self.count += 1
+        self.go_on()
 
-# %% ../../nbs/views/viewer.ipynb #88905888
-@patch
-def choose(self: PlaySeat, text: str, at=None):  # a move  # the place it was chosen at; by default here
-    "Play the person's move, then let the opponent answer."
-    s = self.live.state
-    if self.live.over or s.seat != self.seat:
-        return self.show("Not played: it is not your turn.")
-    if at not in (None, self.place):
-        return self.show(f"Not played: {text} was chosen in an earlier position.")
-    before, trial = s.copy(), s.copy()
-    try:
-        trial.move(text if s.legal is None else find_move(text, s.legal))
-    except ValueError as e:
-        return self.show(
-            f"Not played: {str(e).rstrip('.')}."
-            if text in str(e)
-            else f"Not played: {text!r:.40}; {str(e).rstrip('.')}."
-        )
-    self.last = before
-    self.live.take(text)
-    self.text.value = ""
-    self.go_on()
+    @property
+    def place(self) -> tuple[int, int]:
+        "Number of the game, and of the turn."
+        return self.count, len(self.live.transcript.turns)
 
-# %% ../../nbs/views/viewer.ipynb #1f27f0ba
-@patch
-def go_on(self: PlaySeat):
-    "Let the opponent play until the person is to move or the game is over."
-    g, message = self.live, ""
-    self._busy("The opponent thinks …")
-    try:
-        while not g.over and g.state.seat != self.seat:
-            self.last = g.state.copy()
-            turn = g.take(ask(self.opponent, [g], **self.sampling)[0], *self.rule)
-            why = "" if turn.legal else f" (illegal: {turn.reason})"
-            message = (
-                f"{g.transcript.players[turn.seat]} (seat {turn.seat}):"
-                f" {turn.move or turn.answer[:200]}{why}. "
+    def choose(self, text: str, at=None):  # a move  # the place it was chosen at; by default here
+        "Play the person's move, then let the opponent answer."
+        s = self.live.state
+        if self.live.over or s.seat != self.seat:
+            return self.show("Not played: it is not your turn.")
+        if at not in (None, self.place):
+            return self.show(f"Not played: {text} was chosen in an earlier position.")
+        before, trial = s.copy(), s.copy()
+        try:
+            trial.move(text if s.legal is None else find_move(text, s.legal))
+        except ValueError as e:
+            why = str(e).rstrip(".")
+            return self.show(f"Not played: {why}." if text in str(e) else f"Not played: {text!r:.40}; {why}.")
+        self.last = before
+        self.live.take(text)
+        self.text.value = ""
+        self.go_on()
+
+    def go_on(self):
+        "Let the opponent play until the person is to move or the game is over."
+        g, message = self.live, ""
+        self._busy("The opponent thinks …")
+        try:
+            while not g.over and g.state.seat != self.seat:
+                self.last = g.state.copy()
+                turn = g.take(ask(self.opponent, [g], **self.sampling)[0], *self.rule)
+                who = f"{g.transcript.players[turn.seat]} (seat {turn.seat})"
+                why = "" if turn.legal else f" (illegal: {turn.reason})"
+                message = f"{who}: {turn.move or turn.answer[:200]}{why}. "
+            self.show(message)
+        except KeyboardInterrupt:
+            self.show("Interrupted; the opponent can be asked again.")
+        except Exception as e:
+            self.show()
+            what = f"{escape(type(e).__name__)}: {escape(str(e))}. It can be asked again."
+            where = f"<summary>Where it happened</summary>{preformatted(traceback.format_exc())}"
+            self.status.value = (
+                f"<p role='alert'><b>The opponent failed</b>: {what}</p><details>{where}</details>"
             )
-        self.show(message)
-    except KeyboardInterrupt:
-        self.show("Interrupted; the opponent can be asked again.")
-    except Exception as e:
-        self.show()
-        self.status.value = (
-            f"<p role='alert'><b>The opponent failed</b>: {escape(type(e).__name__)}: {escape(str(e))}. It"
-            " can be asked again.</p><details><summary>Where it"
-            f" happened</summary>{preformatted(traceback.format_exc())}</details>"
-        )
 
-# %% ../../nbs/views/viewer.ipynb #4a997451
-@patch
-def _busy(self: PlaySeat, message):
-    self.status.value = f"<p role='status'>{escape(message)}</p>"
-    for c in [self.new, self.again, self.save, self.file, self.text, self.submit, *self.moves.children]:
-        c.disabled = True
-    # with the move that was just made
-    if getattr(self.live.state, "grid", None):
-        self.board.value = board_html(self.live.state, self.last)
+    def keep(self):
+        "Append the finished games to the file, each once."
+        try:
+            file = self.file.value.strip()
+            if not file:
+                raise ValueError("no file is named")
+            new = self.played[self.saved :]
+            Played(new).save(file)
+            self.saved = len(self.played)
+            self.show(f"Saved {len(new)} game{'s' * (len(new) != 1)}.")
+        except (OSError, ValueError, TypeError) as e:
+            self.show(f"Not saved: {e}.")
 
-# %% ../../nbs/views/viewer.ipynb #3411ddc9
-@patch
-def show(self: PlaySeat, message: str = ""):  # what just happened
-    "Draw the game as it is now."
-    g, t = self.live, self.live.transcript
-    s = g.state
-    mine = not g.over and s.seat == self.seat
-    legal = s.legal if mine else []
-    if g.over and not any(t is x for x in self.played):
-        self.played.append(t)
-        self.played.players = [n for _, n in sorted(zip(t.order, t.players))]
-    says = (
-        f"The game is over: {t.result}." if g.over else "Your move." if mine else "The opponent is to move."
-    )
-    self.status.value = (
-        f"<p role='status'>{escape(message)} {escape(says)} You are seat {self.seat}. Games finished:"
-        f" {len(self.played)}.</p>"
-    )
-    grid = getattr(s, "grid", None)
-    # a text position may show what is hidden
-    self.board.value = board_html(s, self.last) if grid or g.over else ""
-    self.prompt.value = preformatted(prompt_text(s.prompt), "What you know") if mine else ""
-    buttons = [] if legal is None or len(legal) > 40 else legal
-    self.moves.children = [self._move(m) for m in buttons]
-    self.entry.layout.display = None if mine and not buttons else "none"
-    off = {self.again: g.over or mine, self.save: not self.played, self.text: not mine, self.submit: not mine}
-    for c in [self.new, self.again, self.file, self.save, self.text, self.submit]:
-        c.disabled = off.get(c, False)
-    if self.handle:
-        self.handle.update(self._still(), raw=True)
+    # drawing
 
-# %% ../../nbs/views/viewer.ipynb #0a554b53
-@patch
-def _move(self: PlaySeat, move):
-    b = widgets.Button(description=move, tooltip=f"Play {move}", layout=widgets.Layout(width="auto"))
-    b.on_click(lambda _, at=self.place: self.choose(move, at))
-    return b
+    def _busy(self, message):
+        self.status.value = f"<p role='status'>{escape(message)}</p>"
+        for c in [self.new, self.again, self.save, self.file, self.text, self.submit, *self.moves.children]:
+            c.disabled = True
+        if getattr(self.live.state, "grid", None):  # with the move that was just made
+            self.board.value = board_html(self.live.state, self.last)
 
-# %% ../../nbs/views/viewer.ipynb #06525bc7
-@patch
-def keep(self: PlaySeat):
-    "Append the finished games to the file, each once."
-    try:
-        if not self.file.value.strip():
-            raise ValueError("no file is named")
-        new = self.played[self.saved :]
-        Played(new).save(self.file.value.strip())
-        self.saved = len(self.played)
-        self.show(f"Saved {len(new)} game{'s' * (len(new) != 1)}.")
-    except (OSError, ValueError, TypeError) as e:
-        self.show(f"Not saved: {e}.")
+    def show(self, message: str = ""):  # what just happened
+        "Draw the game as it is now."
+        g, t = self.live, self.live.transcript
+        s = g.state
+        mine = not g.over and s.seat == self.seat
+        if g.over and not any(t is x for x in self.played):
+            self.played.append(t)
+            self.played.players = [n for _, n in sorted(zip(t.order, t.players))]
+        turn = "Your move." if mine else "The opponent is to move."
+        says = f"The game is over: {t.result}." if g.over else turn
+        count = f"You are seat {self.seat}. Games finished: {len(self.played)}."
+        self.status.value = f"<p role='status'>{escape(message)} {escape(says)} {count}</p>"
+        drawn = getattr(s, "grid", None) or g.over  # a text position may show what is hidden
+        self.board.value = board_html(s, self.last) if drawn else ""
+        self.prompt.value = preformatted(prompt_text(s.prompt), "What you know") if mine else ""
+        self._enable(mine, s.legal if mine else [])
+        if self.handle:
+            self.handle.update(self._still(), raw=True)
 
-# %% ../../nbs/views/viewer.ipynb #b7c6ce95
-@patch
-def _still(self: PlaySeat) -> dict:
-    games = (
-        "".join(t._repr_html_() for t in self.played[-1:])
-        or f"<div>{self.board.value}</div>{self.prompt.value}"
-    )
-    return {"text/plain": repr(self), "text/html": (self.played._repr_html_() if self.played else "") + games}
+    def _enable(self, mine: bool, legal: list | None):
+        "A button for each legal move, or the box; on is what can be done now."
+        buttons = [] if legal is None or len(legal) > 40 else legal
+        self.moves.children = [self._move(m) for m in buttons]
+        self.entry.layout.display = None if mine and not buttons else "none"
+        self.text.disabled = self.submit.disabled = not mine
+        self.again.disabled = self.live.over or mine
+        self.save.disabled = not self.played
+        self.new.disabled = self.file.disabled = False
 
+    def _move(self, move):
+        button = _button(move, f"Play {move}")
+        button.on_click(lambda _, at=self.place: self.choose(move, at))
+        return button
 
-@patch
-@printable
-def __repr__(self: PlaySeat):
-    return repr(self.played)
+    def _still(self) -> dict:
+        last = "".join(t._repr_html_() for t in self.played[-1:])
+        table = self.played._repr_html_() if self.played else ""
+        html = table + (last or f"<div>{self.board.value}</div>{self.prompt.value}")
+        return {"text/plain": repr(self), "text/html": html}
 
-# %% ../../nbs/views/viewer.ipynb #9672fe02
-@patch
-def _ipython_display_(self: PlaySeat, **kwargs):
-    self.handle = display_live(self)
+    def _ipython_display_(self, **kwargs):
+        self.handle = display_live(self)
+
+    @printable
+    def __repr__(self):
+        return repr(self.played)

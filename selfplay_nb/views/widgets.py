@@ -7,24 +7,23 @@ __all__ = ['framed', 'preformatted', 'display_live', 'RatingWidget']
 
 # %% ../../nbs/views/widgets.ipynb #f3d39c8b
 import ipywidgets as widgets
-from fastcore.basics import patch
 
 from ..core.checks import escape, printable
 
 # %% ../../nbs/views/widgets.ipynb #d1bfffd9
-def framed(html: str, title: str = "") -> str:  # what is to be shown, safe already  # above it: text  # HTML
+def framed(
+    html: str,  # what is to be shown, safe already
+    title: str = "",  # above it: text
+) -> str:  # HTML
     "HTML with its line breaks in a frame."
     head = f"<b>{escape(title)}</b>" if title else ""
-    style = (
-        "font-family:monospace;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px"
-        " solid;padding:.5em;margin:0"
-    )
-    return f"{head}<pre style='{style}'>{html}</pre>"
+    breaks = "font-family:monospace;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"
+    return f"{head}<pre style='{breaks};border:1px solid;padding:.5em;margin:0'>{html}</pre>"
 
 # %% ../../nbs/views/widgets.ipynb #c3ec676f
 def preformatted(
-    text: str,
-    title: str = "",  # from a model or a person: shown as it is, markup included  # above it
+    text: str,  # from a model or a person: shown as it is, markup included
+    title: str = "",  # above it
 ) -> str:  # HTML
     "Any text as HTML that shows it as it is, with its line breaks, in a frame."
     return framed(escape(text) if text.strip() else "(empty)", title)
@@ -36,13 +35,11 @@ def display_live(
     "Show a widget, and below it its state as an output that needs no kernel."
     from IPython.display import display
 
-    display(
-        {
-            "text/plain": "The live view; what it shows is below.",
-            "application/vnd.jupyter.widget-view+json": view.get_view_spec(),
-        },
-        raw=True,
-    )
+    live = {
+        "text/plain": "The live view; what it shows is below.",
+        "application/vnd.jupyter.widget-view+json": view.get_view_spec(),
+    }
+    display(live, raw=True)
     return display(view._still(), raw=True, display_id=True)
 
 # %% ../../nbs/views/widgets.ipynb #4bc1d01e
@@ -68,76 +65,59 @@ class RatingWidget(widgets.VBox):
         super().__init__()
         self.ratings = ratings
         self.judges = judges
-        half = widgets.Layout(width="50%")
-        self.status = widgets.HTML()
-        self.prompt = widgets.HTML()
-        self.left = widgets.HTML(layout=half)
-        self.right = widgets.HTML(layout=half)
-        auto = widgets.Layout(width="auto")
-        self.buttons = {
-            key: widgets.Button(description=f"{words} ({key})", layout=auto)
-            for key, (_, words) in self.choices.items()
-        }
+        self.buttons = {key: self._button(key, words) for key, (_, words) in self.choices.items()}
         hint = "click here, then 1 left, 2 tie, 3 right, 4 skip, z undo"
         self.key_box = widgets.Text(description="Keys", placeholder=hint, layout=widgets.Layout(width="40em"))
-        for key, button in self.buttons.items():
-            button.on_click(lambda _, key=key: self.press(key))
         self.key_box.observe(self._typed, "value")
+        half = widgets.Layout(width="50%")
+        self.status, self.prompt = widgets.HTML(), widgets.HTML()
+        self.left, self.right = widgets.HTML(layout=half), widgets.HTML(layout=half)
         self.sides = widgets.HBox([self.left, self.right])
-        self.children = [
-            self.status,
-            widgets.HBox([*self.buttons.values()]),
-            self.key_box,
-            self.prompt,
-            self.sides,
-        ]
+        buttons = widgets.HBox([*self.buttons.values()])
+        self.children = [self.status, buttons, self.key_box, self.prompt, self.sides]
         self.show()
 
-# %% ../../nbs/views/widgets.ipynb #2e1eb330
-@patch
-def show(self: RatingWidget, message: str = ""):  # what just happened
-    "Draw the record as it is now."
-    c, (n, total) = self.ratings.current, self.ratings.progress
-    self.item = c["item"] if c else None
-    self.prompt.value = (
-        preformatted(c["prompt"], f"Item {n + 1}: which answer is better?")
-        if c
-        else self.ratings.report(self.judges)._repr_html_()
-    )
-    self.left.value, self.right.value = (
-        (preformatted(c["left"], "Left"), preformatted(c["right"], "Right")) if c else ("", "")
-    )
-    self.sides.layout.display = None if c else "none"
-    self.status.value = f"<p>{n} of {total} rated. {escape(message)}</p>"
+    def _button(self, key: str, words: str) -> widgets.Button:
+        button = widgets.Button(description=f"{words} ({key})", layout=widgets.Layout(width="auto"))
+        button.on_click(lambda _: self.press(key))
+        return button
 
-# %% ../../nbs/views/widgets.ipynb #7997c799
-@patch
-@printable
-def __repr__(self: RatingWidget):
-    return repr(self.ratings)  # what a saved notebook shows in its place
-
-# %% ../../nbs/views/widgets.ipynb #8b35be5c
-@patch
-def press(self: RatingWidget, key: str):  # 1 left, 2 tie, 3 right, 4 skip, z undo
-    "Do what the key, or the button with that key, says; then show the next item."
-    if key not in self.choices:
-        return self.show(f"Not saved: {key} is none of the keys {', '.join(self.choices)}.")
-    verdict, words = self.choices[key]
-    try:
-        if verdict == "undo":
-            self.ratings.undo()
+    def show(self, message: str = ""):  # what just happened
+        "Draw the record as it is now."
+        c, (n, total) = self.ratings.current, self.ratings.progress
+        self.item = c["item"] if c else None
+        if c:
+            self.prompt.value = preformatted(c["prompt"], f"Item {n + 1}: which answer is better?")
+            self.left.value = preformatted(c["left"], "Left")
+            self.right.value = preformatted(c["right"], "Right")
         else:
-            self.ratings.rate(verdict, self.item)
-        self.show(f"Saved: {words.lower()}.")
-    except (ValueError, OSError) as e:
-        self.show(f"Not saved: {e}")
+            self.prompt.value = self.ratings.report(self.judges)._repr_html_()
+            self.left.value = self.right.value = ""
+        self.sides.layout.display = None if c else "none"
+        self.status.value = f"<p>{n} of {total} rated. {escape(message)}</p>"
 
-# %% ../../nbs/views/widgets.ipynb #abccfb38
-@patch
-def _typed(self: RatingWidget, change):
-    keys = change["new"].strip().lower()
-    if len(keys) > 1:
-        self.show(f"Not saved: {keys} was typed ahead; wait for each item.")
-    elif keys:
-        self.press(keys)
-    self.key_box.value = ""
+    def press(self, key: str):  # 1 left, 2 tie, 3 right, 4 skip, z undo
+        "Do what the key, or the button with that key, says; then show the next item."
+        if key not in self.choices:
+            return self.show(f"Not saved: {key} is none of the keys {', '.join(self.choices)}.")
+        verdict, words = self.choices[key]
+        try:
+            if verdict == "undo":
+                self.ratings.undo()
+            else:
+                self.ratings.rate(verdict, self.item)
+            self.show(f"Saved: {words.lower()}.")
+        except (ValueError, OSError) as e:
+            self.show(f"Not saved: {e}")
+
+    def _typed(self, change):
+        keys = change["new"].strip().lower()
+        if len(keys) > 1:
+            self.show(f"Not saved: {keys} was typed ahead; wait for each item.")
+        elif keys:
+            self.press(keys)
+        self.key_box.value = ""
+
+    @printable
+    def __repr__(self):
+        return repr(self.ratings)  # what a saved notebook shows in its place
