@@ -15,7 +15,7 @@ DIR ?= runs/first
 .PHONY: demo doctor gpu test floor lab learning costs readme clean
 
 demo: .venv/run
-	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long)
+	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
 
 doctor: .venv/run
 	$(BIN)/python -m selfplay_nb doctor $(ARGS)
