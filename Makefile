@@ -1,4 +1,4 @@
-# make demo   a first result in some five minutes: three rounds of self-play beside their control, with the expected time before they
+# make demo   a first result in minutes: three rounds of self-play beside their control, with the expected time printed before they
 #             start (goes on with runs/first; FRESH=1 begins anew; LONG=1 adds the run of twelve rounds, in runs/demo)
 # make doctor does everything work on this machine? (ARGS="--model 1.5B --card 8": will that model fit on a card of 8 GB?)
 # make gpu    every part of the library on this machine's GPU, under ten minutes
@@ -17,7 +17,7 @@ DIR ?= runs/first
 .PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu
 
 demo: .venv/run
-	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long)
+	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
 
 doctor: .venv/run
 	$(BIN)/python -m selfplay_nb doctor $(ARGS)

@@ -64,7 +64,9 @@ def install_cell(page: str) -> str:
         lines += ["", "from selfplay_nb.studies.doctor import fetch_data", ""]
     for f in files:
         sha256 = hashlib.sha256((ROOT / "nbs" / f).read_bytes()).hexdigest()
-        lines.append(f'fetch_data("{f}", "{sha256}")')
+        call = f'fetch_data("{f}", "{sha256}")'
+        broken = ["fetch_data(", f'    "{f}",', f'    "{sha256}",', ")"]
+        lines += [call] if len(call) <= 110 else broken
     return "\n".join(lines)
 
 

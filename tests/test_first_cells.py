@@ -61,8 +61,8 @@ def server():
 def test_data_arrives_in_an_empty_folder(page, server, tmp_path, monkeypatch, capsys):
     "The calls of the page's own cell, with another address."
     monkeypatch.chdir(tmp_path)
-    calls = re.findall(r'fetch_data\("(.+)", "(.+)"\)', cells.install_cell(page))
-    assert calls
+    calls = re.findall(r'fetch_data\(\s*"(.+?)",\s*"(.+?)"', cells.install_cell(page))
+    assert len(calls) == len(cells.DATA[page])
     for place, sha256 in calls:
         doctor.fetch_data(place, sha256, source=server)
         assert (tmp_path / Path(place).name).read_bytes() == (NBS / place).read_bytes()

@@ -312,7 +312,7 @@ def packed_product(device: str, dtype) -> tuple[float, float]:  # `cpu` or `cuda
     layer.weight = Params4bit(weights.clone(), **how)
     layer.support_avx512bf16_for_cpu = False  # as `load_model` does
     layer = layer.to(device).eval()
-    given = x.to(device, dtype).requires_grad_()
+    given = x.to(device, dtype, copy=True).requires_grad_()
     with torch.no_grad():
         layer(given)
     y = layer(given)

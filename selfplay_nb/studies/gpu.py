@@ -15,6 +15,7 @@ import math
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -317,7 +318,9 @@ def round_step(bench: Bench) -> str:
             exam_size=32,
             r=bench.settings.rank,
         )
-        history = SelfPlayTrainer(config, base=bench.base, callbacks=[]).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about answers that teach little
+            history = SelfPlayTrainer(config, base=bench.base, callbacks=[]).train()
     last = history[-1]
     return f"{last['pairs']} pairs, sampled {last['tokens_per_second']:.0f} tokens/s"
 
