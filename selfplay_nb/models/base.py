@@ -713,12 +713,17 @@ def _check_settings(dtype, device, load_in_4bit, attn_implementation):
             " or float16, and the package flash-attn. Take 'sdpa'."
         )
 
-# %% ../../nbs/models/base.ipynb #64444350
+# %% ../../nbs/models/base.ipynb #7a37d7d7
 @contextmanager
 def _reading(path):
     "Errors of a model that cannot be read, in words."
     from safetensors import SafetensorError
 
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ValueError(
+            f"{path} is a folder without config.json: expected a folder written by save_pretrained, "
+            f"a hub name such as 'org/model', or one of {sorted(WHEEL_MODELS)}."
+        )
     try:
         yield
     except SafetensorError as e:
