@@ -563,3 +563,24 @@ def test_exploiters_learn_and_join_the_league(tmp_path, tiny_folder):
 def test_learners_are_checked(settings, said):
     with pytest.raises(ValueError, match=said):
         SelfPlayConfig(**settings).check()
+
+
+def test_precision_and_attention_are_settings(tmp_path, tiny_folder):
+    "A run in whole weights with another attention; another setting is another run."
+    config = SelfPlayConfig(
+        str(tmp_path / "run"),
+        model_name=str(tiny_folder),
+        load_in_4bit=False,
+        dtype="float32",
+        attn_implementation="eager",
+        **SMALL | dict(n_rounds=1),
+    )
+    trainer = SelfPlayTrainer(config, task=Letters(), callbacks=[])
+    history = trainer.train()
+    assert history[1]["pairs"] and math.isfinite(history[1]["loss"])
+    assert trainer.base.model.config._attn_implementation == "eager"
+    assert {p.dtype for p in trainer.base.model.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="attn_implementation"):
+        SelfPlayTrainer(dataclasses.replace(config, attn_implementation="sdpa"), task=Letters()).train()
+    with pytest.raises(ValueError, match="dtype='half'"):
+        dataclasses.replace(config, dtype="half").check()
