@@ -13,7 +13,7 @@ EXTRAS = {  # page: the extra that its cells use
     "core/protocols": "games",
     "games/play": "games",
     "loop/rounds": "games",
-    "views/viewer": "games",
+    "views/game_viewer": "games",
     "tasks/reasoning": "reasoning",
     "tasks/code": "code",
     "stats/retention": "eval",

@@ -13,7 +13,7 @@ import pytest
 matplotlib.use("Agg")
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.methods.league import LeagueTraining
-from selfplay_nb.views.board import Board, BoardWidget, payoff_table
+from selfplay_nb.views.league_board import Board, BoardWidget, payoff_table
 
 NAMES = ["fixed", "a", "b", "c"]
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='alert(2)'> &lt;"
@@ -203,7 +203,7 @@ def test_a_league_without_games_is_told():
 
 def test_light_imports():
     code = (
-        "import sys, selfplay_nb.views.board; sys.exit(bool({'torch', 'transformers', 'scipy',"
+        "import sys, selfplay_nb.views.league_board; sys.exit(bool({'torch', 'transformers', 'scipy',"
         " 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from selfplay_nb.methods.constitutional import (
     ConstitutionalRewardWrapper,
     Principle,
 )
-from selfplay_nb.views.card import ConstitutionCard
+from selfplay_nb.views.constitution_card import ConstitutionCard
 from selfplay_nb.views.widgets import preformatted
 
 HOSTILE = "</pre></td></table><script>alert(1)</script><img src=x onerror='alert(2)'> &lt;"
@@ -252,7 +252,7 @@ def test_only_controls_that_both_versions_have(card):
 
 def test_light_imports():
     code = (
-        "import sys, selfplay_nb.views.card; sys.exit(bool({'torch', 'transformers', 'matplotlib'} &"
-        " set(sys.modules)))"
+        "import sys, selfplay_nb.views.constitution_card;"
+        " sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

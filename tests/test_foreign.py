@@ -40,8 +40,8 @@ from selfplay_nb.models import update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.reward_model import RewardModel
 from selfplay_nb.scoring.human import HumanRatings
-from selfplay_nb.views.card import ConstitutionCard
-from selfplay_nb.views.stepper import RefinementStepper
+from selfplay_nb.views.constitution_card import ConstitutionCard
+from selfplay_nb.views.refinement_stepper import RefinementStepper
 
 TELLING = re.compile(
     "save|write|writing|delete|discard|prune|forget|export|append|rewind|fresh|anew|locked|convert|fetch|"

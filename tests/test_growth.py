@@ -362,8 +362,8 @@ NO_READERS = {
         reasoning.KnightsAndKnaves.verifier constitutional.ConstitutionalRewardWrapper.score
         constitutional.ConstitutionalRewardWrapper.attribution
         constitutional.ConstitutionalRewardWrapper.evaluate_principle refinement.Trace.criticise
-        reasoning.Syllogisms.verifier viewer.PlaySeat.choose stepper.RefinementStepper.show
-        card.ConstitutionCard.show widgets.RatingWidget.show viewer.PlaySeat.show
+        reasoning.Syllogisms.verifier game_viewer.PlaySeat.choose refinement_stepper.RefinementStepper.show
+        constitution_card.ConstitutionCard.show widgets.RatingWidget.show game_viewer.PlaySeat.show
         reward.WeightedReward.parts players.content_of widgets.framed
         """
     ),

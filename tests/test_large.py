@@ -16,7 +16,7 @@ from selfplay_nb.core.pairs import Ledger
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.methods.league import LeagueTraining
 from selfplay_nb.stats.ratings import MOST, Games, bradley_terry, cycles
-from selfplay_nb.views.board import Board
+from selfplay_nb.views.league_board import Board
 from selfplay_nb.views.scoreboard import Scoreboard
 
 MEMBERS, ROWS = 300, 200_000

@@ -39,12 +39,12 @@ from selfplay_nb.tasks.code import Verdict
 from selfplay_nb.tasks.creative import Conversation, Persona, Said
 from selfplay_nb.tasks.reasoning import Families
 from selfplay_nb.tasks.sandbox import Result
-from selfplay_nb.views.board import Board, BoardWidget
-from selfplay_nb.views.card import ConstitutionCard
+from selfplay_nb.views.constitution_card import ConstitutionCard
+from selfplay_nb.views.game_viewer import GameViewer, PlaySeat
+from selfplay_nb.views.league_board import Board, BoardWidget
 from selfplay_nb.views.monitor import Monitor, headline
+from selfplay_nb.views.refinement_stepper import RefinementStepper
 from selfplay_nb.views.scoreboard import Scoreboard
-from selfplay_nb.views.stepper import RefinementStepper
-from selfplay_nb.views.viewer import GameViewer, PlaySeat
 from selfplay_nb.views.widgets import RatingWidget, preformatted
 
 LIBRARY = Path(selfplay_nb.__file__).parent

@@ -11,7 +11,7 @@ import pytest
 
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.methods.refinement import IterativeRefiner, Trace, Traces, fenced_texts
-from selfplay_nb.views.stepper import RefinementStepper, score_curve
+from selfplay_nb.views.refinement_stepper import RefinementStepper, score_curve
 
 HOSTILE = "</pre></td><script>alert(1)</script><img src=x onerror='alert(2)'> \" ' &amp;"
 

@@ -23,10 +23,10 @@ from selfplay_nb.cli import main
 from selfplay_nb.core.pairs import Ledger
 from selfplay_nb.core.protocols import Game, Judge, Player, Task
 from selfplay_nb.games.play import RandomPlayer
-from selfplay_nb.loop.arena import arena
 from selfplay_nb.loop.game_rounds import GameTask
 from selfplay_nb.loop.pipeline import RLHFOrchestrator
 from selfplay_nb.loop.rounds import Compete
+from selfplay_nb.loop.run_evaluation import arena
 from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.game_training import Sticks

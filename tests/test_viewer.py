@@ -12,7 +12,7 @@ import pytest
 
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.games.play import MinimaxBot, OpenSpielGame, Played, RandomPlayer, Transcript, play, replay
-from selfplay_nb.views.viewer import GameViewer, PlaySeat, board_html, board_svg
+from selfplay_nb.views.game_viewer import GameViewer, PlaySeat, board_html, board_svg
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='alert(2)'> \" ' &amp;"
 

@@ -52,7 +52,7 @@ from ..models.policy import Base, Policy
 from ..stats.rates import finite
 from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
 from .collectors import named
-from .arena import arena
+from .run_evaluation import arena
 from .game_rounds import GameTask, as_game
 from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
