@@ -411,3 +411,14 @@ def test_ratings_need_neither_torch_nor_scipy_to_import():
         " 'matplotlib', 'pandas')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nash_of_payoffs_that_are_rounding():
+    "Antisymmetric up to rounding is enough, however small the payoffs are beside it."
+    assert nash_averaging(np.array([[1e-17]])).weights.tolist() == [1.0]
+    rng = np.random.default_rng(0)
+    for scale in 1e-9, 1e-7, 1e-3:
+        G = rng.normal(size=(28, 28)) * scale
+        nash = nash_averaging(G - G.T + rng.normal(size=(28, 28)) * 1e-10)
+        assert nash.weights.sum() == pytest.approx(1) and nash.weights.min() >= 0
+        assert nash.skill.max() <= 1e-6 * np.abs(G).max() + 1e-9

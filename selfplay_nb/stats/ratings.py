@@ -650,6 +650,7 @@ def nash_averaging(
     players = [str(i) for i in range(len(A))] if players is None else list(players)
     if len(players) != len(A):
         raise ValueError(f"{len(players)} names for {len(A)} players.")
+    A = (A - A.T) / 2  # exactly antisymmetric: a mixture exists, however small the payoffs
     p = _max_entropy(A / (np.abs(A).max() or 1.0))
     return Nash(players, p, A @ p)
 
