@@ -499,3 +499,15 @@ def test_two_processes_make_the_steps_of_one(policy, tiny_folder, tmp_path):
         assert losses == pytest.approx(result.losses, abs=1e-5) and len(losses) == 2
         for k, w in policy.state().items():
             torch.testing.assert_close(state[k], w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sppo", "sigmoid"])
+def test_a_single_step_in_half_precision_learns(tiny_folder, loss):
+    "A scale of the gradients that is too large at first is halved until the step can be taken."
+    base = Base.load(tiny_folder, dtype=torch.float16, device="cpu")
+    policy = Policy(base, "student")
+    before = policy.state()
+    pairs = [dict(prompt=f"q{i}", chosen="aaaa", rejected="zz") for i in range(4)]
+    result = dpo(policy, pairs, Policy(base, "base"), loss_type=loss, loss_weights=None, beta=0.01)
+    assert len(result.losses) == 1 and math.isfinite(result.history[0]["grad_norm"])
+    assert any(not torch.equal(before[k], v) for k, v in policy.state().items())

@@ -479,12 +479,18 @@ def _train(
             _set_moments(adam, optimizer)
         scaler = torch.amp.GradScaler(base.device.type, enabled=base.model.dtype == torch.float16)
         for step in steps:
-            numbers, size = _add_up(base, weights, loss, step, size, scaler)
-            scaler.unscale_(adam)
-            norm = torch.nn.utils.clip_grad_norm_(weights, s.max_grad_norm or math.inf).item()
+            overflowed = True
+            while overflowed:
+                numbers, size = _add_up(base, weights, loss, step, size, scaler)
+                scaler.unscale_(adam)
+                norm = torch.nn.utils.clip_grad_norm_(weights, s.max_grad_norm or math.inf).item()
+                # float16: a scale that is too large is halved, and the same step taken again
+                overflowed = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
+                scaler.step(adam)
+                scaler.update()
+                if overflowed:
+                    adam.zero_grad()
             history.append(numbers | dict(grad_norm=norm, learning_rate=rates.get_last_lr()[0]))
-            scaler.step(adam)
-            scaler.update()
             rates.step()
             adam.zero_grad()
             _check_finite(history, weights)
