@@ -182,7 +182,7 @@ def compare(
     "Paired comparison of two exams; raises `ValueError` if their problems differ."
     if [r["prompt"] for r in before.rows] != [r["prompt"] for r in after.rows]:
         raise ValueError("the exams have different problems: expected the same, in the same order.")
-    pairs = list(zip(before.values, after.values))
+    pairs = [(a["right"], b["right"]) for a, b in zip(before.rows, after.rows)]
     return Comparison(sum(b > a for a, b in pairs), sum(a > b for a, b in pairs), len(pairs))
 
 # %% ../../nbs/scoring/evaluation.ipynb #8258627c

@@ -852,7 +852,7 @@ def _status(field: str) -> float:  # bytes
 
 # %% ../../nbs/studies/doctor.ipynb #f07213d9
 def _forget_peak():
-    from selfplay_nb.models.policy import free_memory
+    from selfplay_nb.models.base import free_memory
 
     free_memory()
     Path("/proc/self/clear_refs").write_text("5")

@@ -148,7 +148,7 @@ def _of_process(what: str) -> float:
 def _forget_peak(cuda: bool):
     import torch
 
-    from selfplay_nb.models.policy import free_memory
+    from selfplay_nb.models.base import free_memory
 
     free_memory()
     if cuda:
