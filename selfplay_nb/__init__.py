@@ -35,7 +35,7 @@ _WHERE = {
     "models.update": "dpo sft reinforce",
     "scoring.evaluation": "examine versus compare Exam Comparison Match",
     "stats.rates": "Rate SPRT win_rate",
-    "views.stepper": "RefinementStepper",
+    "views.refinement_stepper": "RefinementStepper",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -465,7 +465,7 @@ def test_form(file):
     notebook = read(file)
     for cell in notebook.cells:
         lines = cell.source.splitlines()
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and not cell.source.startswith("#| notest"):  # what installs, in Colab
             assert len(lines) <= 15 and max(map(len, lines)) <= 88, cell.source
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     for part in (

@@ -40,6 +40,7 @@ from selfplay_nb.models import update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.reward_model import RewardModel
 from selfplay_nb.scoring.human import HumanRatings
+from selfplay_nb.studies import doctor, gpu
 from selfplay_nb.views.constitution_card import ConstitutionCard
 from selfplay_nb.views.refinement_stepper import RefinementStepper
 
@@ -261,12 +262,17 @@ WRITERS = {
         lambda made, at: orchestrator(made, at).run_sft([dict(prompt="a", completion="b")], fresh=True)
     ),
     "cli.export": export,
+    "gpu.save": lambda made, at: gpu.save(gpu.Table("a card", "now", {}), at),
+    "doctor.random_model_folder": lambda made, at: doctor.random_model_folder(
+        doctor.Shape(1, 32, 32, 2, 2, 16, 400), at
+    ),
     "callbacks.control": lambda made, at: callbacks.control(at, stop=True),
     "callbacks.take_control": lambda made, at: callbacks.take_control(at),
     "base.tiny_model_folder": lambda made, at: model.tiny_model_folder(at),
     "base.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
 }
 NO_FILES = {  # names that sound like it
+    "doctor.fetch_data": "only where no file of that name is, see test_first_cells.py",
     "policy.Policy.delete": "takes an adapter out of memory",
     "reward_model.RewardModel.delete": "likewise",
     "callbacks.read_control": "reads",

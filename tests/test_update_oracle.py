@@ -732,9 +732,10 @@ def test_spin_against_plain(run):
         for r in map(json.loads, (run.dir / "pairs.jsonl").read_text().splitlines())
         if r["source"] == "spin"
     ]
-    assert [(r["prompt"], r["chosen"]) for r in own] == [(r["prompt"], r["completion"]) for r in rows]
-    own = [r for r in own if r["rejected"].strip()]  # what is no answer is no rival
-    assert len(own) == run.stages[-1].rows > 2
+    asked_for = [(r["prompt"], r["chosen"]) for r in own]
+    assert asked_for == [x for r in rows if (x := (r["prompt"], r["completion"])) in asked_for]
+    assert all(r["rejected"].strip() for r in own)  # what is no answer is no rival, and is counted
+    assert len(own) == run.stages[-1].rows == len(rows) - sum(run.stages[-1].dropped.values()) > 2
     weights = {k: v.double() for k, v in start.items()}
     plain = Plain(run.policy.base.model)
     grads = {k: v.requires_grad_(True) for k, v in weights.items()}

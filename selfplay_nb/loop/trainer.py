@@ -192,6 +192,7 @@ class SelfPlayTrainer:
         self.round = 0
         self.history = []
         self.learners = []
+        self.learner = None  # whose turn it is
         self.interrupted = False
         self.changes = {}
         self.marks = {}
@@ -356,7 +357,7 @@ def sampling(self: SelfPlayTrainer) -> dict:
 @patch(as_prop=True)
 def role(self: SelfPlayTrainer) -> str:
     "Of the learner whose turn it is."
-    return self.learner.role
+    return self.learner.role if self.learner else "main"
 
 
 @patch(as_prop=True)

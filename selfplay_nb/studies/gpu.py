@@ -115,7 +115,14 @@ def save(table: Table, out: str | Path):  # a .json file; a .md file is written 
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(dataclasses.asdict(table), indent=1), mine=load)
-    out.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
+    write_whole(out.with_suffix(".md"), markdown(table), mine=_is_markdown_of_a_table)
+
+
+def _is_markdown_of_a_table(file: Path):
+    "Raise `ValueError` for a text that `markdown` has not made."
+    text = file.read_text(encoding="utf-8")
+    if "| model | format | step | seconds |" not in text:
+        raise ValueError(f"{file} holds no table of this check.")
 
 # %% ../../nbs/studies/gpu.ipynb #2b69ef3c
 def load(path: str | Path) -> Table:
