@@ -73,10 +73,12 @@ def config_options() -> dict[str, Option]:  # by name, in their order
 
 # %% ../nbs/cli.ipynb #784a8157
 GROUPS = {
-    "what is played": ("run_dir", "model_name", "level", "shots", "game", "judge"),
+    "what is played": ("run_dir", "level", "shots", "game", "judge"),
+    "the model": ("model_name", "load_in_4bit", "dtype", "attn_implementation", "r"),
     "a round": (
         "n_rounds",
         "prompts_per_round",
+        "collect",
         "compete",
         "n_samples",
         "pairs_per_prompt",
@@ -84,8 +86,16 @@ GROUPS = {
         "max_new_tokens",
         "temperature",
     ),
-    "how to learn": ("method", "learning_rate", "beta", "kl", "sft_weight", "r"),
-    "opponents": ("opponents", "league_size", "renew_every", "gate", "gate_win_rate", "gate_prompts"),
+    "how to learn": ("method", "learning_rate", "beta", "kl", "sft_weight"),
+    "opponents": (
+        "opponents",
+        "league_size",
+        "learners",
+        "renew_every",
+        "gate",
+        "gate_win_rate",
+        "gate_prompts",
+    ),
     "evaluation": ("exam_every", "exam_size", "watch", "on_alarm"),
 }
 

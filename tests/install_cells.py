@@ -12,7 +12,7 @@ REPOSITORY = "git+https://github.com/selfplay-nb/selfplay_nb"
 EXTRAS = {  # page: the extra that its cells use
     "core/protocols": "games",
     "games/play": "games",
-    "loop/rounds": "games",
+    "loop/game_rounds": "games",
     "views/game_viewer": "games",
     "tasks/reasoning": "reasoning",
     "tasks/code": "code",

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import ipywidgets as widgets
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from tags import Tags
 
 from selfplay_nb.methods.constitutional import (
     CONSTITUTION,
@@ -21,21 +21,6 @@ HOSTILE = "</pre></td></table><script>alert(1)</script><img src=x onerror='alert
 PROMPT = "q?"
 A = "Certainly, because trams in Vienna are always late."
 B = "The trams in Vienna may be late, but I cannot see that from here."
-
-
-class Tags(HTMLParser):
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.attributes = set(), "", set()
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {k for k, _ in attrs}
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def states(widget):

@@ -129,3 +129,29 @@ def test_a_judge_of_pairs_cannot_screen(tmp_path, tiny_folder):
 
 def test_parts_have_defaults():
     assert Screen().n_samples == Levels().n_samples == Compete().n_samples == 8
+
+
+def test_what_was_cut_off_is_not_imitated():
+    rows = [dict(prompt="q", completion=str(i), advantage=a, truncated=t) for i, (a, t) in enumerate(CUT)]
+    assert [r["completion"] for r in Experience(answers=rows).demonstrations] == ["0"]
+    assert Experience(answers=[dict(prompt="q", completion="x", advantage=1.0)]).demonstrations
+
+
+CUT = (1.0, False), (1.0, True), (-1.0, False), (0.0, False)
+
+
+def test_counts_of_two_collectors_add_up():
+    one = Experience(metrics=dict(pairs=2, reward=0.5, dropped={"empty": 1, "truncated": 2}))
+    other = Experience(metrics=dict(pairs=3, reward=0.1, dropped={"truncated": 3}, informative=4))
+    expected = dict(pairs=5, reward=0.5, dropped={"empty": 1, "truncated": 5}, informative=4)
+    assert (one + other).metrics == expected
+
+
+def test_a_level_without_answers_is_advice_and_another_error_is_an_error(tmp_path, tiny_folder):
+    task = as_task(PROMPTS, reward=lambda prompt, answer: 1.0)
+    made = trainer(tmp_path, tiny_folder, task=task, collect="levels", method="sft")
+    with made.running(1):
+        experience = Levels(2).collect(made, made.draw(0))
+        assert not experience and "a level has no answers" in experience.advice
+        with pytest.raises(ValueError, match="a label for each answer"):
+            Levels(4, label=lambda rewards: [0]).collect(made, made.draw(0))

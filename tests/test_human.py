@@ -6,10 +6,10 @@ import json
 import random
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import ipywidgets as widgets
 import pytest
+from tags import Tags
 
 from selfplay_nb.scoring.human import VERDICTS, HumanRatings, _sides
 from selfplay_nb.stats.rates import Rate, agreement, win_rate
@@ -393,21 +393,6 @@ def test_the_end_shows_agreement_and_can_be_undone(ratings):
     )
     with pytest.raises(ValueError, match="3 probabilities for 6"):
         RatingWidget(ratings, judges={"short": [1.0] * 3})
-
-
-class Tags(HTMLParser):
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.attributes = set(), "", set()
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {k for k, _ in attrs}
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def text_of_html(html):

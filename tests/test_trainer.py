@@ -551,6 +551,18 @@ def test_exploiters_learn_and_join_the_league(tmp_path, tiny_folder):
     trainer.league.unload()
 
 
+def test_after_an_error_in_an_exploiters_turn_the_main_agent_is_seen(tmp_path, tiny_folder):
+    class Fails:
+        def on_stage(self, trainer, stage):
+            if stage == "main_exploiter":
+                raise KeyboardInterrupt
+
+    settings = dict(opponents="league", learners="main, main_exploiter")
+    trainer = make(tmp_path / "run", tiny_folder, [Fails()], **settings)
+    trainer.train()
+    assert trainer.interrupted and trainer.role == "main" and trainer.student.name == "student"
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [

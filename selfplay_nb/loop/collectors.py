@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ..core.players import text_of
 from .rounds import Collector, Compete, Experience, Groups, Refine, Run, group_advantages
 from ..methods.adversarial import AdversarialFilter, ProposerReward
-from ..methods.skill import SkillConditioning, by_quantile
+from ..methods.skill import EmptyLevel, SkillConditioning, by_quantile
 
 # %% ../../nbs/loop/collectors.ipynb #9b4ab286
 class Screen:
@@ -63,7 +63,7 @@ class Levels:
         seed = run.seed("levels")
         try:
             rows = skill.collect(problems, seed, self.per_level, run.round + 1, progress=run.progress)
-        except ValueError as e:  # a level has no answers
+        except EmptyLevel as e:
             return Experience(advice=str(e))
         answers = [row | {"advantage": 1.0, "truncated": False} for row in rows]
         return Experience(answers=answers, metrics={"levelled": len(rows), "dropped": dict(rows.dropped)})
@@ -74,7 +74,7 @@ class Propose:
 
     def __init__(
         self,
-        ask: str,  # the prompt that asks for a problem
+        ask,  # the prompt that asks for a problem, a text or messages
         parse: Callable,  # `text -> {"prompt", columns}`, or None for what is no problem
         then: Collector | None = None,  # what is done with the problems; by default `Groups()`
         n_proposals: int = 32,  # each round
@@ -87,7 +87,11 @@ class Propose:
     def collect(self, run: Run, problems: list[dict]) -> Experience:
         run.stage("proposing")
         [said] = run.student.sample(
-            [self.ask], n_samples=self.n_proposals, seed=run.seed("proposals"), **run.sampling
+            [self.ask],
+            n_samples=self.n_proposals,
+            seed=run.seed("proposals"),
+            progress=run.progress,
+            **run.sampling,
         )
         solver = AdversarialFilter(
             run.student,
@@ -98,10 +102,10 @@ class Propose:
             round=run.round + 1,
             **run.sampling,
         )
-        allowed = lambda text: self._allowed(run, text)
         texts = [text_of(s.text) for s in said]
-        worth = ProposerReward(solver, allowed)([self.ask] * len(texts), texts)
-        found = {repr(row): row for row in map(allowed, texts) if row}
+        proposed = {text: self._allowed(run, text) for text in texts}
+        worth = ProposerReward(solver, proposed.get)([self.ask] * len(texts), texts)
+        found = {repr(row): row for row in proposed.values() if row}
         rows = [
             dict(
                 prompt=self.ask,

@@ -65,9 +65,7 @@ from .rounds import Compete, Demonstrate, Experience, Groups, Refine, collect
 from ..tasks.task import ArithmeticTask
 from selfplay_nb.models.update import (
     COMMON,
-    DPO,
-    REINFORCE,
-    SFT,
+    DEFAULTS,
     PairSettings,
     Settings,
     UpdateResult,
@@ -543,7 +541,7 @@ def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh:
 
 # %% ../../nbs/loop/pipeline.ipynb #cfde4072
 # of the updates behind a stage
-_DEFAULTS = dict(sft=SFT, dpo=DPO, ipo=DPO, sppo=DPO, spin=DPO, grpo=REINFORCE, reward_model=REWARD)
+_DEFAULTS = DEFAULTS | dict(reward_model=REWARD)
 
 
 @patch

@@ -57,7 +57,7 @@ from .game_rounds import GameTask, as_game
 from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
-from ..models.update import COMMON, DPO, load_optimizer, save_optimizer
+from ..models.update import COMMON, DEFAULTS, load_optimizer, save_optimizer
 from .vitals import Vitals, alarms, vitals
 
 # %% ../../nbs/loop/trainer.ipynb #0bf9f5da
@@ -477,14 +477,16 @@ def train_exploiters(self: SelfPlayTrainer) -> dict:
     "A round of each learner beside the main agent; their metrics, by role."
     main, *exploiters = self.learners
     told = {}
-    for self.learner in exploiters:
-        self.stage(self.role)
-        told[self.role] = self.play_and_learn(self.draw(self.round))
-        if (self.round + 1) % self.config.renew_every == 0:
-            self.renew_reference()
-            if self.role == "main_exploiter" or random.Random(self.seed("reset")).random() < 0.25:
-                self.begin_anew()
-    self.learner = main
+    try:
+        for self.learner in exploiters:
+            self.stage(self.role)
+            told[self.role] = self.play_and_learn(self.draw(self.round))
+            if (self.round + 1) % self.config.renew_every == 0:
+                self.renew_reference()
+                if self.role == "main_exploiter" or random.Random(self.seed("reset")).random() < 0.25:
+                    self.begin_anew()
+    finally:  # who looks at the run after an error or Ctrl-C sees the main agent
+        self.learner = main
     return {"learners": told} if told else {}
 
 # %% ../../nbs/loop/trainer.ipynb #a77645a7
@@ -866,7 +868,7 @@ def identity(self: SelfPlayTrainer) -> dict:
         reward=self.reward and self.reward.reward,
         verifier=self.task.verifier,
         held_out=self.exam_problems,
-        update=COMMON | DPO,
+        update=COMMON | DEFAULTS[self.given.method],
     )
     if any(self.parts):
         made_of |= dict(parts=self.parts)
