@@ -12,6 +12,7 @@ import argparse
 import ast
 import ctypes
 import dataclasses
+import difflib
 import importlib.util
 import json
 import shutil
@@ -74,7 +75,7 @@ def config_options() -> dict[str, Option]:  # by name, in their order
 # %% ../nbs/cli.ipynb #784a8157
 GROUPS = {
     "what is played": ("run_dir", "level", "shots", "game", "judge"),
-    "the model": ("model_name", "load_in_4bit", "dtype", "attn_implementation", "r"),
+    "the model": ("model_name", "load_in_4bit", "dtype", "attn_implementation", "r", "start_from", "warm_up"),
     "a round": (
         "n_rounds",
         "prompts_per_round",
@@ -86,7 +87,7 @@ GROUPS = {
         "max_new_tokens",
         "temperature",
     ),
-    "how to learn": ("method", "learning_rate", "beta", "kl", "sft_weight"),
+    "how to learn": ("method", "learning_rate", "beta", "kl", "sft_weight", "entropy"),
     "opponents": (
         "opponents",
         "league_size",
@@ -155,6 +156,10 @@ def task_of(args):
         return named_in(args.task)
     if getattr(args, "game", None) and (args.prompts or own):
         raise ValueError("--game brings its own prompts and outcomes: give it alone.")
+    if ".py:" in (getattr(args, "game", None) or ""):
+        raise ValueError(f"--game takes a name. A game of your own is a task: --task {args.game}")
+    if args.prompts and not (args.reward or args.own_judge):
+        raise ValueError("--prompts without --reward or --judge: what is learned from?")
     if not args.prompts and own:
         raise ValueError(f"--{next(iter(own))} without --prompts: on which prompts?")
     if not args.prompts:
@@ -613,10 +618,26 @@ def _add_doctor(parser):
         parser.add_argument(f"--{name}", type=int, help=meaning)
     parser.set_defaults(do=examined)
 
+# %% ../nbs/cli.ipynb #502ee779
+class _Parser(argparse.ArgumentParser):
+    "Options are written out, and one that is misspelled is told its neighbours; so are those of commands."
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings | {"allow_abbrev": False})
+
+    def parse_known_args(self, args=None, namespace=None):
+        known, unknown = super().parse_known_args(args, namespace)
+        wrong = next((a for a in unknown if a.startswith("--")), None)
+        if wrong:
+            options = [o for action in self._actions for o in action.option_strings]
+            near = difflib.get_close_matches(wrong.partition("=")[0], options, n=2)
+            self.error(f"unknown option {wrong}" + (f": perhaps {' or '.join(near)}?" if near else ""))
+        return known, unknown
+
 # %% ../nbs/cli.ipynb #d5cb2ffc
 def main(argv=None):
     "The entry point of `selfplay` and `python -m selfplay_nb`."
-    parser = argparse.ArgumentParser("selfplay", description="Self-play for language models")
+    parser = _Parser("selfplay", description="Self-play for language models")
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("train", help="begin a run of self-play, or go on with it")
     _add_own(p)

@@ -940,7 +940,7 @@ def test_another_base_reward_or_default_is_refused(make, tiny, tiny_folder, tmp_
     with pytest.raises(ValueError, match="run.reward.* there"):
         kinder.run_sft(SFT_DATA[:4])
     with monkeypatch.context() as m:
-        m.setitem(pipeline.SFT, "learning_rate", 1e-5)
+        m.setitem(pipeline.DEFAULTS["sft"], "learning_rate", 1e-5)
         with pytest.raises(ValueError, match="settings.learning_rate: 0.0004 there, 1e-05 now"):
             make().run_sft(SFT_DATA[:4])
     other = Base.load(tiny_model_folder(tmp_path / "other", seed=5), dtype=torch.float32, device="cpu")

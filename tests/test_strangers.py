@@ -425,6 +425,32 @@ class Seedless(Short):
         return Said([])
 
 
+def ended(seat=None, legal=("1",), refuses=False, outcome=None):
+    "A game with one position: what it is after the only move that it has."
+
+    class Position:
+        prompt = "?"
+
+        def __init__(self):
+            self.seat, self.legal, self.outcome = 0, list(legal), outcome
+
+        def move(self, text):
+            if refuses:
+                raise ValueError("never")
+            self.seat = seat
+
+        def copy(self):
+            return Position()
+
+    class Game:
+        name, seats = "one move", 2
+
+        def start(self, seed):
+            return Position()
+
+    return Game()
+
+
 class Bare(Short):
     name = "bare"
 
@@ -465,6 +491,15 @@ class Bare(Short):
         (lambda: as_game("nim(piles=3)"), "nim does not take"),
         (lambda: GameTask(Seedless()), "cannot be started by start.seed."),
         (lambda: GameTask(Bare()), "no legal, no prompt, no move"),
+        (lambda: as_game(Short), "Short is a class: expected a game made from it, as Short.."),
+        (lambda: as_game(ended(seat=0)), "is not over after 2000 moves: at its end `seat` is None"),
+        (lambda: as_game(ended(legal=[])), r"its legal moves are \[\]: expected texts"),
+        (lambda: as_game(ended(legal=[1])), r"its legal moves are \[1\]: expected texts"),
+        (lambda: as_game(ended(refuses=True)), "refuses its own legal move '1': never"),
+        (lambda: as_game(ended()), "ended with the outcome None: expected a number for each of 2 seats"),
+        (lambda: as_game(ended(outcome=1)), "outcome 1: expected a number for each"),
+        (lambda: as_game(ended(outcome=[1])), "outcome .1.: expected a number for each"),
+        (lambda: as_game(ended(outcome=[1, float("nan")])), "outcome .1, nan.: expected a number for each"),
         (
             lambda: CompetitiveSelfPlay(str.upper, str.lower, shorter, 1).train_step(PROMPTS),
             "as_judge makes it one",

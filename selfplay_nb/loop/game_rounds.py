@@ -9,7 +9,7 @@ __all__ = ['GameTask', 'PlayGames', 'games_of', 'GameMoves', 'GamePairs', 'by_st
 import random
 from statistics import fmean
 
-from ..core.checks import printable
+from ..core.checks import printable, printed
 from ..core.players import name_of, seed_of
 from ..games.play import OpenSpielGame, Played, TextArenaGame, play
 from .rounds import Experience, opponents_met
@@ -122,16 +122,11 @@ class GameMoves(PlayGames):
     def learn_from(self, run, games: Played) -> Experience:
         rows = advantages(games, run.student.name, self.baseline, self.entropy)
         known = sum(bool(r["advantage"]) for r in rows)
-        advice = (
-            ""
-            if known
-            else (
-                "every game ended as was to be expected: play more of them a round, or with a higher"
-                " temperature"
-            )
-        )
+        why = "every game ended as was to be expected: play more a round, or with a higher temperature"
         return Experience(
-            answers=rows, metrics=_game_figures(run, games) | {"with_advantage": known}, advice=advice
+            answers=rows,
+            metrics=_game_figures(run, games) | {"with_advantage": known},
+            advice="" if known else _illegal(run, games) or why,
         )
 
 # %% ../../nbs/loop/game_rounds.ipynb #1cb1ec5e
@@ -147,8 +142,22 @@ class GamePairs(PlayGames):
         return Experience(
             pairs,
             metrics=figures,
-            advice="no position was played in two ways that ended differently: play more games a round",
+            advice=_illegal(run, games)
+            or "no position was played in two ways that ended differently: play more games a round",
         )
+
+# %% ../../nbs/loop/game_rounds.ipynb #37219e6d
+def _illegal(run, games: Played) -> str:
+    "What to do if more than half of the student's moves were illegal."
+    mine = [t for g in games for t in g.turns if g.players[t.seat] == run.student.name]
+    wrong = [t for t in mine if not t.legal]
+    if 2 * len(wrong) <= len(mine):
+        return ""
+    return (
+        f"{len(wrong)} of {len(mine)} moves were illegal, such as {printed(wrong[0].answer)!r:.40}"
+        f" ({wrong[0].reason}): let it imitate legal ones first (warm_up=256), or let an illegal move cost"
+        ' less, as in GameTask(game, illegal="random")'
+    )
 
 # %% ../../nbs/loop/game_rounds.ipynb #53fdc943
 def _game_figures(run, games: Played) -> dict:
@@ -185,8 +194,9 @@ def as_game(
         return Sticks()
     if isinstance(game, str):
         return TextArenaGame(game) if "-v" in game else _of_open_spiel(game)
-    lacks = [a for a in ("seats", "start", "name") if not hasattr(game, a)]
-    if lacks or isinstance(game, type):
+    if isinstance(game, type):
+        raise ValueError(f"{game.__name__} is a class: expected a game made from it, as {game.__name__}().")
+    if not all(hasattr(game, a) for a in ("seats", "start", "name")):
         raise ValueError(
             f"{game!r:.60} is no game: expected one with `seats`, `start(seed)` and `name`, or a name of"
             " OpenSpiel's or TextArena's."
@@ -201,7 +211,44 @@ def as_game(
             f"a position of {name_of(game)} has no {', no '.join(lacks)}: `legal` is a list of moves, or None"
             " for free text."
         )
+    _try_out(game, position)
     return game
+
+# %% ../../nbs/loop/game_rounds.ipynb #536b807c
+def _try_out(game, position, longest: int = 2000):
+    "Play one game at random. Raises `ValueError` for what would stop a run later."
+    name, rng = name_of(game), random.Random(0)
+    for _ in range(longest):
+        if position.seat is None or position.legal is None:
+            break
+        legal = list(position.legal)
+        if not legal or not all(isinstance(m, str) for m in legal):
+            raise ValueError(
+                f"{name} says that seat {position.seat} is to move, and its legal moves are {legal!r:.60}:"
+                " expected texts; at the end of the game `seat` is None."
+            )
+        move = rng.choice(legal)
+        try:
+            position.move(move)
+        except ValueError as e:
+            raise ValueError(f"{name} refuses its own legal move {move!r}: {e}") from None
+    else:
+        raise ValueError(f"{name} is not over after {longest} moves: at its end `seat` is None.")
+    if position.seat is None and not hasattr(game, "settle"):
+        _check_outcome(game, position)
+
+# %% ../../nbs/loop/game_rounds.ipynb #824eb223
+def _check_outcome(game, position):
+    outcome = getattr(position, "outcome", None)
+    try:
+        fits = len(outcome) == game.seats and all(0 <= o <= 1 for o in outcome)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name_of(game)} ended with the outcome {outcome!r:.60}: expected a number for each of"
+            f" {game.seats} seats, 1 won, 0 lost, 0.5 drawn."
+        )
 
 # %% ../../nbs/loop/game_rounds.ipynb #6e74e745
 def _of_open_spiel(text: str) -> OpenSpielGame:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'METHODS', 'Experience', 'Run', 'Collector', 'collect', 'Compete', 'Refine', 'abstains', 'group_advantages',
-           'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'Method', 'PairMethod',
+           'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'imitable', 'Method', 'PairMethod',
            'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
 
 # %% ../../nbs/loop/rounds.ipynb #dae50e5f
@@ -289,12 +289,7 @@ class Demonstrate:
 
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
-        lacks = [p for p in problems if not isinstance(p.get("completion"), str)]
-        if lacks:
-            raise ValueError(
-                f"the method spin imitates the column 'completion', which {lacks[0]['prompt']!r:.60} has not:"
-                " give demonstrations."
-            )
+        problems = imitable(problems, "the method spin")
         said = run.student.sample(
             [p["prompt"] for p in problems],
             seed=run.seed("demonstrations"),
@@ -306,6 +301,17 @@ class Demonstrate:
         speed = said.n_tokens / said.seconds if said.seconds else 0.0
         figures = {"pairs": len(pairs), "dropped": dict(dropped), "tokens_per_second": speed}
         return Experience(pairs, metrics=figures, advice="the student says what the demonstrations say")
+
+# %% ../../nbs/loop/rounds.ipynb #5e66bd2d
+def imitable(problems: list[dict], who: str) -> list[dict]:
+    "`problems`, each with a demonstration for `who` imitates them; raises `ValueError` if one has none."
+    lacks = [p for p in problems if not isinstance(p.get("completion"), str)]
+    if lacks:
+        raise ValueError(
+            f"{who} imitates the column 'completion', which {lacks[0]['prompt']!r:.60} has not: give"
+            " demonstrations."
+        )
+    return problems
 
 # %% ../../nbs/loop/rounds.ipynb #465b2bf7
 class Method(Protocol):

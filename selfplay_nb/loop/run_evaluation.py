@@ -11,7 +11,16 @@ from statistics import fmean
 from ..core.players import columns_of, seed_of
 from ..games.play import MinimaxBot, Played, RandomPlayer, solver
 from .game_rounds import GameMoves, GamePairs, GameTask, by_start, games_of
-from .rounds import Collector, Compete, Demonstrate, Groups, Refine, abstains, leave_one_out
+from selfplay_nb.loop.rounds import (
+    Collector,
+    Compete,
+    Demonstrate,
+    Groups,
+    Refine,
+    abstains,
+    imitable,
+    leave_one_out,
+)
 from ..methods.competitive import CompetitiveSelfPlay
 from ..scoring.evaluation import Exam, examine
 from ..scoring.judge import as_judge
@@ -23,6 +32,14 @@ class Prompts:
     def __init__(self, task):
         self.task = task
         self.measure = "right" if task.verifier else "better than before training"
+
+    def check(self, run):
+        "Whether these settings can be played: any can."
+
+    def demonstrations(self, run, n: int) -> list[dict]:
+        "Rows with `prompt` and `completion`. Raises `ValueError` if the run's prompts bring none."
+        rows = imitable(run.problems(n, run.seed("warm-up")), "the warm-up")
+        return [dict(prompt=p["prompt"], completion=p["completion"]) for p in rows]
 
     def collectors(self, config) -> list[Collector]:
         "What a configuration means."
@@ -107,7 +124,25 @@ class Matches:
         "What a configuration means."
         if config.method not in ("dpo", "ipo", "reinforce"):
             raise ValueError(f"method={config.method!r}: on a game expected 'reinforce', 'dpo' or 'ipo'.")
-        return [GameMoves() if config.method == "reinforce" else GamePairs()]
+        return [GameMoves(entropy=config.entropy) if config.method == "reinforce" else GamePairs()]
+
+    def check(self, run):
+        "Raises `ValueError` if a move is longer than what a player may say."
+        moves = self.task.game.start(0).legal or []
+        tokens = {move: len(run.base.completion_ids(move)) for move in moves}
+        longest = max(tokens, key=tokens.get, default=None)
+        if longest and tokens[longest] > run.config.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={run.config.max_new_tokens} cuts off moves of {self.task.name}: {longest!r}"
+                f" takes {tokens[longest]} tokens."
+            )
+
+    def demonstrations(self, run, n: int) -> list[dict]:
+        "Moves of games between random players, as rows with `prompt` and `completion`."
+        starts = self.task.problems("train", -(-n // 2), run.seed("warm-up"))
+        games = self.task.play([RandomPlayer(), RandomPlayer()], starts)
+        rows = [dict(prompt=t.prompt, completion=t.move) for g in games for t in g.turns]
+        return rows[:n]
 
     def duel(self, run, problems: list[dict], seed: int) -> list[list[float]]:
         "Both seatings of each start: the student's outcomes."

@@ -29,6 +29,7 @@ from selfplay_nb.core.checkpoint import (
     content,
     differences,
     discard,
+    file_sum,
     forget_run,
     locked,
     newest_whole,
@@ -57,7 +58,7 @@ from .game_rounds import GameTask, as_game
 from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
-from ..models.update import COMMON, DEFAULTS, load_optimizer, save_optimizer
+from ..models.update import COMMON, DEFAULTS, load_optimizer, save_optimizer, sft
 from .vitals import Vitals, alarms, vitals
 
 # %% ../../nbs/loop/trainer.ipynb #0bf9f5da
@@ -92,7 +93,13 @@ class SelfPlayConfig:
     # of grpo and reinforce: what a nat of divergence from the reference costs, for each token
     kl: float = 0.0
     sft_weight: float = 0.2  # of the likelihood term on chosen answers
+    # of reinforce on a game: what a legal move earns for each nat of surprise, so that others are still tried
+    entropy: float = 0.0
     r: int = 16  # LoRA rank
+    start_from: str = ""  # an adapter folder that every learner starts from; "" for the base as it is
+    # demonstrations that are imitated before the first round: rows with a column `completion`, or, of a game,
+    # moves of games between random players
+    warm_up: int = 0
     # "reference"; or, of a league of its earlier selves, "league" (as a main agent) or one of
     # `league.DISTRIBUTIONS`
     opponents: str = "reference"
@@ -276,6 +283,7 @@ def train(
     total = self.config.n_rounds if n_iterations is None else n_iterations
     with self.running(total):
         if self.round == 0 and not self.history:
+            self.warm_up()
             self.finish_round({"round": 0, "seconds": 0.0}, total)
         while self.round < total and not self.stopped:
             self.call("on_round_begin")
@@ -285,6 +293,21 @@ def train(
             self.call("on_stage", stage="final")
             write_whole(self.dir / "against_base.json", json.dumps(self.play_base()))
     return self.history
+
+# %% ../../nbs/loop/trainer.ipynb #511c7d3b
+@patch
+def warm_up(self: SelfPlayTrainer):
+    "Imitate `config.warm_up` demonstrations by SFT; all learners start from what comes of it."
+    n = self.config.warm_up
+    if not n:
+        return
+    self.stage("warming up")
+    rows = self.arena.demonstrations(self, n)
+    sft(self.student, rows, seed=self.seed("warm-up"), progress=lambda step, steps: self.progress(0, 0))
+    self.student.save(self.dir / "start")
+    for learner in self.learners:
+        learner.policy.load_state(self.student.state())
+        learner.update_reference()
 
 # %% ../../nbs/loop/trainer.ipynb #5dd0079a
 @patch
@@ -600,7 +623,7 @@ def play_base(
 
 # %% ../../nbs/loop/trainer.ipynb #cd724228
 def _wrong(f, v) -> str | None:
-    lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations") else 1
+    lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations", "warm_up") else 1
     if f.type is bool and not isinstance(v, bool):
         return "True or False"
     if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest):
@@ -656,6 +679,11 @@ def check(self: SelfPlayConfig):
         named(self.collect, self)
     if self.game and (self.watch or self.refine_iterations or self.collect):
         raise ValueError("bad configuration: on a game there is no watch, refine_iterations or collect.")
+    if self.start_from and not (Path(self.start_from) / "adapter_model.safetensors").exists():
+        raise ValueError(
+            f"bad configuration: start_from={self.start_from!r}: expected an adapter folder, as Policy.save"
+            " writes it."
+        )
     if not 0.1 < self.gate_win_rate < 0.9:
         raise ValueError(f"bad configuration: gate_win_rate={self.gate_win_rate} (between 0.1 and 0.9)")
     if self.on_alarm != "warn" and not self.watch:
@@ -856,7 +884,7 @@ A LoRA adapter trained by self-play. Held-out problems, greedy:
 # %% ../../nbs/loop/trainer.ipynb #fd839ca6
 KIND = "rounds of self-play"
 # the same run may have others; the model is known by its weights
-_FREE = "run_dir", "model_name", "n_rounds", "keep"
+_FREE = "run_dir", "model_name", "n_rounds", "keep", "start_from"
 
 # %% ../../nbs/loop/trainer.ipynb #3d153eb4
 @patch
@@ -872,6 +900,8 @@ def identity(self: SelfPlayTrainer) -> dict:
     )
     if any(self.parts):
         made_of |= dict(parts=self.parts)
+    if self.given.start_from:
+        made_of |= dict(start=file_sum(Path(self.given.start_from) / "adapter_model.safetensors"))
     return settings | {k: brief(content(v)) for k, v in made_of.items()}
 
 # %% ../../nbs/loop/trainer.ipynb #963c5d25
@@ -943,19 +973,25 @@ def _begin(self: SelfPlayTrainer):
     self.last_pair = None
     self.round = 0
     self.history = []
+    for name in "league", "start":
+        shutil.rmtree(self.dir / name, ignore_errors=True)
     self.learners = []
     for role in self.config.roles:
         self.learners.append(self._new_learner(role))
     self.learner = self.learners[0]
-    shutil.rmtree(self.dir / "league", ignore_errors=True)
     self.league = self._league()
 
 
 @patch
 def _new_learner(self: SelfPlayTrainer, role: str) -> Learner:
-    "A learner that answers as the base does."
+    "A learner as it is before the first round: after the warm-up, from a given adapter, or as the base."
     student, reference = _names(role)
-    policy = Policy(self.base, student, r=self.config.r, seed=self.config.seed)
+    warm = self.dir / "start"
+    start = warm if warm.exists() else self.config.start_from
+    if start:
+        policy = Policy.load(self.base, start, student)
+    else:
+        policy = Policy(self.base, student, r=self.config.r, seed=self.config.seed)
     return Learner(role, policy, policy.snapshot(reference))
 
 
@@ -1035,6 +1071,7 @@ MADE = (
     "curve.png",
     "report.html",
     "against_base.json",
+    "start",
     "checkpoints",
     "exams",
     "league",
@@ -1060,6 +1097,7 @@ def running(self: SelfPlayTrainer, total: int):
     """
     with locked(self.dir), signals_interrupt():
         self.resume()
+        self.arena.check(self)
         self.interrupted, self.stopped = False, ""
         self.call("on_train_begin", total=total)
         try:
