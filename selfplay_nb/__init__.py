@@ -15,7 +15,7 @@ _WHERE = {
     "core.protocols": "Player Reward Judge Task Game",
     "core.players": "Scripted as_player",
     "tasks.task": "ArithmeticTask PromptTask as_task",
-    "scoring.reward": "as_reward WeightedReward exact_number near_number format_reward coin_flip",
+    "scoring.reward": "as_reward WeightedReward exact_number near_number format_reward random_reward",
     "scoring.judge": "as_judge RewardJudge RuleJudge ModelJudge Panel",
     "models.reward_model": "RewardModel",
     "core.pairs": "Ledger load_rows validate_pairs",
@@ -33,7 +33,7 @@ _WHERE = {
     "loop.trainer": "SelfPlayConfig SelfPlayTrainer",
     "loop.pipeline": "RLHFOrchestrator combine",
     "models.update": "dpo sft reinforce",
-    "scoring.evaluation": "examine versus compare Exam Comparison Match",
+    "scoring.evaluation": "evaluate versus compare Evaluation Comparison Match",
     "stats.rates": "Rate SPRT win_rate",
     "views.refinement_stepper": "RefinementStepper",
 }

@@ -92,12 +92,12 @@ GROUPS = {
         "opponents",
         "league_size",
         "learners",
-        "renew_every",
+        "update_reference_every",
         "gate",
         "gate_win_rate",
         "gate_prompts",
     ),
-    "evaluation": ("exam_every", "exam_size", "watch", "on_alarm"),
+    "evaluation": ("eval_every", "eval_size", "watch", "on_alarm"),
 }
 
 # %% ../nbs/cli.ipynb #f9813630
@@ -324,7 +324,7 @@ def learning(
 ):
     "Run the experiment; the metrics of all finished runs are in `out`."
     from selfplay_nb.core.pairs import write_whole
-    from selfplay_nb.loop.callbacks import load_exam, summary
+    from selfplay_nb.loop.callbacks import load_evaluation, summary
     from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
     from selfplay_nb.scoring.evaluation import compare
 
@@ -345,7 +345,7 @@ def learning(
             if trainer.interrupted:
                 raise SystemExit("Interrupted; the same command goes on from here.")
             print(summary(c.run_dir))
-            change = compare(load_exam(c.run_dir, 0), load_exam(c.run_dir, history[-1]["round"]))
+            change = compare(load_evaluation(c.run_dir, 0), load_evaluation(c.run_dir, history[-1]["round"]))
             pairs = sum(m.get("pairs", 0) for m in history) / max(1, c.n_rounds * c.prompts_per_round)
             # coins hardly tie: the control trains on as many pairs, not on more
             fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})
@@ -377,9 +377,9 @@ DEMO = dict(
     learning_rate=2e-4,
     sft_weight=0.5,
     gate=False,
-    renew_every=3,
-    exam_every=1,
-    exam_size=120,
+    update_reference_every=3,
+    eval_every=1,
+    eval_size=120,
 )
 
 # %% ../nbs/cli.ipynb #ba40a6a1
@@ -418,8 +418,8 @@ def expected_seconds(
     "What a run will take: what it samples, learns from and evaluates."
     answers = 2 * config.prompts_per_round * config.n_samples
     pairs = config.prompts_per_round * config.pairs_per_prompt
-    evaluations = 1 + -(-config.n_rounds // config.exam_every)
-    greedy = evaluations * config.exam_size
+    evaluations = 1 + -(-config.n_rounds // config.eval_every)
+    greedy = evaluations * config.eval_size
     in_rounds = config.n_rounds * (answers * speed["sampled"] + pairs * speed["pair"])
     return in_rounds + (greedy + 2 * 100) * speed["greedy"]  # at the end 100 matches against the base
 
@@ -457,7 +457,7 @@ def demo(
     learned = _demo_run(folder / "rule", base, fresh, **rule)
     print("\nThe control, with random rewards:", flush=True)
     made = sum(m.get("pairs", 0) for m in learned) / (config.n_rounds * config.prompts_per_round)
-    fair = dict(judge="coin", pairs_per_prompt=max(1, round(made)))  # random rewards hardly tie
+    fair = dict(judge="random", pairs_per_prompt=max(1, round(made)))  # random rewards hardly tie
     control = _demo_run(folder / "control", base, fresh, **rule | fair)
     told = compared(folder, learned, control)
     print(f"\n{told}", flush=True)
@@ -485,7 +485,7 @@ def compared(folder: Path, learned: list[dict], control: list[dict]) -> str:
     "The two curves as a figure, and what they say."
     from matplotlib.figure import Figure
 
-    from selfplay_nb.loop.callbacks import load_exam, plot_metrics
+    from selfplay_nb.loop.callbacks import load_evaluation, plot_metrics
     from selfplay_nb.scoring.evaluation import compare
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -496,10 +496,12 @@ def compared(folder: Path, learned: list[dict], control: list[dict]) -> str:
     ax.set_title("Two-digit sums that were never trained on")
     figure.savefig(folder / "curve.png", dpi=120)
     last = learned[-1]["round"]
-    exams = [load_exam(folder / name, n) for name, n in (("rule", 0), ("control", last), ("rule", last))]
+    evaluations = [
+        load_evaluation(folder / name, n) for name, n in (("rule", 0), ("control", last), ("rule", last))
+    ]
     names = "before", "after, random rewards", "after, rule"
-    lines = [f"{name:22} {exam.accuracy}" for name, exam in zip(names, exams)]
-    verdict = f"on the same sums, rule against random rewards: {compare(exams[1], exams[2])}"
+    lines = [f"{name:22} {evaluation.accuracy}" for name, evaluation in zip(names, evaluations)]
+    verdict = f"on the same sums, rule against random rewards: {compare(evaluations[1], evaluations[2])}"
     where = f"The curves are in {folder / 'curve.png'}, each run's report in its report.html."
     return "\n".join(["Right answers, with their 95 % interval:", *lines, verdict, where])
 
@@ -584,7 +586,7 @@ def _add_own(parser):
         "--reward", metavar="FILE.py:NAME", help="(prompt, answer) -> number, or a reward in TRL's convention"
     )
     group.add_argument(
-        "--verifier", metavar="FILE.py:NAME", help="as a reward, but right or wrong: what is examined with"
+        "--verifier", metavar="FILE.py:NAME", help="as a reward, but right or wrong: what is evaluated with"
     )
     group.add_argument(
         "--held-out", type=float, help="share of the prompts that are never trained on (default: 0.2)"

@@ -85,12 +85,12 @@ def run(base, folder, at=0):
             prompts_per_round=4,
             n_samples=4,
             max_new_tokens=12,
-            exam_size=4,
-            exam_every=2,
+            eval_size=4,
+            eval_every=2,
             opponents="league",
             league_size=2,
             learners="main, main_exploiter",
-            renew_every=1,
+            update_reference_every=1,
             gate=False,
         )
         SelfPlayTrainer(config, base=base, task=Letters(), callbacks=[points]).train()

@@ -18,7 +18,7 @@ from selfplay_nb.methods.adversarial import (
     class_probabilities,
     informative,
 )
-from selfplay_nb.scoring.reward import as_reward, coin_flip, exact_number
+from selfplay_nb.scoring.reward import as_reward, exact_number, random_reward
 
 CORRECT = as_reward(lambda prompt, answer: float(answer == "yes"))
 
@@ -251,7 +251,7 @@ def test_noise_of_the_reward_is_told_from_doubt_of_the_policy():
     calm = AdversarialFilter(player, CORRECT).find_adversarial_examples(
         list(kind), early_stop=False, progress=False
     )
-    noisy = AdversarialFilter(player, coin_flip(0), right_from=0.5).find_adversarial_examples(
+    noisy = AdversarialFilter(player, random_reward(0), right_from=0.5).find_adversarial_examples(
         list(kind), early_stop=False, progress=False
     )
     assert calm.noise.value == 0 and noisy.noise.value == 1 and len(noisy) == 60

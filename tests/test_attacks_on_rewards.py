@@ -304,7 +304,7 @@ JUNK = [
     "family",
     [
         "complex_arithmetic",
-        "coin_flip",
+        "random_reward",
         "gcd",
         "chain_sum",
         "number_sorting",

@@ -20,7 +20,7 @@ from selfplay_nb.methods.refinement import IterativeRefiner
 from selfplay_nb.methods.skill import SkillConditioning, check_levels
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.update import dpo, reinforce, sft
-from selfplay_nb.scoring.evaluation import examine, versus
+from selfplay_nb.scoring.evaluation import evaluate, versus
 from selfplay_nb.scoring.judge import RewardJudge, RuleJudge
 from selfplay_nb.scoring.reward import score
 
@@ -124,7 +124,7 @@ ASKED = {
     ),
     "skill rows": lambda prompts: SkillConditioning(player(), right, n_samples=4).collect(prompts),
     "a player": lambda prompts: player().generate(prompts),
-    "examine": lambda problems: examine(player(), problems, right),
+    "examine": lambda problems: evaluate(player(), problems, right),
     "versus": lambda problems: versus(player(), player(), problems, RewardJudge(length)),
     "check levels": lambda problems: check_levels(player(), problems, right),
     "a judge": lambda prompts: RewardJudge(length).compare(prompts, ["a"], ["b"]),
@@ -295,7 +295,7 @@ SCORED = {
         )
     ),
     "skill": lambda reward: SkillConditioning(player(), reward, n_samples=4).collect(["Hi"]),
-    "examine": lambda reward: examine(player(), [{"prompt": "Hi"}], reward),
+    "examine": lambda reward: evaluate(player(), [{"prompt": "Hi"}], reward),
     "judge": lambda reward: RewardJudge(reward).compare(["Hi"], ["7"], ["8"]),
     "levels": lambda reward: check_levels(player(), [{"prompt": "Hi"}], reward),
 }
@@ -343,7 +343,7 @@ COUNTS = {
     "leagues": lambda n: LeagueTraining(n),
     "rounds": lambda n: SelfPlayConfig(prompts_per_round=n).check(),
     "samples of a run": lambda n: SelfPlayConfig(n_samples=n).check(),
-    "exam": lambda n: SelfPlayConfig(exam_size=n).check(),
+    "evaluation": lambda n: SelfPlayConfig(eval_size=n).check(),
     "tokens of a run": lambda n: SelfPlayConfig(max_new_tokens=n).check(),
     "rank": lambda n: SelfPlayConfig(r=n).check(),
 }

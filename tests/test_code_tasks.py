@@ -338,8 +338,8 @@ def test_rewards_in_trls_form():
         "trainer_state": None,
     }
     reward = task.reward([p["prompt"]] * 6, answers, **columns)
-    exam = task.verifier([p["prompt"]] * 6, answers, **columns)
-    assert exam == [1, 1, 0, 0, 0, 0]
+    evaluation = task.verifier([p["prompt"]] * 6, answers, **columns)
+    assert evaluation == [1, 1, 0, 0, 0, 0]
     assert reward[:2] == [1, 1] and 0.1 < reward[2] < 1 and reward[3:] == pytest.approx([0.1, 0, 0])
     assert defined(None, answers, **columns) == [1, 1, 1, 1, 0, 0]
 
@@ -386,10 +386,10 @@ def job(p, code):
 def test_human_eval_rows():
     task = HumanEvalTask()
     assert len(task.ids) == 164 and task.problem("HumanEval/0")["prompt"][0]["role"] == "user"
-    train, exam = (
+    train, evaluation = (
         {p["task_id"] for p in task.problems(split, n)} for split, n in (("train", 100), ("held-out", 25))
     )
-    assert not train & exam and "canonical_solution" not in task.problems("train", 1)[0]
+    assert not train & evaluation and "canonical_solution" not in task.problems("train", 1)[0]
     for i in task.ids:  # every solution is found in every form of answer
         p = task.problem(i)
         whole = p["signature"] + p["canonical_solution"]

@@ -14,7 +14,7 @@ from selfplay_nb.models.policy import Base, Samples
 from selfplay_nb.scoring.reward import as_reward
 
 PROMPTS = [f"Describe a {thing}." for thing in "river bridge coffee window garden piano train bread".split()]
-SMALL = dict(n_rounds=2, prompts_per_round=5, n_samples=6, max_new_tokens=24, exam_every=2, gate=False)
+SMALL = dict(n_rounds=2, prompts_per_round=5, n_samples=6, max_new_tokens=24, eval_every=2, gate=False)
 
 
 def variety(prompt, answer):

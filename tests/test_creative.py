@@ -164,20 +164,20 @@ def test_a_list_of_the_words_is_not_a_story():
 def test_problems_are_seeded_and_splits_share_no_core(kind):
     task = CreativeTask(kind)
     train = task.problems("train", 200, 1)
-    exam = task.problems("held-out", 200)
+    evaluation = task.problems("held-out", 200)
     assert (
         train == task.problems("train", 200, 1) != task.problems("train", 200, 2)
         and json.loads(json.dumps(train)) == train
     )
     text = lambda rows: {r["prompt"][0]["content"] for r in rows}
-    assert len(text(train)) == len(text(exam)) == 200 and not text(train) & text(exam)
+    assert len(text(train)) == len(text(evaluation)) == 200 and not text(train) & text(evaluation)
     from selfplay_nb.tasks.creative import WHAT, WHERE, WHO
 
     def core(t):  # who comes first, what, where
         who = min((t.find(f"{n}, {a}"), n) for n, a in WHO if f"{n}, {a}" in t)[1]
         return who, *next((what, where) for what in WHAT for where in WHERE if f" a {what} {where}" in t)
 
-    assert not {core(t) for t in text(train)} & {core(t) for t in text(exam)}
+    assert not {core(t) for t in text(train)} & {core(t) for t in text(evaluation)}
     for r in train[:50]:
         spec, t = json.loads(r["spec"]), r["prompt"][0]["content"]
         assert (

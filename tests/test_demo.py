@@ -8,7 +8,7 @@ import pytest
 from selfplay_nb import cli
 from selfplay_nb.loop.trainer import SelfPlayConfig
 
-SMALL = dict(n_rounds=1, prompts_per_round=4, n_samples=4, max_new_tokens=8, exam_size=8)
+SMALL = dict(n_rounds=1, prompts_per_round=4, n_samples=4, max_new_tokens=8, eval_size=8)
 
 
 def test_demo(tiny, tmp_path, capsys):
@@ -20,7 +20,7 @@ def test_demo(tiny, tmp_path, capsys):
     assert "probe" not in tiny.adapters
     folders = {name: tmp_path / "demo" / name for name in ("rule", "control")}
     config = {name: json.loads((folder / "config.json").read_text()) for name, folder in folders.items()}
-    assert (config["rule"]["judge"], config["control"]["judge"]) == ("rule", "coin")
+    assert (config["rule"]["judge"], config["control"]["judge"]) == ("rule", "random")
     differ = {k for k, v in config["rule"].items() if v != config["control"][k]}
     assert differ <= {"run_dir", "judge", "pairs_per_prompt", "identity"}
     assert (tmp_path / "demo" / "curve.png").stat().st_size > 5000
@@ -34,7 +34,7 @@ def test_demo(tiny, tmp_path, capsys):
 def test_the_estimate_counts_what_a_run_does():
     speed = dict(sampled=1.0, greedy=10.0, pair=100.0)
     config = SelfPlayConfig(
-        n_rounds=3, prompts_per_round=5, n_samples=2, pairs_per_prompt=4, exam_every=2, exam_size=7
+        n_rounds=3, prompts_per_round=5, n_samples=2, pairs_per_prompt=4, eval_every=2, eval_size=7
     )
     sampled, greedy, pairs = 3 * 2 * 5 * 2, 3 * 7 + 2 * 100, 3 * 5 * 4  # evaluations: 0, 2 and the last, 3
     assert cli.expected_seconds(config, speed) == sampled + 10 * greedy + 100 * pairs

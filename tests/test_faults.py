@@ -32,9 +32,9 @@ SMALL = dict(
     prompts_per_round=6,
     n_samples=6,
     max_new_tokens=12,
-    exam_size=4,
-    exam_every=1,
-    renew_every=1,
+    eval_size=4,
+    eval_every=1,
+    update_reference_every=1,
     gate=False,
 )
 
@@ -365,7 +365,7 @@ def right_with(p, name):
 @pytest.mark.parametrize("p, q, true, most", [(0.5, 0.5, 0.5, 0.05 / 2), (0.14 / 0.23, 0.4, 0.7, 0.05)])
 def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     assert abs(p * (1 - q) / (p * (1 - q) + q * (1 - p)) - true) < 1e-9
-    trainer = make(tmp_path / "run", None, gate=True, gate_prompts=640, n_rounds=12, renew_every=3)
+    trainer = make(tmp_path / "run", None, gate=True, gate_prompts=640, n_rounds=12, update_reference_every=3)
     trainer.learner = Learner("main", right_with(p, "student"), right_with(q, "reference"))
     told = []
     for trainer.config.seed in range(200):
@@ -474,7 +474,7 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
 
     class See:
         def on_stage(self, trainer, stage):
-            if stage in ("sampling", "exam", "final"):
+            if stage in ("sampling", "evaluation", "final"):
                 seen.append([p.state() for p in (trainer.student, trainer.reference)])
 
     trainer.callbacks.append(See())
@@ -483,7 +483,7 @@ def test_what_a_verdict_does(tmp_path, tiny_folder, verdict, monkeypatch):
     def same(a, b):
         return all(torch.equal(v, b[k]) for k, v in a.items())
 
-    (start, _), *after = seen[1:]  # the first exam is that of the start
+    (start, _), *after = seen[1:]  # the first evaluation is that of the start
     for student, reference in after:
         assert same(student, reference) == (verdict != "undecided") and same(reference, start) == (
             verdict != "accept"
@@ -531,7 +531,7 @@ def test_a_rejected_students_games_do_not_count_for_its_reference(tmp_path, tiny
 
 
 def test_the_gate_of_a_control_knows_nothing(tmp_path):
-    trainer = make(tmp_path / "run", None, gate=True, judge="coin", n_rounds=12, renew_every=3)
+    trainer = make(tmp_path / "run", None, gate=True, judge="random", n_rounds=12, update_reference_every=3)
     trainer.learner = Learner("main", right_with(0.9, "student"), right_with(0.1, "reference"))
     told = []
     for trainer.config.seed in range(60):
@@ -583,7 +583,7 @@ def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
 def test_an_alarm_has_its_consequence(tmp_path, tiny_folder, on_alarm, monkeypatch):
     seen = []
 
-    # from the third exam on
+    # from the third evaluation on
     def rings(now, start):
         seen.append(1)
         return ["collapsed: everything is 17"] * (len(seen) > 2)
@@ -719,7 +719,7 @@ def test_a_long_run_stays_small_and_fast(tmp_path, tiny_folder):
         n_rounds=n,
         prompts_per_round=3,
         n_samples=3,
-        exam_every=100,
+        eval_every=100,
     )
     random.seed(0)
     trainer.train()

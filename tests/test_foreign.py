@@ -171,11 +171,11 @@ class Unused:
 
 
 def run(at):
-    return SelfPlayTrainer(SelfPlayConfig(str(at), n_rounds=1, exam_size=4), base=Unused(), callbacks=[])
+    return SelfPlayTrainer(SelfPlayConfig(str(at), n_rounds=1, eval_size=4), base=Unused(), callbacks=[])
 
 
 def orchestrator(made, at):
-    return RLHFOrchestrator(at, made.base, exam_size=4, validation_size=0, progress=False)
+    return RLHFOrchestrator(at, made.base, eval_size=4, validation_size=0, progress=False)
 
 
 def league(made, at, policy=None):

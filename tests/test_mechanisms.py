@@ -13,12 +13,12 @@ from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.scoring.reward import (
     WeightedReward,
     as_reward,
-    coin_flip,
     exact_number,
     finished,
     format_reward,
     last_number,
     near_number,
+    random_reward,
     score,
 )
 from selfplay_nb.stats.rates import Rate, wilson, win_rate
@@ -96,8 +96,8 @@ def test_a_reward_that_misbehaves_is_named(values, says):
 
 def test_the_coin_knows_nothing_and_is_repeatable():
     prompts, answers = [str(i) for i in range(4000)], ["x"] * 4000
-    values = coin_flip(1)(prompts, answers)
-    assert values == coin_flip(1)(prompts, answers) != coin_flip(2)(prompts, answers)
+    values = random_reward(1)(prompts, answers)
+    assert values == random_reward(1)(prompts, answers) != random_reward(2)(prompts, answers)
     assert abs(np.mean(values) - 0.5) < 0.02 and 0 <= min(values) and max(values) < 1
 
 
@@ -215,12 +215,12 @@ def test_win_rate_interval_counts_prompts_not_games():
 def test_splits_are_disjoint_seeded_and_right(level):
     task = ArithmeticTask(level)
     n = 8 if level == 1 else 100
-    train, exam = task.problems("train", n, 1), task.problems("held-out", n)
+    train, evaluation = task.problems("train", n, 1), task.problems("held-out", n)
 
     def keys(ps):
         return {tuple(sorted(p["prompt"][-1]["content"].split()[0:3:2])) for p in ps}
 
-    assert len(keys(train)) == len(keys(exam)) == n and not keys(train) & keys(exam)
+    assert len(keys(train)) == len(keys(evaluation)) == n and not keys(train) & keys(evaluation)
     assert train == task.problems("train", n, 1) and (n < 50 or train != task.problems("train", n, 2))
     for p in train:
         assert eval(p["prompt"][-1]["content"].rstrip("=")) == p["answer"]

@@ -32,9 +32,9 @@ def trainer(folder, tiny_folder, **changes):
             prompts_per_round=4,
             n_samples=4,
             max_new_tokens=12,
-            exam_size=4,
-            exam_every=1,
-            renew_every=1,
+            eval_size=4,
+            eval_every=1,
+            update_reference_every=1,
             gate=False,
         )
         | changes

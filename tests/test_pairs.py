@@ -95,10 +95,10 @@ def test_a_function_is_taken_as_it_is_and_nothing_excludes_nothing():
 
 
 def test_rows_are_excluded_as_prompts_are():
-    exam = ArithmeticTask(2).problems("held-out", 50)
-    asked = [p["prompt"][-1]["content"].replace(" ", "") for p in exam[:5]]
+    evaluation = ArithmeticTask(2).problems("held-out", 50)
+    asked = [p["prompt"][-1]["content"].replace(" ", "") for p in evaluation[:5]]
     rows = [dict(prompt=p, chosen="1", rejected="2") for p in [*asked, "1 + 1 ="]]
-    assert [r["prompt"] for r in combine(rows, [], exclude=exam)] == ["1 + 1 ="]
+    assert [r["prompt"] for r in combine(rows, [], exclude=evaluation)] == ["1 + 1 ="]
 
 
 # data

@@ -46,7 +46,7 @@ FAST = dict(learning_rate=1e-3)
 def make(tiny, tmp_path):
     # random weights seldom end an answer: a third of the tokens ends it here
     tiny.model.generation_config.eos_token_id = [*range(2, 35)]
-    small = dict(exam_size=12, validation_size=4, r=4, progress=False)
+    small = dict(eval_size=12, validation_size=4, r=4, progress=False)
 
     def make(name="run", base=tiny, **settings):
         return RLHFOrchestrator(tmp_path / name, base, Letters(), **small | settings)
@@ -238,14 +238,14 @@ def test_the_exam_is_found_behind_other_words():
     problem = task.problems("held-out", 200)[7]
     question = problem["prompt"][-1]["content"]
     pair = lambda prompt: dict(prompt=prompt, chosen="1", rejected="2")
-    exam = [p["prompt"] for p in task.problems("held-out", 200)]
+    evaluation = [p["prompt"] for p in task.problems("held-out", 200)]
     rows = [
         pair(question),
         pair(f" {question}\n"),
         pair([dict(role="system", content="Be brief."), dict(role="user", content=question)]),
         pair("98765 + 1 ="),
     ]
-    assert [r["prompt"] for r in combine(rows, [], exclude=exam)] == ["98765 + 1 ="]
+    assert [r["prompt"] for r in combine(rows, [], exclude=evaluation)] == ["98765 + 1 ="]
     # the last turn tells nothing here
     said = [[dict(role="user", content=x), dict(role="user", content="Go on.")] for x in "ab"]
     assert len(combine([pair("Go on."), pair(said[0])], [], exclude=said)) == 1
@@ -352,7 +352,7 @@ def test_arguments_are_checked_as_a_whole_before_anything_is_loaded(tmp_path, mo
         RLHFOrchestrator(tmp_path / "r", seed=-1, r=0, temperature=math.nan, skip=["x"], task=1, model=3)
     for word in "seed=-1", "r=0", "temperature=nan", "skip=['x']", "task=1", "model=3":
         assert word in str(e.value)
-    o = RLHFOrchestrator(tmp_path / "r", task=Letters(), exam_size=4, progress=False)
+    o = RLHFOrchestrator(tmp_path / "r", task=Letters(), eval_size=4, progress=False)
     for call, said in [
         (lambda: o.run_sft([]), "no rows to use"),
         (lambda: o.run_sft(SFT_DATA, learnin_rate=1), "near it: .'learning_rate'"),
@@ -397,7 +397,7 @@ def test_all_stages_and_what_they_leave(make, tiny):
         if s.after:
             assert s.after["n"] == 12 and 0 <= s.after["low"] <= s.after["value"] <= s.after["high"] <= 1
         if s.name in ("sft", "dpo"):
-            assert {"adapter", "optimizer.safetensors", "exam.json"} <= {
+            assert {"adapter", "optimizer.safetensors", "evaluation.json"} <= {
                 f.name for f in o.folder(s).iterdir()
             }
     ends = [s for s in o.stages if s.after]
@@ -432,7 +432,7 @@ def test_the_same_calls_in_a_new_process_repeat_nothing(make, tiny, monkeypatch)
         monkeypatch,
         (pipeline, "sft"),
         (update, "dpo"),
-        (pipeline, "examine"),
+        (pipeline, "evaluate"),
         (rounds, "CompetitiveSelfPlay"),
     )
     monkeypatch.setattr(pipeline.RewardModel, "train", lambda *a, **k: calls.append("reward model"))
@@ -519,7 +519,7 @@ def test_a_stage_that_fails_leaves_the_last_one(make, tiny, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(pipeline, "examine", stop)  # after the update, before the stage is written
+        m.setattr(pipeline, "evaluate", stop)  # after the update, before the stage is written
         with pytest.raises(KeyboardInterrupt):
             o.run_policy_optimization("dpo", PREF, **FAST)
     assert [s.title for s in o.stages] == ["00_start", "01_sft"] and not list((o.dir / "stages").glob("02*"))
@@ -794,16 +794,16 @@ def test_selection_takes_the_best_on_problems_that_nobody_saw(make, tiny, monkey
     assert len(asked) == 10 and not asked & {p["prompt"] for p in o.problems}
     with pytest.raises(ValueError, match="'held-out': 1"):
         o.run_sft([dict(prompt=o.validation[0]["prompt"], completion="a")])
-    exam = pipeline.examine
+    evaluation = pipeline.evaluate
 
     def scripted(policy, problems, *a, **k):  # the first update is the best, and the last one as good
-        found = exam(policy, problems, *a, **k)
+        found = evaluation(policy, problems, *a, **k)
         told[len(told)] = problems
         for r, right in zip(found.rows, [0] * 10 if len(told) in (1, 2) else [1] * 8):
             r["right"] = right
         return found
 
-    monkeypatch.setattr(pipeline, "examine", scripted)
+    monkeypatch.setattr(pipeline, "evaluate", scripted)
     s = o.run_selection()
     first = o.stages[4]
     assert (
@@ -850,7 +850,7 @@ def test_a_task_that_leaks_is_refused(make):
             return super().problems("held-out", n, seed)
 
     with pytest.raises(ValueError, match="train split has problems of its held-out split"):
-        RLHFOrchestrator(make().dir, "nowhere", Leaks(), exam_size=4).run_self_play(16)
+        RLHFOrchestrator(make().dir, "nowhere", Leaks(), eval_size=4).run_self_play(16)
 
 
 def test_bars_are_told_of_each_step(make, monkeypatch):
@@ -875,7 +875,7 @@ def test_bars_are_told_of_each_step(make, monkeypatch):
     monkeypatch.setattr(pipeline, "tqdm", Bar)
     o = make(progress=True)
     all_stages(o)
-    assert {b.desc for b in bars} == {"exam", "01_sft", "02_reward_model", "03_self_play", "04_dpo"}
+    assert {b.desc for b in bars} == {"evaluation", "01_sft", "02_reward_model", "03_self_play", "04_dpo"}
     for b in bars:
         assert b.n == b.total > 0, b.desc
 
@@ -884,7 +884,7 @@ def test_the_stages_on_the_real_model(tmp_path):
     "In the number format of the machine. Alone: pytest -k the_stages_on_the_real_model"
     real, task = Base.load(device="cpu"), ArithmeticTask(2)
     problems = task.problems("train", 24, seed=1)
-    o = RLHFOrchestrator(tmp_path / "r", real, task, exam_size=24, progress=False)
+    o = RLHFOrchestrator(tmp_path / "r", real, task, eval_size=24, progress=False)
     o.run_sft([dict(prompt=p["prompt"], completion=str(p["answer"])) for p in problems])
     pref = [
         dict(prompt=p["prompt"], chosen=str(p["answer"]), rejected=str(p["answer"] + 40)) for p in problems
@@ -936,7 +936,7 @@ def test_another_base_reward_or_default_is_refused(make, tiny, tiny_folder, tmp_
     o = make()
     o.run_sft(SFT_DATA[:4])
     o.close()
-    kinder = RLHFOrchestrator(o.dir, tiny, Kinder(), exam_size=12, validation_size=4, r=4, progress=False)
+    kinder = RLHFOrchestrator(o.dir, tiny, Kinder(), eval_size=12, validation_size=4, r=4, progress=False)
     with pytest.raises(ValueError, match="run.reward.* there"):
         kinder.run_sft(SFT_DATA[:4])
     with monkeypatch.context() as m:
@@ -975,7 +975,7 @@ def test_self_play_that_makes_no_pair_says_so(make):
             return [0.5] * len(completions)
 
     o = RLHFOrchestrator(
-        make().dir, make().model, Same(), exam_size=4, validation_size=0, r=4, progress=False
+        make().dir, make().model, Same(), eval_size=4, validation_size=0, r=4, progress=False
     )
     with pytest.warns(UserWarning, match="made no pair to learn from: the reward was 0.5 for every answer"):
         assert o.run_self_play(8, n_samples=2) == []

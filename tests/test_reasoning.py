@@ -202,9 +202,9 @@ def test_syllogisms_are_half_valid_and_say_what_they_mean(premises):
     ids=str,
 )
 def test_splits_share_nothing_and_seeds_repeat(task):
-    train, exam = task.problems("train", 200, 1), task.problems("held-out", 60)
+    train, evaluation = task.problems("train", 200, 1), task.problems("held-out", 60)
     text = lambda rows: {r["prompt"][0]["content"] for r in rows}
-    assert len(text(train)) == 200 and len(text(exam)) == 60 and not text(train) & text(exam)
+    assert len(text(train)) == 200 and len(text(evaluation)) == 60 and not text(train) & text(evaluation)
     assert (
         train[:20] == task.problems("train", 200, 1)[:20] != task.problems("train", 200, 2)[:20]
         and json.loads(json.dumps(train)) == train
@@ -398,11 +398,11 @@ def test_every_family():
 )
 def test_splits_of_families_share_nothing(family):
     task = ReasoningTask(family, level=3 if family == "chain_sum" else None)
-    train, exam = task.problems("train", 100), task.problems("held-out", 100)
+    train, evaluation = task.problems("train", 100), task.problems("held-out", 100)
     text = lambda rows: {r["prompt"][0]["content"] for r in rows}
     assert (
-        len(text(train)) == len(text(exam)) == 100
-        and not text(train) & text(exam)
+        len(text(train)) == len(text(evaluation)) == 100
+        and not text(train) & text(evaluation)
         and train[:5] != task.problems("train", 100, seed=1)[:5]
     )
 

@@ -30,7 +30,7 @@ from selfplay_nb.methods.constitutional import (
 from selfplay_nb.methods.league import LeagueTraining
 from selfplay_nb.methods.refinement import IterativeRefiner, Step, Trace, Traces, Version
 from selfplay_nb.methods.skill import SkillConditioning, check_levels
-from selfplay_nb.scoring.evaluation import Exam, compare, examine, transcripts_html, versus
+from selfplay_nb.scoring.evaluation import Evaluation, compare, evaluate, transcripts_html, versus
 from selfplay_nb.scoring.human import HumanRatings
 from selfplay_nb.scoring.judge import RewardJudge
 from selfplay_nb.scoring.reward import Guarded, WeightedReward
@@ -166,13 +166,13 @@ def league(x, folder):
 
 def run(x, folder):
     "A run's folder, as far as a report and a monitor look."
-    (folder / "exams").mkdir()
+    (folder / "evaluations").mkdir()
     answers = [
         dict(prompt=x, answer=x, right=1.0, truncated=False),
         dict(prompt=[{"role": "user", "content": x}], answer=x, right=0.0, truncated=True),
     ]
     for r in 0, 1:
-        (folder / "exams" / f"round_{r:03d}.json").write_text(json.dumps(answers))
+        (folder / "evaluations" / f"round_{r:03d}.json").write_text(json.dumps(answers))
     accuracy = dict(value=0.5, low=0.1, high=0.9, n=2)
     history = [
         dict(round=r, seconds=1.0, accuracy=accuracy, alarms=[x], unjudged=dict(share=0.5, first=x))
@@ -326,18 +326,18 @@ def scores(x, folder):
         ratings.bradley_terry(games),
         ratings.nash_averaging(games),
         ratings.cycles(games),
-        Scoreboard(games, **{x: x, "other": Exam([])}),
+        Scoreboard(games, **{x: x, "other": Evaluation([])}),
     ]
 
 
-def exams(x, folder):
-    right, wrong = (Exam([dict(prompt=x, answer=x, right=v, truncated=False)]) for v in (1, 0))
+def evaluations(x, folder):
+    right, wrong = (Evaluation([dict(prompt=x, answer=x, right=v, truncated=False)]) for v in (1, 0))
     return [
         right,
         right.show(),
         compare(wrong, right),
         transcripts_html(wrong, right),
-        examine(player(x), [dict(prompt=x)], all_right),
+        evaluate(player(x), [dict(prompt=x)], all_right),
     ]
 
 
@@ -363,7 +363,7 @@ def named(name, of=length):
 
 
 SHOWN = {
-    "exams": exams,
+    "evaluations": evaluations,
     "report": report,
     "monitor": monitor,
     "board": boards,

@@ -17,8 +17,8 @@ from selfplay_nb.tasks.task import ArithmeticTask
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 SMALL = (
-    "--n-rounds 400 --prompts-per-round 4 --n-samples 2 --exam-size 4 --exam-every 100 --no-gate"
-    " --renew-every 1 --max-new-tokens 4"
+    "--n-rounds 400 --prompts-per-round 4 --n-samples 2 --eval-size 4 --eval-every 100 --no-gate"
+    " --update-reference-every 1 --max-new-tokens 4"
 ).split()
 
 
@@ -126,7 +126,7 @@ def test_a_stage_of_the_pipeline(tiny, tmp_path, name):
             tmp_path / "run",
             tiny,
             Task(2),
-            exam_size=8,
+            eval_size=8,
             validation_size=0,
             r=2,
             max_new_tokens=4,

@@ -295,14 +295,16 @@ def test_levels_are_learned_and_shuffled_ones_are_not(seed):
     adder = Scripted(lambda p, r: str(eval(p) + r.choice([0, 0, 1, 2, 3, 5, 8, 12])))
     sums = [f"{a} + {b}" for a in range(20, 60) for b in range(11, 21)]
     train = sums[::2]
-    exam = [dict(prompt=s, answer=eval(s)) for s in sums[1::2]]
+    evaluation = [dict(prompt=s, answer=eval(s)) for s in sums[1::2]]
     rows = SkillConditioning(adder, near_number(20), n_samples=9).collect(
         train, seed=seed, answer=[eval(s) for s in train]
     )
-    learned = check_levels(Pupil(rows), exam, near_number(20), seed=seed)
+    learned = check_levels(Pupil(rows), evaluation, near_number(20), seed=seed)
     assert learned.verdict == "ordered"
     assert learned.rates["<novice>"].interval[1] < learned.rates["<expert>"].interval[0]
-    control = [check_levels(Pupil(shuffled(rows, s)), exam, near_number(20), seed=s).trend for s in range(8)]
+    control = [
+        check_levels(Pupil(shuffled(rows, s)), evaluation, near_number(20), seed=s).trend for s in range(8)
+    ]
     assert sum(t.p < 0.05 for t in control) <= 2 and sum(t.p_down < 0.05 for t in control) <= 2
 
 

@@ -40,7 +40,13 @@ THINGS = (
 PROMPTS = [f"Describe a {thing}." for thing in THINGS]
 CHAT = [[dict(role="system", content="You are brief."), dict(role="user", content=p)] for p in PROMPTS]
 SMALL = dict(
-    n_rounds=2, prompts_per_round=6, n_samples=6, max_new_tokens=24, exam_every=2, renew_every=1, gate=False
+    n_rounds=2,
+    prompts_per_round=6,
+    n_samples=6,
+    max_new_tokens=24,
+    eval_every=2,
+    update_reference_every=1,
+    gate=False,
 )
 
 
@@ -141,9 +147,9 @@ BROUGHT = {
     "squared losses": lambda: dict(task=as_task(PROMPTS, reward=variety), method="sppo"),
     "the best answers": lambda: dict(task=as_task(PROMPTS, reward=variety), method="sft"),
     "demonstrations": lambda: dict(task=as_task(DEMONSTRATIONS, reward=variety), method="spin"),
-    "a game": lambda: dict(task=GameTask(Short(), illegal="random"), method="reinforce", exam_size=8),
+    "a game": lambda: dict(task=GameTask(Short(), illegal="random"), method="reinforce", eval_size=8),
     "a game and a league": lambda: dict(
-        task=GameTask(Short(), illegal="random"), opponents="league", method="reinforce", exam_size=8
+        task=GameTask(Short(), illegal="random"), opponents="league", method="reinforce", eval_size=8
     ),
     "a league whose exploiters learn": lambda: dict(
         task=as_task(PROMPTS, reward=variety),
@@ -155,7 +161,7 @@ BROUGHT = {
         opponents="league",
         learners="main, main_exploiter",
         method="reinforce",
-        exam_size=8,
+        eval_size=8,
     ),
     "parts of one's own": lambda: dict(
         task=as_task(PROMPTS, reward=variety), collectors=[TwicePlayed()], method=Careful(), gate=Always()
@@ -306,7 +312,7 @@ def test_demonstrations_and_pairs_through_every_stage(tmp_path, tiny):
     pairs = [dict(prompt=r["prompt"], chosen="A thing.", rejected="No.") for r in DEMONSTRATIONS[:8]]
     task = as_task(ROWS[8:], reward=wordy, verifier=lambda prompt, answer: float("e" in answer))
     run = RLHFOrchestrator(
-        tmp_path / "run", tiny, task, exam_size=2, validation_size=0, max_new_tokens=12, progress=False
+        tmp_path / "run", tiny, task, eval_size=2, validation_size=0, max_new_tokens=12, progress=False
     )
     run.run_sft(tmp_path / "demonstrations.jsonl")
     for method in "dpo", "ipo", "sppo":
@@ -380,7 +386,7 @@ def test_the_pipeline_from_a_file(tmp_path, tiny_folder, monkeypatch, capsys):
         prompts="questions.jsonl",
         reward="mine.py:variety",
         verifier="mine.py:right",
-        exam_size=2,
+        eval_size=2,
         validation_size=0,
         max_new_tokens=24,
         stages=[
@@ -547,7 +553,7 @@ def test_coins_are_new_for_new_starts():
         reference=RandomPlayer(),
         task=task,
         sampling={},
-        config=SimpleNamespace(judge="coin", seed=0),
+        config=SimpleNamespace(judge="random", seed=0),
     )
     looks = [task.problems("train", 100, seed) for seed in range(4)]
     scores = [[s for row in arena(task).duel(run, problems, 0) for s in row] for problems in looks]

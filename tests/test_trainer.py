@@ -29,10 +29,10 @@ SMALL = dict(
     prompts_per_round=6,
     n_samples=6,
     max_new_tokens=30,
-    exam_size=8,
-    exam_every=1,
+    eval_size=8,
+    eval_every=1,
     temperature=1.0,
-    renew_every=1,
+    update_reference_every=1,
     gate=False,
 )
 
@@ -87,7 +87,7 @@ def test_a_run_does_something(whole):
     assert [m["round"] for m in history] == [0, 1, 2, 3] and all(m["pairs"] for m in history[1:])
 
 
-@pytest.mark.parametrize("stage", ["sampling", "training", "exam"])
+@pytest.mark.parametrize("stage", ["sampling", "training", "evaluation"])
 @pytest.mark.parametrize("round", [0, 2])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, tiny_folder, stage, round):
     stopped = make(tmp_path / "run", tiny_folder, [Stop(round, stage)])
@@ -118,7 +118,7 @@ def test_what_a_run_leaves(tmp_path, tiny_folder, capsys):
         "curve.png",
         "report.html",
         "checkpoints",
-        "exams",
+        "evaluations",
         "against_base.json",
     } <= files
     newest = tmp_path / "run" / "checkpoints" / "round_003"
@@ -177,7 +177,7 @@ def test_start_anew_spares_a_strangers_folder(tmp_path, tiny_folder):
 
 
 def test_a_reference_that_stays_for_two_rounds(tmp_path, tiny_folder):
-    trainer = make(tmp_path / "run", tiny_folder, renew_every=2)
+    trainer = make(tmp_path / "run", tiny_folder, update_reference_every=2)
     trainer.train()
     assert trainer.history[-1]["pairs"]
     assert not equal(trainer.student.state(), trainer.reference.state())
@@ -187,7 +187,7 @@ def test_a_reference_that_stays_for_two_rounds(tmp_path, tiny_folder):
     }
 
 
-@pytest.mark.parametrize("stage", ["sampling", "training", "exam", "saved"])
+@pytest.mark.parametrize("stage", ["sampling", "training", "evaluation", "saved"])
 def test_a_run_with_a_league_goes_on_with_its_league(tmp_path, tiny_folder, stage, monkeypatch):
     league = dict(opponents="league", league_size=2)  # the third snapshot takes somebody's place
     whole = make(tmp_path / "whole", tiny_folder, **league)
@@ -242,7 +242,7 @@ def test_own_prompts_are_looked_at_first(tmp_path, tiny_folder):
         ([], "no prompts"),
         ([dict(answer=1)], "row 0 has no column 'prompt'"),
         ([dict(prompt="a", answer=1), "b"], "row 1 of the prompts has"),
-        ([trainer.exam_problems[3]], "row 0 of the prompts asks a held-out problem"),
+        ([trainer.eval_problems[3]], "row 0 of the prompts asks a held-out problem"),
         ("prompts.jsonl", "no file 'prompts.jsonl'"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -252,7 +252,7 @@ def test_own_prompts_are_looked_at_first(tmp_path, tiny_folder):
 
 def test_a_held_out_question_is_refused_in_every_spelling(tmp_path, tiny_folder):
     trainer = make(tmp_path / "run", tiny_folder)
-    held = trainer.exam_problems[3]["prompt"]
+    held = trainer.eval_problems[3]["prompt"]
     question = held[-1]["content"]
     for row in (
         question,
@@ -472,7 +472,7 @@ def test_bad_configuration_names_all_fields():
     for bad in (
         dict(n_rounds=-1),
         dict(r=1.5),
-        dict(exam_size=True),
+        dict(eval_size=True),
         dict(temperature=-1.0),
         dict(opponents="nobody"),
         dict(league_size=0),

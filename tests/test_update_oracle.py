@@ -709,7 +709,7 @@ def run(tiny, tmp_path):
         tmp_path / "run",
         tiny,
         Letters(),
-        exam_size=1,
+        eval_size=1,
         validation_size=0,
         r=4,
         progress=False,

@@ -16,10 +16,10 @@ GAME = dict(
     method="reinforce",
     n_rounds=1,
     prompts_per_round=2,
-    exam_size=2,
-    exam_every=1,
+    eval_size=2,
+    eval_every=1,
     max_new_tokens=3,
-    renew_every=1,
+    update_reference_every=1,
     gate=False,
     r=4,
 )
@@ -69,7 +69,7 @@ class Break:
             raise InterruptedError("killed")
 
 
-@pytest.mark.parametrize("where", ["exam", "saving", "playing"])
+@pytest.mark.parametrize("where", ["evaluation", "saving", "playing"])
 def test_a_run_that_died_after_its_warm_up_goes_on_as_if_it_had_not(tmp_path, tiny_folder, where):
     settings = GAME | dict(warm_up=20)
     whole = trainer(tmp_path / "whole", tiny_folder, **settings)
@@ -99,7 +99,7 @@ def test_every_learner_starts_from_the_warm_up_and_comes_back_to_it(tmp_path, ti
 
 
 ROWS = [dict(prompt=f"Say {w}.", completion=w) for w in "one two three four five six seven eight".split()]
-SMALL = dict(n_rounds=1, prompts_per_round=2, n_samples=2, exam_every=1, exam_size=2, max_new_tokens=3, r=4)
+SMALL = dict(n_rounds=1, prompts_per_round=2, n_samples=2, eval_every=1, eval_size=2, max_new_tokens=3, r=4)
 
 
 def test_a_task_is_warmed_up_by_its_demonstrations(tmp_path, tiny_folder):

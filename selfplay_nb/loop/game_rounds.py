@@ -100,7 +100,7 @@ def _against(run, opponent, problems: list[dict]) -> Played:
 def games_of(run, players: list, problems: list[dict]) -> Played:
     "Games of two players; in a control coins decide who won, new ones for new starts."
     games = run.task.play(players, problems, **run.sampling)
-    if run.config.judge == "coin":
+    if run.config.judge == "random":
         coins = random.Random(seed_of("coins", run.config.seed, *(p["start"] for p in problems)))
         for g in games:
             won = float(coins.random() < 0.5)

@@ -42,7 +42,7 @@ from selfplay_nb.core.checkpoint import (
     writing,
 )
 from ..core.checks import printable, printed, whole
-from ..scoring.evaluation import Exam, examine
+from ..scoring.evaluation import Evaluation, evaluate
 from ..models.base import DEFAULT_MODEL
 from selfplay_nb.core.pairs import (
     ACCEPTED,
@@ -222,13 +222,13 @@ def _cells(self: Stage):
 @patch
 @printable
 def __repr__(self: Stage):
-    exams = [
+    evaluations = [
         f"{what} {_shown(rate)}"
         for what, rate in (("held-out right before", self.before), ("after", self.after))
         if rate
     ]
     return "; ".join(
-        [f"{self.title}: {self.rows} rows, {self.seconds:.0f} s", *exams, *filter(None, [self.note])]
+        [f"{self.title}: {self.rows} rows, {self.seconds:.0f} s", *evaluations, *filter(None, [self.note])]
     )
 
 # %% ../../nbs/loop/pipeline.ipynb #aa2a7743
@@ -286,7 +286,7 @@ class RLHFOrchestrator:
         r: int = 16,  # LoRA rank of the policy
         max_new_tokens: int = 8,  # answers are cut off here
         temperature: float = 1.0,  # of the players
-        exam_size: int = 200,  # held-out problems, always the same ones
+        eval_size: int = 200,  # held-out problems, always the same ones
         validation_size: int = 200,  # other held-out problems, from which `run_selection` chooses; 0 for none
         skip=(),  # names in `STAGES` whose calls do nothing
         progress: bool = True,  # show bars and a line for each stage?
@@ -296,7 +296,7 @@ class RLHFOrchestrator:
         self._check(
             run_dir,
             model,
-            dict(r=r, max_new_tokens=max_new_tokens, exam_size=exam_size),
+            dict(r=r, max_new_tokens=max_new_tokens, eval_size=eval_size),
             dict(seed=seed, validation_size=validation_size),
             temperature,
             skip,
@@ -309,13 +309,13 @@ class RLHFOrchestrator:
         self.temperature = temperature
         self.skip = set(skip)
         self.progress = progress
-        self.problems = self.task.problems("held-out", exam_size, 0)
+        self.problems = self.task.problems("held-out", eval_size, 0)
         for scorer in self.task.reward, self.task.verifier:
             check_columns(scorer, **columns_of(self.problems)[1])
         examined = same_questions([p["prompt"] for p in self.problems])
         others = [
             p
-            for p in self.task.problems("held-out", exam_size + validation_size, 0)
+            for p in self.task.problems("held-out", eval_size + validation_size, 0)
             if not examined(p["prompt"])
         ]
         self.validation = others[:validation_size]
@@ -388,7 +388,7 @@ def about(self: RLHFOrchestrator) -> dict:
     """
     model = self.model.name if isinstance(self.model, Base) else str(self.model)
     settings = {k: getattr(self, k) for k in ("seed", "r", "max_new_tokens", "temperature")}
-    return dict(model=model, exam_size=len(self.problems), **settings, **self.made_of)
+    return dict(model=model, eval_size=len(self.problems), **settings, **self.made_of)
 
 # %% ../../nbs/loop/pipeline.ipynb #37db228b
 @patch(as_prop=True)
@@ -405,7 +405,7 @@ def stages(self: RLHFOrchestrator) -> Stages:
 @patch
 def folder(self: RLHFOrchestrator, stage: Stage) -> Path:
     """Where a stage is: `stage.json`, `manifest.json` with the sums, and where it has them `adapter`,
-    `optimizer.safetensors`, `exam.json`, `reward_model`.
+    `optimizer.safetensors`, `evaluation.json`, `reward_model`.
     """
     return self.dir / "stages" / stage.title
 
@@ -646,15 +646,15 @@ def _on(bar):
 
 # %% ../../nbs/loop/pipeline.ipynb #bdd3fe57
 @patch
-def exam(
+def evaluate(
     self: RLHFOrchestrator,
     policy=None,  # by default the current one
     problems=None,  # by default the held-out ones of this run
-) -> Exam:
+) -> Evaluation:
     "Greedy answers to problems, checked by the task's verifier."
     problems = self.problems if problems is None else problems
-    with self._bar("exam", " answers", len(problems)) as bar:
-        return examine(
+    with self._bar("evaluation", " answers", len(problems)) as bar:
+        return evaluate(
             policy or self.policy,
             problems,
             self.task.verifier,
@@ -665,7 +665,7 @@ def exam(
 # %% ../../nbs/loop/pipeline.ipynb #b18df3ca
 @patch
 def _rows(self: RLHFOrchestrator, data, kind: str) -> tuple[list[dict], Counter]:
-    "The rows of `data` without those that ask what the exam asks. Raises `ValueError` if none is left."
+    "The rows of `data` without those that ask what the evaluation asks. Raises `ValueError` if none is left."
     rows = load_rows(data, kind)
     good = [r for r in rows if not self.asks(r["prompt"])]
     dropped = Counter({"held-out": len(rows) - len(good)} if len(rows) > len(good) else {})
@@ -691,19 +691,19 @@ def _check_settings(kind, settings: dict, own=()):
 def combine(
     self: RLHFOrchestrator, real, synthetic, ratio: float | None = None, seed: int | None = None
 ) -> Rows:
-    "`combine` with this run's exam kept out, and its seed."
+    "`combine` with this run's evaluation kept out, and its seed."
     return combine(real, synthetic, ratio, self.asks, self.seed if seed is None else seed)
 
 # %% ../../nbs/loop/pipeline.ipynb #a59ae356
 @patch
 def _keep(self: RLHFOrchestrator, tmp: Path, result: UpdateResult | None = None) -> dict:
     "Examine the policy and save it with its optimizer; the stage's fields."
-    exam = self.exam()
+    evaluation = self.evaluate()
     self.policy.save(tmp / "adapter")
-    write_whole(tmp / "exam.json", json.dumps(exam.rows, indent=1))
+    write_whole(tmp / "evaluation.json", json.dumps(evaluation.rows, indent=1))
     if result:
         save_optimizer(result.optimizer, tmp / "optimizer.safetensors")
-    return dict(after=exam.accuracy.to_dict())
+    return dict(after=evaluation.accuracy.to_dict())
 
 # %% ../../nbs/loop/pipeline.ipynb #83812c3e
 @patch
@@ -1185,16 +1185,16 @@ def run_selection(
 # %% ../../nbs/loop/pipeline.ipynb #4f4e3d88
 @patch
 def _select(self: RLHFOrchestrator, found: list[Stage], tmp: Path) -> dict:
-    "Examine all, copy the best one's adapter and exam; the stage's fields."
+    "Examine all, copy the best one's adapter and evaluation; the stage's fields."
     self._load()
     rates = {}
     with self._bar("selection", " policies", len(found)) as bar:
         for s in found:
             with self._snapshot(s) as policy:
-                rates[s.title] = self.exam(policy, self.validation).accuracy
+                rates[s.title] = self.evaluate(policy, self.validation).accuracy
             bar.update()
     best = max(found, key=lambda s: rates[s.title].value)
-    for what, copy in ("adapter", shutil.copytree), ("exam.json", shutil.copy):
+    for what, copy in ("adapter", shutil.copytree), ("evaluation.json", shutil.copy):
         copy(self.folder(best) / what, tmp / what)
     self.close()  # what is loaded next is the best
     return dict(

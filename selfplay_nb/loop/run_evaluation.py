@@ -22,7 +22,7 @@ from selfplay_nb.loop.rounds import (
     leave_one_out,
 )
 from ..methods.competitive import CompetitiveSelfPlay
-from ..scoring.evaluation import Exam, examine
+from ..scoring.evaluation import Evaluation, evaluate
 from ..scoring.judge import as_judge
 
 # %% ../../nbs/loop/run_evaluation.ipynb #df7c5f8c
@@ -59,15 +59,15 @@ class Prompts:
             problems, seed=seed, progress=lambda n, tokens: run.progress(0, tokens)
         ).scores
 
-    def exam(self, run, policy) -> tuple[Exam, dict]:
+    def evaluate(self, run, policy) -> tuple[Evaluation, dict]:
         "Greedy answers to the held-out problems, and further figures."
         told = dict(
             max_new_tokens=run.config.max_new_tokens, progress=lambda n, tokens: run.progress(0, tokens)
         )
         if self.task.verifier:
-            return examine(policy, run.exam_problems, self.task.verifier, **told), {}
-        said = examine(policy, run.exam_problems, _nothing, **told)
-        return compared_with(run.first_exam or said, said, run.exam_problems, self.task.reward), {}
+            return evaluate(policy, run.eval_problems, self.task.verifier, **told), {}
+        said = evaluate(policy, run.eval_problems, _nothing, **told)
+        return compared_with(run.first_evaluation or said, said, run.eval_problems, self.task.reward), {}
 
     def meet(self, run, problems: list[dict], seed: int):
         "Who joined the league last plays everybody in it whom it has not met."
@@ -88,11 +88,11 @@ def _nothing(prompts, completions, **columns) -> list[float]:
 
 # %% ../../nbs/loop/run_evaluation.ipynb #cae409fa
 def compared_with(
-    before: Exam,  # answers to the same problems
-    after: Exam,  # the answers to score
+    before: Evaluation,  # answers to the same problems
+    after: Evaluation,  # the answers to score
     problems: list[dict],  # with the judge's columns
     judge,  # a judge or a reward
-) -> Exam:
+) -> Evaluation:
     """`after`, with P(its answer beats the one before) as how right each is; an answer that was cut off loses
     against one that was not.
     """
@@ -107,7 +107,7 @@ def compared_with(
         return 0.5 if abstains(p) else float(p)
 
     rows = zip(before.rows, after.rows, verdicts, strict=True)
-    return Exam([new | {"right": score(old, new, p)} for old, new, p in rows])
+    return Evaluation([new | {"right": score(old, new, p)} for old, new, p in rows])
 
 # %% ../../nbs/loop/run_evaluation.ipynb #214a0861
 class Matches:
@@ -160,14 +160,14 @@ class Matches:
                 ]
             )
 
-    def exam(self, run, policy) -> tuple[Exam, dict]:
+    def evaluate(self, run, policy) -> tuple[Evaluation, dict]:
         "Greedy games on held-out starts against the fixed players, and the mean outcome against each."
         played = {
-            o.name: self.task.play([policy, o], run.exam_problems, **run.sampling | {"temperature": 0})
+            o.name: self.task.play([policy, o], run.eval_problems, **run.sampling | {"temperature": 0})
             for o in self.fixed
         }
-        exam = Exam(_start_rows(played[self.fixed[0].name]))
-        return exam, {"against": {name: games.win_rate(0).to_dict() for name, games in played.items()}}
+        evaluation = Evaluation(_start_rows(played[self.fixed[0].name]))
+        return evaluation, {"against": {name: games.win_rate(0).to_dict() for name, games in played.items()}}
 
     def against_base(self, run, base, problems: list[dict]) -> dict:
         "The student against the bare base in both seats."
@@ -175,7 +175,7 @@ class Matches:
 
 # %% ../../nbs/loop/run_evaluation.ipynb #d500891b
 def _start_rows(games: Played) -> list[dict]:
-    "A row of an exam for each start: the first player's mean outcome, and what was played in either seat."
+    "A row for each start: the first player's mean outcome, and what was played in either seat."
     starts = {}
     for g in games:
         starts.setdefault(g.start, []).append(g)

@@ -22,7 +22,7 @@ from time import perf_counter
 # %% ../../nbs/loop/trainer.ipynb #6ad9f752
 from fastcore.basics import patch
 
-from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_exam
+from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_evaluation
 from selfplay_nb.core.checkpoint import (
     RECORD,
     brief,
@@ -44,14 +44,14 @@ from selfplay_nb.core.checkpoint import (
     write_record,
     writing,
 )
-from ..scoring.evaluation import Exam
+from ..scoring.evaluation import Evaluation
 from ..methods.league import DISTRIBUTIONS, ROLES, LeagueTraining
 from ..models.base import DEFAULT_MODEL
 from ..core.pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
 from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
 from ..stats.rates import finite
-from ..scoring.reward import Guarded, check_columns, coin_flip, is_judge
+from ..scoring.reward import Guarded, check_columns, random_reward, is_judge
 from .collectors import named
 from .run_evaluation import arena
 from .game_rounds import GameTask, as_game
@@ -74,7 +74,7 @@ class SelfPlayConfig:
     level: int = 2  # of the arithmetic task
     shots: int = 0  # solved examples in front of each of its problems, at most two
     game: str = ""  # instead of the arithmetic task: a game, as `as_game` knows it
-    judge: str = "rule"  # "rule": the task's reward; "coin": a control that must not learn
+    judge: str = "rule"  # "rule": the task's reward; "random": a control that must not learn
     method: str = "dpo"  # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12  # rounds of self-play
     prompts_per_round: int = 32  # fresh prompts each round; of a game, starts that are played in both seats
@@ -108,17 +108,17 @@ class SelfPlayConfig:
     # agent) and "league_exploiter" (plays whom it loses against)
     learners: str = "main"
     # rounds until the reference becomes the current policy, and a snapshot of it joins the league
-    renew_every: int = 3
-    # renew only if the current policy is shown to beat the reference; rejected, it goes back to it
+    update_reference_every: int = 3
+    # update it only if the current policy is shown to beat the reference; rejected, it goes back to it
     gate: bool = True
     # what it has to pass: a test between 0.1 less (passes in one run of twenty at most) and 0.1 more
     # (rejected once in twenty)
     gate_win_rate: float = 0.6
     gate_prompts: int = 256  # at most
-    exam_every: int = 3  # rounds between exams; the last round always has one
-    exam_size: int = 200  # held-out problems
-    watch: bool = False  # vital signs with each exam
-    # "warn", "stop", or "rollback" to the last exam without alarm, with half the learning rate
+    eval_every: int = 3  # rounds between evaluations; the last round always has one
+    eval_size: int = 200  # held-out problems
+    watch: bool = False  # vital signs with each evaluation
+    # "warn", "stop", or "rollback" to the last evaluation without alarm, with half the learning rate
     on_alarm: str = "warn"
     judge_timeout: float = 0.0  # seconds that a call of the reward may take; 0 for as long as it likes
     max_unjudged: float = 0.5  # share of answers without a reward at which the run stops
@@ -183,13 +183,13 @@ class SelfPlayTrainer:
         if collectors is None:
             collectors = named(config.collect, config) if config.collect else self.arena.collectors(config)
         self.collectors = list(collectors)
-        self.exam_problems = self.task.problems("held-out", config.exam_size)
-        columns = columns_of(self.exam_problems)[1]
+        self.eval_problems = self.task.problems("held-out", config.eval_size)
+        columns = columns_of(self.eval_problems)[1]
         for scorer in filter(None, (self.task.reward, self.task.verifier)):
             check_columns(scorer, **columns)
-        self.asks, self.pool = same_questions(self.exam_problems), None
+        self.asks, self.pool = same_questions(self.eval_problems), None
         self.problems(config.prompts_per_round, 0)  # too few for a round, or held-out ones? Better known now
-        coin = coin_flip(config.seed) if config.judge == "coin" else None
+        coin = random_reward(config.seed) if config.judge == "random" else None
         reward = self.task.reward and (coin or self.task.reward)
         self.reward = Guarded(reward, config.judge_timeout or None) if reward else None
         self.referee = coin or self.task.verifier or self.task.reward
@@ -261,10 +261,10 @@ def play_round(self: SelfPlayTrainer) -> dict:
     changed = self.apply_changes()
     self.marks_before = dict(self.marks)
     told = self.play_and_learn(self.draw(self.round))
-    renewed = self.maybe_renew()
+    moved = self.maybe_update_reference()
     exploiters = self.train_exploiters()
     seconds = {"round": self.round + 1, "seconds": perf_counter() - start}
-    return {**seconds, **told, **renewed, **exploiters, **changed}
+    return {**seconds, **told, **moved, **exploiters, **changed}
 
 # %% ../../nbs/loop/trainer.ipynb #7deb6b39
 @patch
@@ -446,12 +446,12 @@ def learn(self: SelfPlayTrainer, experience: Experience):
 
 # %% ../../nbs/loop/trainer.ipynb #6c800c58
 @patch
-def maybe_renew(self: SelfPlayTrainer) -> dict:
+def maybe_update_reference(self: SelfPlayTrainer) -> dict:
     "If it is time to, ask the gate, and update the reference or go back to it."
-    if (self.round + 1) % self.config.renew_every:
+    if (self.round + 1) % self.config.update_reference_every:
         return {}
     if self.gate is None:
-        self.renew_reference()
+        self.update_reference()
         return {}
     told = self.gate.decide(self)
     if told["verdict"] not in ("accept", "reject", "undecided"):
@@ -459,7 +459,7 @@ def maybe_renew(self: SelfPlayTrainer) -> dict:
             f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'."
         )
     if told["verdict"] == "accept":
-        self.renew_reference()
+        self.update_reference()
         self.marks["best"] = self.round + 1
     if told["verdict"] == "reject":
         self.return_to_reference()
@@ -467,7 +467,7 @@ def maybe_renew(self: SelfPlayTrainer) -> dict:
 
 # %% ../../nbs/loop/trainer.ipynb #b0c2834b
 @patch
-def renew_reference(self: SelfPlayTrainer):
+def update_reference(self: SelfPlayTrainer):
     "The reference becomes what the student is now; where there is a league, it joins."
     self.learner.update_reference()
     if self.league:
@@ -504,8 +504,8 @@ def train_exploiters(self: SelfPlayTrainer) -> dict:
         for self.learner in exploiters:
             self.stage(self.role)
             told[self.role] = self.play_and_learn(self.draw(self.round))
-            if (self.round + 1) % self.config.renew_every == 0:
-                self.renew_reference()
+            if (self.round + 1) % self.config.update_reference_every == 0:
+                self.update_reference()
                 if self.role == "main_exploiter" or random.Random(self.seed("reset")).random() < 0.25:
                     self.begin_anew()
     finally:  # who looks at the run after an error or Ctrl-C sees the main agent
@@ -525,42 +525,44 @@ def begin_anew(self: SelfPlayTrainer):
 
 # %% ../../nbs/loop/trainer.ipynb #1fd52e9e
 @patch
-def exam(self: SelfPlayTrainer, policy=None) -> Exam:
+def evaluate(self: SelfPlayTrainer, policy=None) -> Evaluation:
     "Examine `policy` (by default the student) on the held-out problems."
-    return self.examine(policy)[0]
+    return self.evaluate_all(policy)[0]
 
 
 @patch
-def examine(self: SelfPlayTrainer, policy=None) -> tuple[Exam, dict]:
-    "An exam, and further figures."
-    self.call("on_stage", stage="exam")
-    return self.arena.exam(self, policy or self.student)
+def evaluate_all(self: SelfPlayTrainer, policy=None) -> tuple[Evaluation, dict]:
+    "An evaluation, and further figures."
+    self.call("on_stage", stage="evaluation")
+    return self.arena.evaluate(self, policy or self.student)
 
 # %% ../../nbs/loop/trainer.ipynb #72a07597
 @patch(as_prop=True)
-def first_exam(self: SelfPlayTrainer) -> Exam | None:
-    "The exam before the first round, if it is over."
-    return load_exam(self.dir, 0) if self.history else None
+def first_evaluation(self: SelfPlayTrainer) -> Evaluation | None:
+    "The evaluation before the first round, if it is over."
+    return load_evaluation(self.dir, 0) if self.history else None
 
 # %% ../../nbs/loop/trainer.ipynb #8198314c
 @patch
 def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     "Examine if it is time to, then save."
     round = metrics["round"]
-    if round % self.config.exam_every == 0 or round == total:
+    if round % self.config.eval_every == 0 or round == total:
         start = perf_counter()
-        exam, more = self.examine()
+        evaluation, more = self.evaluate_all()
         metrics |= {
-            "accuracy": exam.accuracy.to_dict(),
+            "accuracy": evaluation.accuracy.to_dict(),
             **more,
             **self.check_up(round),
-            "exam_seconds": perf_counter() - start,
+            "eval_seconds": perf_counter() - start,
         }
         if self.arena.measure != "right":
             metrics["measure"] = self.arena.measure
-        write_whole(self.dir / "exams" / f"round_{round:03d}.json", json.dumps(exam.rows, indent=1))
+        write_whole(
+            self.dir / "evaluations" / f"round_{round:03d}.json", json.dumps(evaluation.rows, indent=1)
+        )
         if not self.config.gate and "rolled_back_to" not in metrics:
-            self.mark_best(round, exam.accuracy.value)
+            self.mark_best(round, evaluation.accuracy.value)
     self.round = round
     self.history.append(metrics)
     self.save()
@@ -569,12 +571,12 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
 # %% ../../nbs/loop/trainer.ipynb #73ac32d3
 @patch
 def mark_best(self: SelfPlayTrainer, round: int, accuracy: float):
-    """Remember the best exam.
+    """Remember the best evaluation.
 
-    It was chosen on the exam's own problems, so its accuracy is no estimate any more.
+    It was chosen on the evaluation's own problems, so its accuracy is no estimate any more.
     """
-    exams = [m["accuracy"]["value"] for m in self.history if "accuracy" in m]
-    if accuracy >= max(exams, default=0):
+    evaluations = [m["accuracy"]["value"] for m in self.history if "accuracy" in m]
+    if accuracy >= max(evaluations, default=0):
         self.marks["best"] = round
 
 # %% ../../nbs/loop/trainer.ipynb #0cc3ae03
@@ -584,7 +586,7 @@ def check_up(self: SelfPlayTrainer, round: int) -> dict:
     c = self.config
     if not c.watch:
         return {}
-    now = vitals(self.student, [p["prompt"] for p in self.exam_problems[:16]], 4, c.max_new_tokens)
+    now = vitals(self.student, [p["prompt"] for p in self.eval_problems[:16]], 4, c.max_new_tokens)
     start = next((Vitals.from_dict(m["vitals"]) for m in self.history if "vitals" in m), now)
     rang, told = alarms(now, start), {}
     if not rang:
@@ -598,7 +600,7 @@ def check_up(self: SelfPlayTrainer, round: int) -> dict:
 # %% ../../nbs/loop/trainer.ipynb #0d0e6d0e
 @patch
 def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
-    """Back to the adapters and the optimizer of the last healthy exam, whose round is returned; every third
+    """Back to adapters and optimizer of the last healthy evaluation, whose round is returned; every third
     time in a row stops the run. A league stays.
     """
     self.marks = self.marks_before
@@ -614,12 +616,12 @@ def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
 @patch
 def play_base(
     self: SelfPlayTrainer,
-    n: int = 100,  # held-out problems, the first of the exam's
+    n: int = 100,  # held-out problems, the first of the evaluation's
 ) -> dict:  # the win rate: `value`, `n`, `low`, `high`
     """The student against the bare base on held-out problems, judged by the verifier; nothing is trained on
     it.
     """
-    return self.arena.against_base(self, Policy(self.base, "base"), self.exam_problems[:n])
+    return self.arena.against_base(self, Policy(self.base, "base"), self.eval_problems[:n])
 
 # %% ../../nbs/loop/trainer.ipynb #cd724228
 def _wrong(f, v) -> str | None:
@@ -634,7 +636,7 @@ def _wrong(f, v) -> str | None:
         return "a number of at least 0"
     known = dict(
         opponents=("reference", "league", *DISTRIBUTIONS),
-        judge=("rule", "coin"),
+        judge=("rule", "random"),
         method=tuple(METHODS),
         on_alarm=("warn", "stop", "rollback"),
         dtype=("", "float32", "bfloat16", "float16"),
@@ -711,7 +713,7 @@ def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
             raise ValueError(
                 f"row {i} of the prompts asks a held-out problem: {row['prompt']!r:.80}. Leave it out."
             )
-    if self.no_task and not set(map(form, rows)) & set(map(form, self.exam_problems)):
+    if self.no_task and not set(map(form, rows)) & set(map(form, self.eval_problems)):
         raise ValueError(
             f"these prompts ({rows[0]['prompt']!r:.60}, …) come without a task, and {name_of(self.task)} is"
             " no evaluation of them: give SelfPlayTrainer(config, task=...) something with `problems`,"
@@ -848,10 +850,10 @@ def _link_tree(source: Path, target: Path):
 @patch
 def card(self: SelfPlayTrainer) -> str:
     "A model card with the run's figures, as the hub reads it."
-    exams = [(m["round"], m["accuracy"]) for m in self.history if "accuracy" in m]
+    evaluations = [(m["round"], m["accuracy"]) for m in self.history if "accuracy" in m]
     rows = "\n".join(
         f"| {r} | {100 * a['value']:.1f} % | [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | {a['n']} |"
-        for r, a in exams
+        for r, a in evaluations
     )
     settings = "\n".join(f"- {k}: {v}" for k, v in dataclasses.asdict(self.config).items())
     return _CARD.format(
@@ -895,7 +897,7 @@ def identity(self: SelfPlayTrainer) -> dict:
         task=self.task,
         reward=self.reward and self.reward.reward,
         verifier=self.task.verifier,
-        held_out=self.exam_problems,
+        held_out=self.eval_problems,
         update=COMMON | DEFAULTS[self.given.method],
     )
     if any(self.parts):
@@ -1073,7 +1075,7 @@ MADE = (
     "against_base.json",
     "start",
     "checkpoints",
-    "exams",
+    "evaluations",
     "league",
     "logs",
 )  # what a run may leave

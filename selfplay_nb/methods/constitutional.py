@@ -713,7 +713,7 @@ class Detection:
 
 # %% ../../nbs/methods/constitutional.ipynb #9015036d
 @patch
-def examine(
+def evaluate(
     self: ConstitutionalRewardWrapper,
     pairs: dict[str, list[dict]],  # principle to rows with `prompt`, `clean`, `violated`, and perhaps `group`
 ) -> Detection:

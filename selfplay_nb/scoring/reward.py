@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAKEN', 'exact_number', 'near_number', 'finished', 'format_reward', 'is_judge', 'as_reward', 'conversational',
-           'BadReward', 'as_number', 'rewards_of', 'score', 'score_samples', 'WeightedReward', 'coin_flip', 'is_single',
-           'rows_of', 'Guarded', 'ModelInTime', 'check_columns']
+           'BadReward', 'as_number', 'rewards_of', 'score', 'score_samples', 'WeightedReward', 'random_reward',
+           'is_single', 'rows_of', 'Guarded', 'ModelInTime', 'check_columns']
 
 # %% ../../nbs/scoring/reward.ipynb #faaf2f66
 import hashlib
@@ -340,7 +340,7 @@ class WeightedReward:
         return "WeightedReward(" + " + ".join(f"{w:g}·{name}" for name, w in self.weights.items()) + ")"
 
 # %% ../../nbs/scoring/reward.ipynb #26167171
-def coin_flip(seed: int = 0):  # of the coins
+def random_reward(seed: int = 0):  # of the coins
     """A reward in [0, 1) that knows nothing: a random number for each place in the batch, repeatable for the
     same prompts and answers.
     """

@@ -278,7 +278,7 @@ len(ITEMS), ITEMS[0]
 # %% ../../nbs/stats/retention.ipynb #36069d43
 @dataclass(frozen=True)
 class Probe:
-    "A policy's choices, in rows as an `Exam` has them."
+    "A policy's choices, in rows as an `Evaluation` has them."
 
     rows: list[dict]  # `prompt`, `answer` (the chosen option), `right` (0 or 1), `truncated` (never)
 

@@ -316,13 +316,13 @@ def round_step(bench: Bench) -> str:
         config = SelfPlayConfig(
             f"{d}/run",
             bench.folder,
-            judge="coin",
+            judge="random",
             n_rounds=1,
             prompts_per_round=16,
             n_samples=8,
             max_new_tokens=min(64, bench.settings.answer),
             gate=False,
-            exam_size=32,
+            eval_size=32,
             r=bench.settings.rank,
         )
         with warnings.catch_warnings():
