@@ -74,7 +74,7 @@ def config_options() -> dict[str, Option]:  # by name, in their order
 
 # %% ../nbs/cli.ipynb #784a8157
 GROUPS = {
-    "what is played": ("run_dir", "level", "shots", "game", "judge"),
+    "what is played": ("run_dir", "level", "shots", "game", "illegal", "judge"),
     "the model": ("model_name", "load_in_4bit", "dtype", "attn_implementation", "r", "start_from", "warm_up"),
     "a round": (
         "n_rounds",

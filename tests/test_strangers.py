@@ -252,7 +252,7 @@ def test_the_same_from_the_command_line(tmp_path, tiny_folder, monkeypatch, caps
     for wrong, said in [
         (["--reward", "mine.py:nothing"], "no 'nothing'; it has variety, shorter"),
         (["--reward", "none.py:x"], "no file 'none.py'"),
-        ([], "neither of reward and judge"),
+        ([], "--prompts without --reward or --judge"),
         (["--task", "mine.py:variety"], "give it alone"),
         (["--reward", "mine.py:variety", "--run-dir", "run", "--held-out", ".5"], "another configuration"),
     ]:
@@ -431,6 +431,11 @@ class Seedless(Short):
         return Said([])
 
 
+class Misspelled(Opposites):
+    def reward(self, prompts, completions, wrod, **columns):
+        return [1.0] * len(prompts)
+
+
 def ended(seat=None, legal=("1",), refuses=False, outcome=None):
     "A game with one position: what it is after the only move that it has."
 
@@ -497,6 +502,9 @@ class Bare(Short):
         (lambda: as_game("nim(piles=3)"), "nim does not take"),
         (lambda: GameTask(Seedless()), "cannot be started by start.seed."),
         (lambda: GameTask(Bare()), "no legal, no prompt, no move"),
+        (lambda: as_task(Opposites), "Opposites is a class: expected a task made from it, as Opposites.."),
+        (lambda: as_task(Misspelled()), "'reward' failed on a first trial.*'wrod'"),
+        (lambda: GameTask(Short(), illegal="loose"), "illegal is 'loose': expected one of 'retry', 'lose'"),
         (lambda: as_game(Short), "Short is a class: expected a game made from it, as Short.."),
         (lambda: as_game(ended(seat=0)), "is not over after 2000 moves: at its end `seat` is None"),
         (lambda: as_game(ended(legal=[])), r"its legal moves are \[\]: expected texts"),
@@ -519,6 +527,11 @@ class Bare(Short):
 def test_what_a_newcomer_gets_wrong_is_told_before_a_model_is_loaded(wrong, said):
     with pytest.raises(ValueError, match=said):
         wrong()
+
+
+def test_a_misspelled_setting_is_told_its_neighbour():
+    with pytest.raises(TypeError, match="no setting 'prompts_per_rounds': perhaps prompts_per_round"):
+        SelfPlayConfig(prompts_per_rounds=3)
 
 
 def test_columns_go_to_the_arguments_of_their_name():

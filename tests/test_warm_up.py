@@ -141,6 +141,14 @@ def test_moves_that_would_be_cut_off_are_told_before_anything_is_played(tmp_path
     assert not (tmp_path / "run" / "samples.jsonl").read_text()
 
 
+def test_an_illegal_move_may_cost_less(tmp_path, tiny_folder):
+    t = trainer(tmp_path / "run", tiny_folder, illegal="random", **GAME)
+    t.train(n_iterations=0)
+    assert t.task.illegal == "random"
+    games = t.task.play([t.student, t.reference], t.task.problems("train", 2), max_new_tokens=3)
+    assert all(g.forfeit is None and g.moves for g in games)
+
+
 def test_illegal_moves_are_the_advice(tmp_path, tiny_folder):
     t = trainer(tmp_path / "run", tiny_folder, **GAME)
     with pytest.warns(UserWarning, match=r"moves were illegal, such as .*warm_up=256"):

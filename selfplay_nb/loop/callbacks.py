@@ -92,6 +92,8 @@ def round_line(m: dict) -> str:
         return f"start    {evaluation}"
     rows = next((f"{m[k]:4} {word}" for k, word in _COUNTS.items() if k in m), "")
     reward = f"reward {m['reward']:.2f}" if m.get("reward") is not None else ""
+    if m.get("turns"):
+        reward = f"{1 - m['illegal'] / m['turns']:4.0%} legal"
     won = f"win rate{_rate(m['win_rate'])}" if "win_rate" in m else ""
     speed = f"{m['tokens_per_second']:4.0f} tok/s" if m.get("tokens_per_second") else ""
     gate = f"gate {m['gate']['verdict']}" if "gate" in m else ""
@@ -176,7 +178,8 @@ def summary(run_dir: str | Path) -> str:  # of a run, finished or not
     lines += [f"points against {name}, held-out: {_rate(rate)}" for name, rate in last.items()]
     final = run_dir / "against_base.json"
     if final.exists():
-        lines.append(f"win rate against the base, held-out: {_rate(json.loads(final.read_text()))}")
+        rate = _rate(json.loads(final.read_text()))
+        lines.append(f"win rate against the base, sampled answers, held-out: {rate}")
     made = [
         f"{sum(m.get(k, 0) for m in history)} {word}"
         for k, word in _COUNTS.items()

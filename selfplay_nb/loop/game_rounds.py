@@ -9,9 +9,9 @@ __all__ = ['GameTask', 'PlayGames', 'games_of', 'GameMoves', 'GamePairs', 'by_st
 import random
 from statistics import fmean
 
-from ..core.checks import printable, printed
+from ..core.checks import one_of, printable, printed
 from ..core.players import name_of, seed_of
-from ..games.play import OpenSpielGame, Played, TextArenaGame, play
+from ..games.play import ILLEGAL, OpenSpielGame, Played, TextArenaGame, play
 from .rounds import Experience, opponents_met
 from ..methods.game_training import Sticks, advantages, position_baseline, position_pairs
 from ..stats.rates import win_rate
@@ -29,13 +29,13 @@ class GameTask:
         # an illegal answer: "retry" (with the reason), "lose", or "random" (a random legal move)
         illegal: str = "lose",
     ):
-        "Raises `ValueError` for a game that is not for two."
+        "Raises `ValueError` for a game that is not for two, and for an unknown rule."
         if getattr(game, "seats", None) != 2:
             raise ValueError(
                 f"{name_of(game)} has {getattr(game, 'seats', 'no')} seats: self-play on a game takes one for"
                 " two."
             )
-        self.game, self.illegal, self.name = as_game(game), illegal, game.name
+        self.game, self.illegal, self.name = as_game(game), one_of("illegal", illegal, ILLEGAL), game.name
 
     def problems(self, split: str, n: int, seed: int = 0) -> list[dict]:
         "`n` starts of a split, as rows with `prompt` (what it is called) and `start` (its seed)."
@@ -70,6 +70,7 @@ class PlayGames:
         games = Played(
             [g for opponent, some in _opponents(run, problems) for g in _against(run, opponent, some)]
         )
+        _warn_of_illegal_moves(run, games)
         return self.learn_from(run, games)
 
     def learn_from(self, run, games: Played) -> Experience:
@@ -126,7 +127,7 @@ class GameMoves(PlayGames):
         return Experience(
             answers=rows,
             metrics=_game_figures(run, games) | {"with_advantage": known},
-            advice="" if known else _illegal(run, games) or why,
+            advice="" if known else why,
         )
 
 # %% ../../nbs/loop/game_rounds.ipynb #1cb1ec5e
@@ -142,22 +143,21 @@ class GamePairs(PlayGames):
         return Experience(
             pairs,
             metrics=figures,
-            advice=_illegal(run, games)
-            or "no position was played in two ways that ended differently: play more games a round",
+            advice="no position was played in two ways that ended differently: play more games a round",
         )
 
 # %% ../../nbs/loop/game_rounds.ipynb #37219e6d
-def _illegal(run, games: Played) -> str:
-    "What to do if more than half of the student's moves were illegal."
+def _warn_of_illegal_moves(run, games: Played):
+    "Say what to do if more than half of the student's moves were illegal."
     mine = [t for g in games for t in g.turns if g.players[t.seat] == run.student.name]
     wrong = [t for t in mine if not t.legal]
-    if 2 * len(wrong) <= len(mine):
-        return ""
-    return (
-        f"{len(wrong)} of {len(mine)} moves were illegal, such as {printed(wrong[0].answer)!r:.40}"
-        f" ({wrong[0].reason}): let it imitate legal ones first (warm_up=256), or let an illegal move cost"
-        ' less, as in GameTask(game, illegal="random")'
-    )
+    if 2 * len(wrong) > len(mine):
+        run.warn(
+            "illegal",
+            f"{len(wrong)} of {len(mine)} moves were illegal, such as {printed(wrong[0].answer)!r:.40}"
+            f" ({wrong[0].reason}): let the policy imitate legal ones first (warm_up=256), or let an illegal"
+            ' move cost less (illegal="random"), in another run_dir.',
+        )
 
 # %% ../../nbs/loop/game_rounds.ipynb #53fdc943
 def _game_figures(run, games: Played) -> dict:

@@ -22,7 +22,7 @@ from selfplay_nb.loop.rounds import (
     leave_one_out,
 )
 from ..methods.competitive import CompetitiveSelfPlay
-from ..scoring.evaluation import Evaluation, evaluate
+from ..scoring.evaluation import Evaluation, evaluate, versus
 from ..scoring.judge import as_judge
 
 # %% ../../nbs/loop/run_evaluation.ipynb #df7c5f8c
@@ -75,12 +75,9 @@ class Prompts:
 
     def against_base(self, run, base, problems: list[dict]) -> dict:
         "The student against the bare base, one sampled answer a side."
-        match = CompetitiveSelfPlay(
-            run.student, base, self.task.verifier or run.reward, n_samples=1, **run.sampling
-        )
-        return match.train_step(
-            problems, seed=seed_of("against the base", run.config.seed)
-        ).win_rate.to_dict()
+        seed = seed_of("against the base", run.config.seed)
+        judge = self.task.verifier or run.reward
+        return versus(run.student, base, problems, judge, seed=seed, **run.sampling).win_rate.to_dict()
 
 # %% ../../nbs/loop/run_evaluation.ipynb #d700c047
 def _nothing(prompts, completions, **columns) -> list[float]:

@@ -7,6 +7,7 @@ __all__ = ['KIND', 'MADE', 'SelfPlayConfig', 'Learner', 'SelfPlayTrainer', 'meth
 
 # %% ../../nbs/loop/trainer.ipynb #48c8d954
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -54,6 +55,7 @@ from ..stats.rates import finite
 from ..scoring.reward import Guarded, check_columns, random_reward, is_judge
 from .collectors import named
 from .run_evaluation import arena
+from ..games.play import ILLEGAL
 from .game_rounds import GameTask, as_game
 from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
@@ -74,6 +76,7 @@ class SelfPlayConfig:
     level: int = 2  # of the arithmetic task
     shots: int = 0  # solved examples in front of each of its problems, at most two
     game: str = ""  # instead of the arithmetic task: a game, as `as_game` knows it
+    illegal: str = "lose"  # of a game: an illegal move loses, or a "random" legal one is played, or "retry"
     judge: str = "rule"  # "rule": the task's reward; "random": a control that must not learn
     method: str = "dpo"  # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12  # rounds of self-play
@@ -124,6 +127,14 @@ class SelfPlayConfig:
     max_unjudged: float = 0.5  # share of answers without a reward at which the run stops
     keep: int = 2  # newest checkpoints that stay, beside the best and the last healthy one
     seed: int = 0  # of everything
+
+    def __new__(cls, *args, **settings):
+        fields = cls.__dataclass_fields__
+        for name in settings.keys() - fields.keys():
+            near = " or ".join(difflib.get_close_matches(name, fields, 2))
+            hint = f": perhaps {near}?" if near else "."
+            raise TypeError(f"SelfPlayConfig has no setting {name!r}{hint}")
+        return super().__new__(cls)
 
 # %% ../../nbs/loop/trainer.ipynb #5f8feef0
 @patch(as_prop=True)
@@ -231,7 +242,9 @@ def _task_of(config: SelfPlayConfig, task):
         task = as_game(config.game)
     if task is None:
         return ArithmeticTask(config.level, shots=config.shots)
-    return GameTask(task) if hasattr(task, "seats") else task if isinstance(task, GameTask) else as_task(task)
+    if hasattr(task, "seats"):
+        return GameTask(task, config.illegal)
+    return task if isinstance(task, GameTask) else as_task(task)
 
 # %% ../../nbs/loop/trainer.ipynb #c3abbd47
 def method_of(config: SelfPlayConfig):
@@ -637,6 +650,7 @@ def _wrong(f, v) -> str | None:
     known = dict(
         opponents=("reference", "league", *DISTRIBUTIONS),
         judge=("rule", "random"),
+        illegal=ILLEGAL,
         method=tuple(METHODS),
         on_alarm=("warn", "stop", "rollback"),
         dtype=("", "float32", "bfloat16", "float16"),

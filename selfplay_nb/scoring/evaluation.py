@@ -39,7 +39,7 @@ class Evaluation:
         if wrong:
             raise ValueError(
                 f"the verifier gave {wrong[0]:g}: an accuracy needs 1 (right), 0 (wrong) or a share between."
-                " Give a verifier that says right or wrong beside the reward; `Evaluation.mean` is the mean of"
+                " Give a verifier that says right or wrong beside the reward; `Evaluation.mean` is that of"
                 " a reward of any size."
             )
         if set(self.values) <= {0, 1}:

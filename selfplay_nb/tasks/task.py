@@ -14,7 +14,7 @@ from numbers import Real
 
 from ..core.checks import printable, whole
 from ..core.pairs import load_rows, question_key, same_questions
-from ..core.players import name_of, places
+from ..core.players import columns_of, name_of, places
 from ..scoring.judge import as_judge
 from ..scoring.reward import WeightedReward, as_reward, check_columns, exact_number, finished
 from ..scoring.reward import is_judge, near_number, rewards_of, rows_of
@@ -237,10 +237,16 @@ def as_task(
 
 # %% ../../nbs/tasks/task.ipynb #4e44d3fc
 def _whole_task(task):
+    if isinstance(task, type):
+        raise ValueError(f"{task.__name__} is a class: expected a task made from it, as {task.__name__}().")
     lacks = [a for a in ("reward", "verifier") if not hasattr(task, a)]
     if lacks:
         raise ValueError(f"the task {name_of(task)!r} has no {' and no '.join(lacks)}: a task has"
                          " problems(split, n, seed), reward and verifier.")
+    first = task.problems("train", 1)
+    for scorer in filter(None, (task.reward, task.verifier) if first else ()):
+        prompt, columns = columns_of(first)
+        _try(scorer, prompt, columns)
     return task
 
 # %% ../../nbs/tasks/task.ipynb #0cee1647
