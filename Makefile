@@ -27,6 +27,7 @@ gpu: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 floor: .venv/bin/python

@@ -10,7 +10,8 @@ from selfplay_nb import as_task
 from selfplay_nb.loop.collectors import COLLECTORS, Levels, Propose, Screen, Shares, named
 from selfplay_nb.loop.rounds import Compete, Experience
 from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
-from selfplay_nb.models.policy import Base, Samples
+from selfplay_nb.models.policy import Base
+from selfplay_nb.models.sampling import Samples
 from selfplay_nb.scoring.reward import as_reward
 
 PROMPTS = [f"Describe a {thing}." for thing in "river bridge coffee window garden piano train bread".split()]

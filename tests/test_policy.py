@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import selfplay_nb.models.policy as policy_module
 import selfplay_nb.models.sampling as sampling_module
 import selfplay_nb.models.update as update_module
 from selfplay_nb.core.players import Scripted, answers_of
@@ -407,7 +406,7 @@ def test_sharing_changes_no_logprob(policy, monkeypatch):
     prompts = [p["prompt"] for p in SHARED] * 2
     answers = [p["chosen"] for p in SHARED] + [p["rejected"] for p in SHARED]
     shared = policy.logprobs(prompts, answers)
-    monkeypatch.setattr(policy_module, "can_share", lambda config: False)
+    monkeypatch.setattr(sampling_module, "can_share", lambda config: False)
     assert torch.allclose(shared, policy.logprobs(prompts, answers), atol=1e-5)
     alone = torch.stack([policy.logprobs([p], [a])[0] for p, a in zip(prompts, answers)])
     assert torch.allclose(shared, alone, atol=1e-5)

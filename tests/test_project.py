@@ -64,6 +64,21 @@ def test_readme_is_made_from_the_index(copy):
     assert (ROOT / "README.md").read_text() == (copy / "README.md").read_text(), "run: make readme"
 
 
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "pandas", "datasets", "matplotlib", "scipy"}
+LOOKED_UP = f"""
+import pydoc, sys
+from selfplay_nb import IterativeRefiner, LeagueTraining, Policy, SelfPlayTrainer
+text = "".join(map(pydoc.render_doc, (IterativeRefiner, LeagueTraining, Policy, SelfPlayTrainer)))
+assert all(pydoc.plain(text).count(name) for name in ("refine", "sample_opponent", "logprobs", "train"))
+print(*({HEAVY} & set(sys.modules)))
+"""
+
+
+def test_help_on_the_main_names_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", LOOKED_UP], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 def test_versions_agree():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")

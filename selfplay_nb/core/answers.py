@@ -100,7 +100,7 @@ def _mixed(m):
     return f"{whole * bottom + top}/{bottom}" if top < bottom else m[0]
 
 # %% ../../nbs/core/answers.ipynb #1efb25b1
-_REWRITES = [
+_REWRITES: list[tuple] = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?![0-9])\d", lambda m: str(int(m[0]))),

@@ -24,8 +24,10 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -393,7 +395,7 @@ def _names(code: types.CodeType) -> set:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 # %% ../../nbs/core/checkpoint.ipynb #fa6628f0
-_VALUES = {
+_VALUES: dict[Any, Callable] = {
     _PLAIN: lambda x: x,
     float: lambda x: x if math.isfinite(x) else repr(x),
     bytes: lambda x: hashlib.sha256(x).hexdigest()[:16],

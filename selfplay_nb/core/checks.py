@@ -84,7 +84,8 @@ def number(
     above: float | None = None,  # or a bound that is not itself accepted
 ) -> float:
     "`value` as a float; raises `ValueError` unless it is a finite number within the bounds."
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if real and abs(value) <= sys.float_info.max:
         if low <= value <= high and (above is None or value > above):
             return float(value)
     bounds = [f"above {above:g}"] if above is not None else []

@@ -60,7 +60,6 @@ from .game_rounds import GameTask, as_game
 from .gate import SequentialGate
 from .rounds import METHODS, Experience, collect
 from ..tasks.task import ArithmeticTask, as_task
-from ..models.update import COMMON, DEFAULTS, load_optimizer, save_optimizer, sft
 from .vitals import Vitals, alarms, vitals
 
 # %% ../../nbs/loop/trainer.ipynb #0bf9f5da
@@ -311,6 +310,8 @@ def train(
 @patch
 def warm_up(self: SelfPlayTrainer):
     "Imitate `config.warm_up` demonstrations by SFT; all learners start from what comes of it."
+    from selfplay_nb.models.update import sft
+
     n = self.config.warm_up
     if not n:
         return
@@ -806,6 +807,8 @@ def _folder_of(checkpoint: Path, role: str) -> Path:
 @patch
 def save(self: SelfPlayTrainer):
     "Write this round's checkpoint, and remove those that are no longer needed."
+    from selfplay_nb.models.update import save_optimizer
+
     self.call("on_stage", stage="saving")
     state = dict(
         round=self.round,
@@ -906,6 +909,8 @@ _FREE = "run_dir", "model_name", "n_rounds", "keep", "start_from"
 @patch
 def identity(self: SelfPlayTrainer) -> dict:
     "What the run's results depend on, by content, apart from the prompts and the base."
+    from selfplay_nb.models.update import COMMON, DEFAULTS
+
     settings = {k: v for k, v in dataclasses.asdict(self.given).items() if k not in _FREE}
     made_of = dict(
         task=self.task,
@@ -1045,6 +1050,8 @@ def _go_on(self: SelfPlayTrainer, folder: Path, state: dict):
 @patch
 def _load(self: SelfPlayTrainer, folder: Path):
     "The learners of a checkpoint."
+    from selfplay_nb.models.update import load_optimizer
+
     self._clear()
     self.learners = []
     saved = json.loads((folder / "state.json").read_text())

@@ -28,34 +28,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # %% ../../nbs/models/base.ipynb #2167ca0e
 import psutil
-import torch
-from bitsandbytes.nn import Linear4bit
 from fastcore.basics import patch
 from filelock import FileLock
 from jinja2 import TemplateError
-from peft import get_peft_model
-from peft.tuners.lora.layer import LoraLayer
 from tqdm.auto import tqdm
 
 from ..core.checks import one_of, printable
 from ..core.players import content_of
 from ..core.templates import control_tokens
 
+if TYPE_CHECKING:  # what needs torch is imported where it is used
+    import torch
+
 # %% ../../nbs/models/base.ipynb #622903a7
 def default_device() -> str:
     "`cuda` where there is a GPU, else `cpu`."
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/models/base.ipynb #8a421c94
 def compute_dtype(
     device: str | None = None,  # `cpu` or `cuda`; by default what this machine has
-) -> torch.dtype:
+) -> "torch.dtype":
     """The format that is fast and safe on `device`: bfloat16 where the hardware has it, float16 on older
     GPUs, else float32.
     """
+    import torch
+
     if (device or default_device()).startswith("cuda"):
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -69,7 +73,7 @@ ATTENTION = "eager", "sdpa", "flash_attention_2"
 # %% ../../nbs/models/base.ipynb #be0b4f15
 def load_model(
     source: str | Path = DEFAULT_MODEL,  # a folder, a hub name, or a key of `WHEEL_MODELS`
-    dtype: torch.dtype | str | None = None,  # compute format; by default `compute_dtype(device)`
+    dtype: "torch.dtype | str | None" = None,  # compute format; by default `compute_dtype(device)`
     device: str | None = None,  # `cpu` or `cuda`; by default what this machine has
     load_in_4bit: bool = True,  # NF4; False keeps whole weights in `dtype`
     attn_implementation: str | None = None,  # one of `ATTENTION`; by default what Transformers takes
@@ -79,6 +83,7 @@ def load_model(
     Raises `ValueError` for a bad setting, a folder that is no model or is damaged and for an architecture
     that does not work here, `RuntimeError` when it can neither be found nor downloaded.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = device or default_device()
@@ -114,6 +119,8 @@ def _quantization_config(dtype):
 
 # %% ../../nbs/models/base.ipynb #f8cbe95c
 def _freeze_for_training_after_generation(model):
+    from bitsandbytes.nn import Linear4bit
+
     for m in model.modules():
         if isinstance(m, Linear4bit):
             m.support_avx512bf16_for_cpu = False
@@ -154,7 +161,7 @@ class Base:
 def load(
     cls: Base,
     source: str | Path = DEFAULT_MODEL,  # a folder, a hub name, or a wheel model's name
-    dtype: torch.dtype | str | None = None,  # compute format; by default the one that suits the device
+    dtype: "torch.dtype | str | None" = None,  # compute format; by default the one that suits the device
     device: str | None = None,  # `cpu` or `cuda`; by default what the machine has
     load_in_4bit: bool = True,  # NF4; False keeps whole weights in `dtype`
     attn_implementation: str | None = None,  # as in Transformers: "sdpa", "eager", "flash_attention_2"
@@ -166,7 +173,7 @@ def load(
 
 # %% ../../nbs/models/base.ipynb #6e569fdf
 @patch(as_prop=True)
-def device(self: Base) -> torch.device:
+def device(self: Base) -> "torch.device":
     return self.model.device
 
 
@@ -185,6 +192,8 @@ def eos_ids(self: Base) -> set[int]:
 @patch(as_prop=True)
 def settings(self: Base) -> dict:
     "How the model was loaded: `dtype`, `load_in_4bit` and `attn_implementation`."
+    from bitsandbytes.nn import Linear4bit
+
     return dict(
         dtype=str(self.model.dtype).removeprefix("torch."),
         load_in_4bit=any(isinstance(m, Linear4bit) for m in self.model.modules()),
@@ -361,6 +370,8 @@ def check_resident(self: Base, adapter: str):
 @contextmanager
 def running(self: Base, adapter: str):  # a resident adapter, or "base" for none
     "The model with exactly `adapter` active, in evaluation mode and without gradients."
+    import torch
+
     self.check_resident(adapter)
     # a call with a time limit, see `reward.Guarded`
     getattr(threading.current_thread(), "refuse_model", lambda: None)()
@@ -512,6 +523,7 @@ def convert_gguf(
     folder: Path,  # an existing folder for the standard model files
 ):
     "Write the model in `gguf` as a Transformers folder: float16 safetensors, tokenizer, and `manifest.json`."
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if _loadable(folder):
@@ -604,6 +616,8 @@ def tiny_model_folder(
 
     Raises `ValueError` where another model is.
     """
+    import torch
+
     folder = Path(folder)
     if any(folder.glob("*")) and not _is_tiny(folder):
         raise ValueError(
@@ -704,6 +718,8 @@ def _check_packing(config, load_in_4bit: bool):
 # %% ../../nbs/models/base.ipynb #f04aeeee
 def _check_settings(dtype, device, load_in_4bit, attn_implementation):
     "Raise `ValueError` for settings of `load_model` that are unknown, or do not go together."
+    import torch
+
     one_of("load_in_4bit", load_in_4bit, [True, False])
     one_of("attn_implementation", attn_implementation, [None, *ATTENTION])
     slow = device == "cpu" or dtype == torch.float32 or importlib.util.find_spec("flash_attn") is None
@@ -804,6 +820,9 @@ def add_adapter(
     scratch: bool = False,  # may it have one of the names that TRL gives to its own adapters?
 ):
     "Add an adapter; raises `ValueError` for a bad or taken name."
+    import torch
+    from peft import get_peft_model
+
     self._check_name(name, scratch)
     check_adapter(config)
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -844,6 +863,8 @@ def _check_name(self: Base, name: str, scratch: bool):
 @patch
 def _remove(self: Base, adapter: str):
     "Take out what there is of an adapter, be it half made."
+    from peft.tuners.lora.layer import LoraLayer
+
     if adapter in self.adapters:
         self.peft.delete_adapter(adapter)
 
@@ -863,6 +884,8 @@ def _remove(self: Base, adapter: str):
 # %% ../../nbs/models/base.ipynb #90556702
 def out_of_memory(e: BaseException) -> bool:
     "Is `e` what PyTorch or Python raise where memory is short, on a GPU or a CPU?"
+    import torch
+
     return (
         isinstance(e, (MemoryError, torch.OutOfMemoryError))
         or "not enough memory" in str(e)
@@ -872,6 +895,8 @@ def out_of_memory(e: BaseException) -> bool:
 # %% ../../nbs/models/base.ipynb #c4f1dd1f
 def free_memory():
     "Give freed memory back to the system, also what PyTorch and the C library (glibc) would keep for later."
+    import torch
+
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim:
         trim(0)

@@ -9,16 +9,19 @@ __all__ = ['Policy']
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # %% ../../nbs/models/policy.ipynb #7a043f51
-import torch
 from fastcore.basics import patch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 
 from ..core.checks import printable, whole
 from ..core.players import as_prompts
 from .base import WHEEL_MODELS, Base, check_adapter
-from .sampling import Guide, Samples, batches, can_share, lay_out, pack, sample_together
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used
+    import torch
+
+    from selfplay_nb.models.sampling import Guide, Samples
 
 # %% ../../nbs/models/policy.ipynb #35778007
 class Policy:
@@ -35,6 +38,8 @@ class Policy:
         target_modules="all-linear",  # which layers, as in PEFT
         seed: int = 0,  # of the initial weights
     ):
+        from peft import LoraConfig
+
         if not isinstance(base, Base):
             raise TypeError(f"base is {base!r:.60}: expected a Base, as Base.load() returns it.")
         self.base, self.name, self.frozen = base, name, name == "base"
@@ -50,6 +55,13 @@ class Policy:
             task_type="CAUSAL_LM",
         )
         base.add_adapter(name, config, seed)
+
+    @staticmethod
+    def sample_together(*args, **settings) -> "list[Samples]":
+        "Several policies on one base answer in one batch: `sampling.sample_together`."
+        from selfplay_nb.models.sampling import sample_together
+
+        return sample_together(*args, **settings)
 
 # %% ../../nbs/models/policy.ipynb #d41fa29b
 @patch(cls_method=True)
@@ -99,19 +111,18 @@ def sample(
     # of the random streams; a list has one for each prompt; None draws one from torch's generator
     seed: int | list[int] | None = None,
     progress=None,  # called as `progress(finished answers, new tokens)` after each step
-    guide: Guide | None = None,  # a hook on the logits
-) -> Samples:  # for each prompt a list of `n_samples` records
+    guide: "Guide | None" = None,  # a hook on the logits
+) -> "Samples":  # for each prompt a list of `n_samples` records
     """Answer `prompts` with all details. Raises `ValueError` or `TypeError` for bad arguments before any
     work.
 
     Sample `k` of a prompt depends on `(seed, prompt, k)` alone; a prompt that is given twice goes on
     counting.
     """
+    from selfplay_nb.models.sampling import sample_together
+
     asked = [(self, prompts, seed)]
     return sample_together(asked, n_samples, max_new_tokens, temperature, top_p, progress, guide)[0]
-
-
-Policy.sample_together = staticmethod(sample_together)
 
 # %% ../../nbs/models/policy.ipynb #d82adc45
 @patch
@@ -123,7 +134,7 @@ def generate(
     temperature: float = 1.0,  # 0 is greedy
     top_p: float = 1.0,  # nucleus sampling
     seed: int | list[int] | None = None,  # of the random streams; a list has one for each prompt
-    guide: Guide | None = None,  # a hook on the logits
+    guide: "Guide | None" = None,  # a hook on the logits
 ) -> str | list:  # text, in the shape of `prompts`
     "Answer `prompts` with text; see `sample` for the details and the errors."
     single = as_prompts(prompts)[1]
@@ -138,6 +149,10 @@ def _score(self: Base, adapter, prompts, answers):
     """For each answer the log-probabilities of its tokens, and whether each is the likeliest; `prompts` and
     `answers` are token lists.
     """
+    import torch
+
+    from selfplay_nb.models.sampling import batches, can_share, lay_out, pack
+
     share = can_share(self.model.config)
     trees, places = lay_out([list(p) + list(a) for p, a in zip(prompts, answers)], share)
     budget = 0 if share else self.max_batch_tokens // 8
@@ -175,6 +190,8 @@ def logprobs(
 
     Raises `ValueError` for bad shapes.
     """
+    import torch
+
     prompts, single = as_prompts(prompts)
     one = single and (isinstance(completions, str) or not isinstance(completions[0], str))
     completions = [completions] if one else list(completions)
@@ -193,8 +210,10 @@ def logprobs(
 
 # %% ../../nbs/models/policy.ipynb #c9acbfa2
 @patch
-def _weights(self: Policy) -> dict[str, torch.Tensor]:
+def _weights(self: Policy) -> "dict[str, torch.Tensor]":
     "The adapter's weights themselves, under PEFT's own keys."
+    from peft import get_peft_model_state_dict
+
     if self.name == "base":
         raise ValueError("the bare base has no adapter weights of its own.")
     mine = {n: p.data for n, p in self.base.peft.named_parameters() if f".{self.name}." in n}
@@ -202,7 +221,7 @@ def _weights(self: Policy) -> dict[str, torch.Tensor]:
 
 
 @patch
-def state(self: Policy) -> dict[str, torch.Tensor]:
+def state(self: Policy) -> "dict[str, torch.Tensor]":
     "A copy of the adapter's weights on the CPU, under PEFT's own keys."
     return {k: w.to("cpu", copy=True) for k, w in self._weights().items()}
 
@@ -326,6 +345,7 @@ def load(
 # %% ../../nbs/models/policy.ipynb #dd757427
 def _read_adapter(folder: Path):
     "The configuration and the weights in an adapter folder, checked."
+    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -263,7 +263,7 @@ def _judged(judge, games: list[tuple]) -> list:  # problem, answer of a, answer 
     undecided = [game for game, s in zip(games, scores) if s is None]
     if undecided:
         problems, a, b = zip(*undecided)
-        prompts, columns = columns_of(problems)
+        prompts, columns = columns_of(list(problems))
         verdicts = iter(judge.compare(prompts, [x.text for x in a], [y.text for y in b], **columns))
         scores = [next(verdicts) if s is None else s for s in scores]
     return scores

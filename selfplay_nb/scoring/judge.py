@@ -49,6 +49,9 @@ class Judge:
 
     name = "judge"
 
+    def _compare(self, prompts, a, b, **columns):
+        raise NotImplementedError
+
     def compare(
         self,
         prompts: list,  # n prompts

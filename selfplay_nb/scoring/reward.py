@@ -39,7 +39,7 @@ def exact_number(prompts, completions, answer, truncated=None, **columns) -> lis
     return [float(n == right) for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
 
 
-exact_number.check_columns = lambda answer, **columns: gold_numbers(answer)
+exact_number.check_columns = lambda answer, **columns: gold_numbers(answer)  # type: ignore[attr-defined]
 
 # %% ../../nbs/scoring/reward.ipynb #6a29b2e0
 def near_number(width: float = 20):  # errors of this size and more earn nothing
@@ -59,7 +59,7 @@ def near_number(width: float = 20):  # errors of this size and more earn nothing
     def near(prompts, completions, answer, truncated=None, **columns):
         return list(map(credit, _numbers(completions, truncated), gold_numbers(answer)))
 
-    near.check_columns = exact_number.check_columns
+    near.check_columns = exact_number.check_columns  # type: ignore[attr-defined]
     return near
 
 # %% ../../nbs/scoring/reward.ipynb #7e518ceb

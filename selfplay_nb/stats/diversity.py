@@ -324,8 +324,8 @@ def plot_strip(
 
     names = [*measures, *(["entropy"] if all(d.entropy for d in history) else [])]
     if axes is None:
-        layout = dict(figsize=(5, 1.1 * len(names)), sharex=True, layout="constrained", squeeze=False)
-        axes = plt.subplots(len(names), 1, **layout)[1][:, 0]
+        fig = plt.figure(figsize=(5, 1.1 * len(names)), layout="constrained")
+        axes = fig.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for ax, name in zip(axes, names):
         _entropy_strip(ax, history) if name == "entropy" else _strip(ax, history, name)
         if name == "self-BLEU" and threshold:

@@ -240,9 +240,9 @@ def agreement(
     for (x, y), times in counts.items():
         table[place[x], place[y]] = times
     note = _why_undefined(both)
-    kappa, *interval = [math.nan] * 3 if note else _kappa(table)
+    kappa, low, high = [math.nan] * 3 if note else _kappa(table)
     raw = Rate(int(table.trace()), len(both))
-    return Agreement(raw, kappa, tuple(interval), len(a) - len(both), dict(counts), note)
+    return Agreement(raw, kappa, (low, high), len(a) - len(both), dict(counts), note)
 
 # %% ../../nbs/stats/rates.ipynb #584f26f1
 class SPRT:

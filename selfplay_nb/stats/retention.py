@@ -477,7 +477,7 @@ def _generated(policy, requests) -> list[str]:
     same_settings = {}
     for i, r in enumerate(requests):
         same_settings.setdefault(repr(sorted(r.args[1].items())), []).append(i)
-    answers = [None] * len(requests)
+    answers = [""] * len(requests)
     for rows in same_settings.values():
         given = requests[rows[0]].args[1]
         until = [given["until"]] if isinstance(given.get("until"), str) else given.get("until") or []

@@ -58,7 +58,7 @@ def check_forbidden(text, asked) -> float:
     return float(not any(_count(text, w) for w in asked))
 
 # %% ../../nbs/tasks/creative.ipynb #6ef854bd
-TONES = dict(
+_WORDS = dict(
     cheerful="""bright cheer cheerful danced dancing delight delighted fun giggled glad gladly grin grinned
         happily happy joke jolly joy laugh laughed laughing laughter merry party playful sang smile smiled
         smiling song sunny sunshine warm whistled""",
@@ -72,7 +72,7 @@ TONES = dict(
         leisurely lull mild peace peaceful quiet quietly rest rested serene slow slowly soft softly still
         stillness stream unhurried waves""",
 )
-TONES = {tone: frozenset(words.split()) for tone, words in TONES.items()}
+TONES = {tone: frozenset(words.split()) for tone, words in _WORDS.items()}
 
 # %% ../../nbs/tasks/creative.ipynb #57a795b4
 def check_tone(text, asked) -> float:
@@ -177,7 +177,8 @@ class SpecReward:
         if set(weights) - set(CHECKS) or any(not w >= 0 for w in weights.values()):
             known = sorted(CHECKS)
             raise ValueError(f"weights are {weights}: expected numbers of at least 0 for some of {known}.")
-        self.weights, self.__name__, self.last = weights, "spec", None
+        self.weights, self.__name__ = weights, "spec"
+        self.last: dict[str, list] = {}  # of the last call
 
     def check_columns(self, spec, **columns) -> list[dict]:
         "The specs, read. Raises `ValueError` for one that is none."

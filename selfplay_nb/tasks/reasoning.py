@@ -335,8 +335,8 @@ def _done(name, args) -> dict:
 def _bound(kind: str, value: int):
     "Lower a limit of this process, such as RLIMIT_CPU, where the system has it."
     if resource:
-        kind = getattr(resource, kind)
-        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+        limit = getattr(resource, kind)
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
 
 
 def _serve():

@@ -185,7 +185,7 @@ class PromptTask:
         if not rows:
             raise ValueError("there are no prompts: expected a list or file with some.")
         if isinstance(held_out, Real):
-            rows, kept = _split(rows, held_out)
+            rows, kept = _split(rows, float(held_out))
         else:
             kept = _distinct(load_rows(held_out, "prompts"))
         asks = same_questions(kept)
