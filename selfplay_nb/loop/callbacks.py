@@ -28,7 +28,6 @@ class Progress:
     "A live bar (round, stage, tokens/s, accuracy, win rate, time left) and a line a round."
 
     def on_train_begin(self, trainer, total):
-        c = trainer.config
         if trainer.round:
             print(f"Going on after round {trainer.round} of {total} in {trainer.dir}")
         self.total = total
@@ -38,8 +37,8 @@ class Progress:
         self.stage = ""
         self.facts = {}
         self.bar = tqdm(
-            total=(total - trainer.round) * 2 * c.prompts_per_round * c.n_samples,
-            unit="answers",
+            total=(total - trainer.round) * trainer.arena.answers(trainer.config),
+            unit="games" if trainer.config.game else "answers",
             smoothing=0,
             dynamic_ncols=True,
         )

@@ -36,6 +36,10 @@ class Prompts:
     def check(self, run):
         "Whether these settings can be played: any can."
 
+    def answers(self, config) -> int:
+        "How many a round asks for, about, for a progress bar."
+        return 2 * config.prompts_per_round * config.n_samples
+
     def demonstrations(self, run, n: int) -> list[dict]:
         "Rows with `prompt` and `completion`. Raises `ValueError` if the run's prompts bring none."
         rows = imitable(run.problems(n, run.seed("warm-up")), "the warm-up")
@@ -122,6 +126,10 @@ class Matches:
         if config.method not in ("dpo", "ipo", "reinforce"):
             raise ValueError(f"method={config.method!r}: on a game expected 'reinforce', 'dpo' or 'ipo'.")
         return [GameMoves(entropy=config.entropy) if config.method == "reinforce" else GamePairs()]
+
+    def answers(self, config) -> int:
+        "Games of a round, for a progress bar."
+        return 2 * config.prompts_per_round
 
     def check(self, run):
         "Raises `ValueError` if a move is longer than what a player may say."
