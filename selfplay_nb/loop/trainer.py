@@ -540,7 +540,7 @@ def begin_anew(self: SelfPlayTrainer):
 # %% ../../nbs/loop/trainer.ipynb #1fd52e9e
 @patch
 def evaluate(self: SelfPlayTrainer, policy=None) -> Evaluation:
-    "Examine `policy` (by default the student) on the held-out problems."
+    "Evaluate `policy` (by default the student) on the held-out problems."
     return self.evaluate_all(policy)[0]
 
 
@@ -559,7 +559,7 @@ def first_evaluation(self: SelfPlayTrainer) -> Evaluation | None:
 # %% ../../nbs/loop/trainer.ipynb #8198314c
 @patch
 def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
-    "Examine if it is time to, then save."
+    "Evaluate if it is time to, then save."
     round = metrics["round"]
     if round % self.config.eval_every == 0 or round == total:
         start = perf_counter()
