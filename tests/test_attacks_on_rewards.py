@@ -304,7 +304,7 @@ JUNK = [
     "family",
     [
         "complex_arithmetic",
-        "random_reward",
+        "coin_flip",
         "gcd",
         "chain_sum",
         "number_sorting",
