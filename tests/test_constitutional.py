@@ -217,7 +217,7 @@ def test_planted_pairs_differ_in_one_sentence():
 
 
 def test_rules_see_planted_violations():
-    found = ConstitutionalRewardWrapper().examine(planted_pairs(PLANTED))
+    found = ConstitutionalRewardWrapper().evaluate(planted_pairs(PLANTED))
     assert list(found.rates) == list(CONSTITUTION)
     for p, r in found.rates.items():
         assert r.n == 50 and r.successes > 39.999, p
@@ -230,12 +230,12 @@ def test_a_check_that_sees_nothing_detects_nothing(monkeypatch):
     for rule, rate in ("blind", 0), ("upside down", 0):
         found = ConstitutionalRewardWrapper(
             None, [Principle("Provide evidence for claims", rule=rule)]
-        ).examine(pairs)
+        ).evaluate(pairs)
         assert found.rates["Provide evidence for claims"].value == rate and (
             found.ties["Provide evidence for claims"] == 50
         ) == (rule == "blind")
     with pytest.raises(ValueError, match="'Be kind' is unknown"):
-        ConstitutionalRewardWrapper().examine({"Be kind": []})
+        ConstitutionalRewardWrapper().evaluate({"Be kind": []})
 
 
 # honest answers and stuffed ones
@@ -564,7 +564,7 @@ def test_records_print_hostile_text_as_text(n):
     for html in (
         found._repr_html_(),
         wrapper.constitution._repr_html_(),
-        wrapper.examine({HOSTILE: [dict(prompt="q", clean="a", violated="")]})._repr_html_(),
+        wrapper.evaluate({HOSTILE: [dict(prompt="q", clean="a", violated="")]})._repr_html_(),
     ):
         page = Tags(html)
         assert page.tags <= {"table", "tr", "th", "td", "p", "b"} and HOSTILE in page.text

@@ -412,7 +412,7 @@ NO_READERS = {
     ),
     "counts or copies rows, numbers or the library's own messages": (
         """
-        constitutional.examine reward.rows_of reward.is_single skill.skill_rows diversity.entropy
+        constitutional.evaluate reward.rows_of reward.is_single skill.skill_rows diversity.entropy
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole
         trainer.warn rounds.answer_rows sampling.batches task.as_task trainer.progress collectors.named
         pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn

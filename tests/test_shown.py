@@ -349,7 +349,7 @@ def duels(x, folder):
 
 def principles(x, folder):
     made = wrapper(x)
-    detection = made.examine({"p " + x: [dict(prompt=x, clean=x, violated=x + "b")] * 2})
+    detection = made.evaluate({"p " + x: [dict(prompt=x, clean=x, violated=x + "b")] * 2})
     reviser = ConstitutionalReviser(player(x, x), made.constitution)
     return [made, made.constitution, *made.constitution, made.attribution([x], [x]), detection, reviser]
 
