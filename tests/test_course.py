@@ -80,22 +80,22 @@ def make_pairs(prompt, answers, rewards):
     return [dict(chosen=answers[best], rejected=a) for a, r in zip(answers, rewards) if r < rewards[best]]
 """)
 planted("01", 3, "constant reward", """
-def random_reward(seed):
+def coin_reward(seed):
     return lambda prompts, completions, **columns: [0.5] * len(completions)
 """)
 planted("01", 3, "not repeatable", """
-def random_reward(seed):
+def coin_reward(seed):
     rng = random.Random(seed)
     return lambda prompts, completions, **columns: [rng.random() for _ in completions]
 """)
 planted("01", 3, "can be learned", """
-def random_reward(seed):
+def coin_reward(seed):
     def of(text):
         return random.Random(f"{seed} {text}").random()
     return lambda prompts, completions, **columns: [of(c) for c in completions]
 """)
 planted("01", 3, "no control", """
-def random_reward(seed):
+def coin_reward(seed):
     def reward(prompts, completions, answer, **columns):
         rng = random.Random(repr((seed, prompts, completions)))
         return [0.5 * rng.random() + 0.49 * (c == str(a)) for c, a in zip(completions, answer)]
