@@ -529,11 +529,6 @@ def test_what_a_newcomer_gets_wrong_is_told_before_a_model_is_loaded(wrong, said
         wrong()
 
 
-def test_a_misspelled_setting_is_told_its_neighbour():
-    with pytest.raises(TypeError, match="no setting 'prompts_per_rounds': perhaps prompts_per_round"):
-        SelfPlayConfig(prompts_per_rounds=3)
-
-
 def test_columns_go_to_the_arguments_of_their_name():
     rows = [dict(prompt="a", word="river", weight=2.0), dict(prompt="b", word="bridge", weight=3.0)]
     seen = []

@@ -7,7 +7,6 @@ __all__ = ['KIND', 'MADE', 'SelfPlayConfig', 'Learner', 'SelfPlayTrainer', 'meth
 
 # %% ../../nbs/loop/trainer.ipynb #48c8d954
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -126,14 +125,6 @@ class SelfPlayConfig:
     max_unjudged: float = 0.5  # share of answers without a reward at which the run stops
     keep: int = 2  # newest checkpoints that stay, beside the best and the last healthy one
     seed: int = 0  # of everything
-
-    def __new__(cls, *args, **settings):
-        fields = cls.__dataclass_fields__
-        for name in settings.keys() - fields.keys():
-            near = " or ".join(difflib.get_close_matches(name, fields, 2))
-            hint = f": perhaps {near}?" if near else "."
-            raise TypeError(f"SelfPlayConfig has no setting {name!r}{hint}")
-        return super().__new__(cls)
 
 # %% ../../nbs/loop/trainer.ipynb #5f8feef0
 @patch(as_prop=True)
