@@ -113,6 +113,7 @@ def test_a_task_is_warmed_up_by_its_demonstrations(tmp_path, tiny_folder):
     lacking = trainer(tmp_path / "bare", tiny_folder, bare, warm_up=4, gate=False, **SMALL)
     with pytest.raises(ValueError, match="warm-up imitates the column 'completion'"):
         lacking.train()
+    assert not (tmp_path / "bare" / "config.json").exists()
 
 
 def test_a_run_starts_from_an_adapter(tmp_path, tiny_folder):
@@ -134,11 +135,13 @@ def test_a_run_starts_from_an_adapter(tmp_path, tiny_folder):
 
 
 def test_moves_that_would_be_cut_off_are_told_before_anything_is_played(tmp_path, tiny_folder):
-    pytest.importorskip("pyspiel")
-    t = trainer(tmp_path / "run", tiny_folder, **GAME | dict(game="tic_tac_toe"))
-    with pytest.raises(ValueError, match=r"max_new_tokens=3 cuts off moves of tic_tac_toe: 'x\(0,0\)' takes"):
+    t = trainer(tmp_path / "run", tiny_folder, **GAME | dict(max_new_tokens=1))
+    with pytest.raises(ValueError, match="max_new_tokens=1 cuts off moves of sticks: '1' takes 2 tokens"):
         t.train()
-    assert not (tmp_path / "run" / "samples.jsonl").read_text()
+    assert not (tmp_path / "run" / "config.json").exists()  # so that the same folder takes a better setting
+    again = trainer(tmp_path / "run", tiny_folder, **GAME)
+    again.train(n_iterations=0)
+    assert [m["round"] for m in again.history] == [0]
 
 
 def test_an_illegal_move_may_cost_less(tmp_path, tiny_folder):

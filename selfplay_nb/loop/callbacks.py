@@ -37,8 +37,8 @@ class Progress:
         self.stage = ""
         self.facts = {}
         self.bar = tqdm(
-            total=(total - trainer.round) * trainer.arena.answers(trainer.config),
-            unit="games" if trainer.config.game else "answers",
+            total=(total - trainer.round) * trainer.arena.units(trainer.config),
+            unit=trainer.arena.unit,
             smoothing=0,
             dynamic_ncols=True,
         )

@@ -146,10 +146,14 @@ class GamePairs(PlayGames):
             advice="no position was played in two ways that ended differently: play more games a round",
         )
 
+# %% ../../nbs/loop/game_rounds.ipynb #9f82f55f
+def _turns_of(player, games: Played) -> list:
+    return [t for g in games for t in g.turns if g.players[t.seat] == player.name]
+
 # %% ../../nbs/loop/game_rounds.ipynb #37219e6d
 def _warn_of_illegal_moves(run, games: Played):
     "Say what to do if more than half of the student's moves were illegal."
-    mine = [t for g in games for t in g.turns if g.players[t.seat] == run.student.name]
+    mine = _turns_of(run.student, games)
     wrong = [t for t in mine if not t.legal]
     if 2 * len(wrong) > len(mine):
         run.warn(
@@ -164,7 +168,7 @@ def _game_figures(run, games: Played) -> dict:
     "Metrics of a round's games, from the student's side."
     scores = [s for row in by_start(games) for s in row]
     count = {k: sum(k == (s > 0.5) - (s < 0.5) for s in scores) for k in (1, 0, -1)}
-    mine = [t for g in games for t in g.turns if g.players[t.seat] == run.student.name]
+    mine = _turns_of(run.student, games)
     return {
         "win_rate": win_rate(by_start(games)).to_dict(),
         "wins": count[1],

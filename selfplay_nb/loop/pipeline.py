@@ -312,11 +312,11 @@ class RLHFOrchestrator:
         self.problems = self.task.problems("held-out", eval_size, 0)
         for scorer in self.task.reward, self.task.verifier:
             check_columns(scorer, **columns_of(self.problems)[1])
-        examined = same_questions([p["prompt"] for p in self.problems])
+        asked = same_questions([p["prompt"] for p in self.problems])
         others = [
             p
             for p in self.task.problems("held-out", eval_size + validation_size, 0)
-            if not examined(p["prompt"])
+            if not asked(p["prompt"])
         ]
         self.validation = others[:validation_size]
         self.asks = same_questions([p["prompt"] for p in self.problems + self.validation])
@@ -697,7 +697,7 @@ def combine(
 # %% ../../nbs/loop/pipeline.ipynb #a59ae356
 @patch
 def _keep(self: RLHFOrchestrator, tmp: Path, result: UpdateResult | None = None) -> dict:
-    "Examine the policy and save it with its optimizer; the stage's fields."
+    "Evaluate the policy and save it with its optimizer; the stage's fields."
     evaluation = self.evaluate()
     self.policy.save(tmp / "adapter")
     write_whole(tmp / "evaluation.json", json.dumps(evaluation.rows, indent=1))
@@ -1185,7 +1185,7 @@ def run_selection(
 # %% ../../nbs/loop/pipeline.ipynb #4f4e3d88
 @patch
 def _select(self: RLHFOrchestrator, found: list[Stage], tmp: Path) -> dict:
-    "Examine all, copy the best one's adapter and evaluation; the stage's fields."
+    "Evaluate all, copy the best one's adapter and evaluation; the stage's fields."
     self._load()
     rates = {}
     with self._bar("selection", " policies", len(found)) as bar:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'METHODS', 'Experience', 'Run', 'Collector', 'collect', 'Compete', 'Refine', 'abstains', 'group_advantages',
-           'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'imitable', 'Method', 'PairMethod',
-           'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
+           'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'check_demonstrations', 'Method',
+           'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
 
 # %% ../../nbs/loop/rounds.ipynb #dae50e5f
 import math
@@ -289,7 +289,7 @@ class Demonstrate:
 
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
-        problems = imitable(problems, "the method spin")
+        check_demonstrations(problems, "the method spin")
         said = run.student.sample(
             [p["prompt"] for p in problems],
             seed=run.seed("demonstrations"),
@@ -303,15 +303,17 @@ class Demonstrate:
         return Experience(pairs, metrics=figures, advice="the student says what the demonstrations say")
 
 # %% ../../nbs/loop/rounds.ipynb #5e66bd2d
-def imitable(problems: list[dict], who: str) -> list[dict]:
-    "`problems`, each with a demonstration for `who` imitates them; raises `ValueError` if one has none."
+def check_demonstrations(
+    problems: list[dict],  # rows
+    who: str,  # imitates them, for the error
+):
+    "Raise `ValueError` for a row without a demonstration in its column `completion`."
     lacks = [p for p in problems if not isinstance(p.get("completion"), str)]
     if lacks:
         raise ValueError(
             f"{who} imitates the column 'completion', which {lacks[0]['prompt']!r:.60} has not: give"
             " demonstrations."
         )
-    return problems
 
 # %% ../../nbs/loop/rounds.ipynb #465b2bf7
 class Method(Protocol):

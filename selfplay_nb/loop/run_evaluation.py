@@ -18,7 +18,7 @@ from selfplay_nb.loop.rounds import (
     Groups,
     Refine,
     abstains,
-    imitable,
+    check_demonstrations,
     leave_one_out,
 )
 from ..methods.competitive import CompetitiveSelfPlay
@@ -33,16 +33,21 @@ class Prompts:
         self.task = task
         self.measure = "right" if task.verifier else "better than before training"
 
-    def check(self, run):
-        "Whether these settings can be played: any can."
+    unit = "answers"  # of a progress bar
 
-    def answers(self, config) -> int:
-        "How many a round asks for, about, for a progress bar."
+    def units(self, config) -> int:
+        "How many a round asks for, about."
         return 2 * config.prompts_per_round * config.n_samples
+
+    def check(self, run):
+        "Raises `ValueError` if there is to be a warm-up and the run's prompts bring no demonstrations."
+        if run.config.warm_up:
+            self.demonstrations(run, 1)
 
     def demonstrations(self, run, n: int) -> list[dict]:
         "Rows with `prompt` and `completion`. Raises `ValueError` if the run's prompts bring none."
-        rows = imitable(run.problems(n, run.seed("warm-up")), "the warm-up")
+        rows = run.problems(n, run.seed("warm-up"))
+        check_demonstrations(rows, "the warm-up")
         return [dict(prompt=p["prompt"], completion=p["completion"]) for p in rows]
 
     def collectors(self, config) -> list[Collector]:
@@ -127,8 +132,10 @@ class Matches:
             raise ValueError(f"method={config.method!r}: on a game expected 'reinforce', 'dpo' or 'ipo'.")
         return [GameMoves(entropy=config.entropy) if config.method == "reinforce" else GamePairs()]
 
-    def answers(self, config) -> int:
-        "Games of a round, for a progress bar."
+    unit = "games"  # of a progress bar
+
+    def units(self, config) -> int:
+        "How many a round has: each start is played in both seats."
         return 2 * config.prompts_per_round
 
     def check(self, run):

@@ -51,7 +51,7 @@ from ..core.pairs import FIELDS, Ledger, form, load_rows, question_key, same_que
 from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
 from ..stats.rates import finite
-from ..scoring.reward import Guarded, check_columns, random_reward, is_judge
+from ..scoring.reward import Guarded, check_columns, is_judge, random_reward
 from .collectors import named
 from .run_evaluation import arena
 from ..games.play import ILLEGAL
@@ -264,10 +264,10 @@ def play_round(self: SelfPlayTrainer) -> dict:
     changed = self.apply_changes()
     self.marks_before = dict(self.marks)
     told = self.play_and_learn(self.draw(self.round))
-    moved = self.maybe_update_reference()
+    gated = self.maybe_update_reference()
     exploiters = self.train_exploiters()
     seconds = {"round": self.round + 1, "seconds": perf_counter() - start}
-    return {**seconds, **told, **moved, **exploiters, **changed}
+    return {**seconds, **told, **gated, **exploiters, **changed}
 
 # %% ../../nbs/loop/trainer.ipynb #7deb6b39
 @patch
@@ -954,6 +954,7 @@ def resume(self: SelfPlayTrainer):
         self.same_run(there, now)
     found = newest_whole(self.dir / "checkpoints")
     self.base = self.base or load_base(self.config)
+    self.arena.check(self)
     now["base"] = weights_sum(self.base.model)
     if old:
         self.same_run(old["identity"], now)
@@ -1088,6 +1089,7 @@ MADE = (
     "start",
     "checkpoints",
     "evaluations",
+    "exams",  # of an older version
     "league",
     "logs",
 )  # what a run may leave
@@ -1111,7 +1113,6 @@ def running(self: SelfPlayTrainer, total: int):
     """
     with locked(self.dir), signals_interrupt():
         self.resume()
-        self.arena.check(self)
         self.interrupted, self.stopped = False, ""
         self.call("on_train_begin", total=total)
         try:

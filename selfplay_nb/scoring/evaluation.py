@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 from ..core.checks import escape, printable, printed, whole
 from .judge import as_judge
-from ..core.players import answers_of, as_player, as_prompts, columns_of, name_of
+from ..core.players import answers_of, answers_together, as_player, as_prompts, columns_of, name_of
 from ..stats.rates import Rate, win_rate
 from .reward import check_columns, score
 
@@ -296,8 +296,8 @@ def versus(
     check_columns(judge, **columns)
     judge = as_judge(judge)
     whole("n_samples", n_samples)
-    a = answers_of(policy, prompts, n_samples, seed=2 * seed, **sampling)[0]
-    b = answers_of(opponent, prompts, n_samples, seed=2 * seed + 1, **sampling)[0]
+    sides = (policy, prompts, 2 * seed), (opponent, prompts, 2 * seed + 1)
+    a, b = (answers for answers, *_ in answers_together(list(sides), n_samples, **sampling))
     games = [(p, x, y) for p, xs, ys in zip(problems, a, b) for x, y in zip(xs, ys)]
     names = dict(a=name_of(policy), b=name_of(opponent))
     rows = [_game(names, *game, s) for game, s in zip(games, _judged(judge, games))]

@@ -340,7 +340,7 @@ class WeightedReward:
         return "WeightedReward(" + " + ".join(f"{w:g}·{name}" for name, w in self.weights.items()) + ")"
 
 # %% ../../nbs/scoring/reward.ipynb #26167171
-def random_reward(seed: int = 0):  # of the coins
+def random_reward(seed: int = 0):  # of its numbers
     """A reward in [0, 1) that knows nothing: a random number for each place in the batch, repeatable for the
     same prompts and answers.
     """
