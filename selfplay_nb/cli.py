@@ -46,7 +46,7 @@ def _comment(lines: list[str], field: ast.AnnAssign) -> str:
 # %% ../nbs/cli.ipynb #a7f7e3e0
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
-
+# %% ../nbs/cli.ipynb #71ae99d3
 @dataclasses.dataclass(frozen=True)
 class Option:
     "A field of the configuration."
@@ -480,7 +480,7 @@ Then the same again with random preferences: the control, which must not learn.
 On this machine both take about {minutes:.0f} minutes. (Measured in {seconds:.0f} s: {sampled:.2f} s
 an answer, {pair:.2f} s a pair.)"""
 
-
+# %% ../nbs/cli.ipynb #d54e0652
 def compared(folder: Path, learned: list[dict], control: list[dict]) -> str:
     "The two curves as a figure, and what they say."
     from matplotlib.figure import Figure

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 # %% ../../nbs/core/checkpoint.ipynb #fcf1a0ad
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/core/checkpoint.ipynb #882c19bd
 def file_sum(path: Path, n: int | None = None) -> str:
     "SHA-256 of the first `n` bytes."
     digest, left = hashlib.sha256(), path.stat().st_size if n is None else n
@@ -60,7 +60,7 @@ def _flush(path: Path):
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/core/checkpoint.ipynb #5b232f2c
 def _files(folder: Path):
     return sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / MANIFEST)
 
@@ -128,7 +128,7 @@ def _check_no_links(*paths: Path):
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and is left as it is: remove it, or give another folder.")
 
-
+# %% ../../nbs/core/checkpoint.ipynb #fdd92a06
 def _not_written(folder: Path, e: BaseException) -> OSError:
     why = getattr(e, "strerror", None) or e
     return OSError(
@@ -191,7 +191,7 @@ def _seal(new: Path, folder: Path, beside):
     for f in [*_files(new), new / MANIFEST, *sorted({f.parent for f in _files(new)}), new]:
         _flush(f)
 
-
+# %% ../../nbs/core/checkpoint.ipynb #9e0157d6
 def _remove(folder: Path):
     if folder.exists():
         shutil.rmtree(folder)
@@ -357,7 +357,7 @@ def signals_interrupt():
 LIBRARY = __name__.split(".")[0]
 _PLAIN = bool, int, str, type(None)
 
-
+# %% ../../nbs/core/checkpoint.ipynb #6933f525
 def _sum_of(x) -> str:
     return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -509,7 +509,7 @@ def brief(tree):
         return {k: brief(v) for k, v in tree.items()}
     return tree if len(json.dumps(tree)) <= 300 else f"(sum {_sum_of(tree)})"
 
-
+# %% ../../nbs/core/checkpoint.ipynb #3b1b1249
 def _flat(tree, name="") -> dict:
     if not isinstance(tree, dict):
         return {name: tree}

@@ -18,7 +18,7 @@ import sys
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 
-
+# %% ../../nbs/core/checks.ipynb #5841b36c
 def shown(
     value,  # anything
 ) -> str:  # at most some 80 characters of printable text

@@ -251,7 +251,7 @@ def load_rows(
 # %% ../../nbs/core/pairs.ipynb #6a56aa05
 _SIGNS = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
 
-
+# %% ../../nbs/core/pairs.ipynb #bf0dd68d
 def _bare(text: str) -> str:
     "A text as questions are compared."
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold()

@@ -31,7 +31,7 @@ def prompt_text(prompt) -> str:
         return content_of(prompt[0])
     return "\n".join(f"{m['role']}: {content_of(m)}" for m in prompt)
 
-
+# %% ../../nbs/core/players.ipynb #e38354af
 def text_of(completion) -> str:
     "The text of a completion: a string, or TRL's conversational form (a list of messages)."
     return completion if isinstance(completion, str) else "".join(map(content_of, completion))

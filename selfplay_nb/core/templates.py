@@ -17,7 +17,7 @@ SPECIAL = re.compile(
     r"|\[(?=/?INST\]|/?SYSTEM_PROMPT\])"
 )
 
-
+# %% ../../nbs/core/templates.ipynb #a3328039
 def fence_mark(*texts: str) -> str:
     "A mark of 16 hexadecimal digits that depends on all `texts`."
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]

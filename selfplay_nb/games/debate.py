@@ -77,7 +77,7 @@ _ABOUT_MESSAGES = """
 Messages so far, each between two lines with the mark {mark}. They are talk, not rules of the game.
 """
 
-
+# %% ../../nbs/games/debate.ipynb #54804612
 def conversation(
     head: str,  # what the game says
     said: list,  # (who, text) of each message so far
@@ -94,7 +94,7 @@ def conversation(
 # %% ../../nbs/games/debate.ipynb #faf9ea64
 TOTAL = 10  # what the whole pool is worth to each player
 
-
+# %% ../../nbs/games/debate.ipynb #82c63f14
 def divisions(
     pool: dict,  # item -> how many there are
 ) -> list[dict]:  # every item -> count that one side can take

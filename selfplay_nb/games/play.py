@@ -28,7 +28,7 @@ from ..stats.ratings import html_table, text_table
 # %% ../../nbs/games/play.ipynb #e95fb578
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 
-
+# %% ../../nbs/games/play.ipynb #f7cf67d2
 def _bracketed(text, moves):
     "The move in the last square brackets; None if there are none, `ValueError` if it is not legal."
     found = [m for m in _BRACKETS.finditer(text) if not denied(text, *m.span())]
@@ -42,7 +42,7 @@ def _bracketed(text, moves):
 # %% ../../nbs/games/play.ipynb #47edd2a4
 _QUOTES = re.compile(r'"([^"\n]*)"|`([^`\n]*)`|(?<!\w)\'([^\'\n]*)\'|\*\*([^*\n]*)\*\*')
 
-
+# %% ../../nbs/games/play.ipynb #53435dc8
 def _quoted(text, moves):
     "The last legal move in quotation marks, or None."
     for m in reversed(list(_QUOTES.finditer(text))):
@@ -53,7 +53,7 @@ def _quoted(text, moves):
 # %% ../../nbs/games/play.ipynb #65789ca7
 _BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"
 
-
+# %% ../../nbs/games/play.ipynb #e8366a65
 def _named(text, moves):
     "The only legal move that is a word of the text, or None; `ValueError` if there are several."
     longest_first = sorted(moves, key=len, reverse=True)  # "take 10" is not "take 1"
@@ -415,7 +415,7 @@ def _step(live, players, illegal, retries, sampling):
 # %% ../../nbs/games/play.ipynb #a8679c0f
 _FIELDS = "game", "number", "players", "order", "turns", "outcome"
 
-
+# %% ../../nbs/games/play.ipynb #69ab1944
 class Played(list):
     "Transcripts of games between the same players, in the order of their numbers."
 
@@ -489,7 +489,7 @@ def _headline(played: Played) -> str:
     names = ", ".join(dict.fromkeys(t.game for t in played))
     return f"{len(played)} game{'s' * (len(played) != 1)} of {names}" if played else "no games"
 
-
+# %% ../../nbs/games/play.ipynb #45b1d1c2
 def _short(rate: Rate) -> str:
     low, high = rate.interval if rate.n else (0, 0)
     return f"{rate.value:.2f} [{low:.2f}, {high:.2f}]" if rate.n else "–"
@@ -778,7 +778,7 @@ def _piles(s, seat):
     sizes = str(s.spiel).split(":")[1].split()
     return ", ".join(f"pile {i}: {n}" for i, n in enumerate(sizes, 1))
 
-
+# %% ../../nbs/games/play.ipynb #57c94e23
 def _kuhn(s, seat):
     n, history = s.game.seats, s.spiel.history()
     cards, acts = history[:n], history[n:]

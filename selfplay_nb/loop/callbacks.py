@@ -386,7 +386,7 @@ def read_control(run_dir: str | Path) -> dict:
         return {}
     return wishes if isinstance(wishes, dict) else {}
 
-
+# %% ../../nbs/loop/callbacks.ipynb #9722f61d
 def _only_wishes(file: Path):
     strange = set(json.loads(file.read_text())) - {"pause", "stop", "set"}
     if strange:

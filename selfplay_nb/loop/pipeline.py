@@ -81,7 +81,7 @@ from selfplay_nb.models.update import (
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
-
+# %% ../../nbs/loop/pipeline.ipynb #690868f9
 def _pair_key(row: dict) -> tuple:
     return question(row["prompt"]), _plain(text_of(row["chosen"])), _plain(text_of(row["rejected"]))
 
@@ -371,7 +371,7 @@ def base(self: RLHFOrchestrator) -> Base:
         self.model = Base.load(self.model)
     return self.model
 
-
+# %% ../../nbs/loop/pipeline.ipynb #077c9ee7
 @patch(as_prop=True)
 def ledger(self: RLHFOrchestrator) -> Ledger:
     return self._ledgers[0]
@@ -380,7 +380,7 @@ def ledger(self: RLHFOrchestrator) -> Ledger:
 def _sum(x) -> str:
     return hashlib.sha256(json.dumps(content(x), sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/loop/pipeline.ipynb #bc470120
 @patch(as_prop=True)
 def about(self: RLHFOrchestrator) -> dict:
     """What every stage's result depends on, by content; the model is known by its name until it is loaded,
@@ -409,7 +409,7 @@ def folder(self: RLHFOrchestrator, stage: Stage) -> Path:
     """
     return self.dir / "stages" / stage.title
 
-
+# %% ../../nbs/loop/pipeline.ipynb #4f71241d
 @patch
 def _last(self: RLHFOrchestrator, what: str) -> Stage | None:
     "The last stage up to now that has `what` in its folder."
@@ -461,7 +461,7 @@ def policy(self: RLHFOrchestrator) -> Policy:
     self._load()
     return self._policy
 
-
+# %% ../../nbs/loop/pipeline.ipynb #0246d028
 @patch(as_prop=True)
 def reward_model(self: RLHFOrchestrator) -> RewardModel | None:
     "The reward model, or None before it was trained."
@@ -489,7 +489,7 @@ def _snapshot(self: RLHFOrchestrator, of: Stage | None = None):
 # %% ../../nbs/loop/pipeline.ipynb #230496b6
 KIND = "pipeline"
 
-
+# %% ../../nbs/loop/pipeline.ipynb #f8f73037
 @patch
 def _claim(self: RLHFOrchestrator):
     "Mark the folder as this library's. Raises `ValueError` if it holds anything else."
@@ -543,7 +543,7 @@ def _stage(self: RLHFOrchestrator, name: str, settings: dict, data, work, fresh:
 # of the updates behind a stage
 _DEFAULTS = DEFAULTS | dict(reward_model=REWARD)
 
-
+# %% ../../nbs/loop/pipeline.ipynb #8d71acce
 @patch
 def _about(self: RLHFOrchestrator, name: str, settings: dict, data) -> dict:
     "All that a stage's result depends on, as JSON holds it."

@@ -94,7 +94,7 @@ class Run(Protocol):
 
     def asks(self, problem) -> bool: ...  # does it ask a held-out question?
 
-
+# %% ../../nbs/loop/rounds.ipynb #19deb3c0
 class Collector(Protocol):
     "Where a round's experience comes from."
 
@@ -174,11 +174,11 @@ class Refine:
 def _known(rewards: list) -> list[float]:
     return [float(r) for r in rewards if not abstains(r)]
 
-
+# %% ../../nbs/loop/rounds.ipynb #b00956db
 def abstains(reward: float | None) -> bool:
     return reward is None or not math.isfinite(reward)
 
-
+# %% ../../nbs/loop/rounds.ipynb #6c2ae9a3
 def _are_equal(values: list[float]) -> bool:
     "Up to a millionth, or none at all?"
     return not values or max(values) - min(values) <= 1e-6 * max(1.0, *map(abs, values))
@@ -336,7 +336,7 @@ LOSSES = {
     "spin": dict(loss_type=["sigmoid"], loss_weights=None),
 }
 
-
+# %% ../../nbs/loop/rounds.ipynb #e7fdbbe3
 @dataclass
 class PairMethod:
     "A loss on preference pairs against the reference."
@@ -366,7 +366,7 @@ class SFTMethod:
         rows = [{k: r[k] for k in _SFT_FIELDS if k in r} for r in experience.demonstrations]
         return sft(run.student, rows, **self.settings | run.update_settings)
 
-
+# %% ../../nbs/loop/rounds.ipynb #7d15dc26
 _SFT_FIELDS = "prompt", "completion", "completion_ids"
 
 # %% ../../nbs/loop/rounds.ipynb #1edc50bf

@@ -274,7 +274,7 @@ def _same_text(s: Screened) -> list[bool]:
 def _tr(*cells) -> str:
     return "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>"
 
-
+# %% ../../nbs/methods/adversarial.ipynb #3afe4cdb
 def _example_row(e: dict) -> str:
     right = f"{100 * e['success']['value']:.0f} %"
     return _tr(prompt_text(e["prompt"])[-40:], e["best"][:40], e["worst"][:40], right, e["kind"])
@@ -305,7 +305,7 @@ def _prompts(dataset):
     several = isinstance(dataset, Iterable) and not isinstance(dataset, (set, bytes))
     return dataset if several else as_prompts(dataset)[0]  # which raises
 
-
+# %% ../../nbs/methods/adversarial.ipynb #de0fdc7d
 def _key(row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 

@@ -263,7 +263,7 @@ def _cut(values: list, n: int) -> list[list]:
     "A list in pieces of `n`."
     return [values[i : i + n] for i in range(0, len(values), n)]
 
-
+# %% ../../nbs/methods/competitive.ipynb #e4a2eaa3
 def _mean(p: list) -> float:
     "Mean of what is known; NaN for nothing."
     known = [v for v in p if v == v]

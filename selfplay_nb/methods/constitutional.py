@@ -83,7 +83,7 @@ def _alternatives(lines: str) -> str:
     "One regular expression of all lines."
     return "|".join(lines.strip().splitlines())
 
-
+# %% ../../nbs/methods/constitutional.ipynb #f263625f
 def _check_pattern(field: str, pattern: str):
     try:
         if re.compile(pattern).search(""):
@@ -546,7 +546,7 @@ def __repr__(self: Attribution):
 def _td(text, align="right", wrap="nowrap") -> str:
     return f"<td style='text-align:{align};white-space:{wrap}'>{text}</td>"
 
-
+# %% ../../nbs/methods/constitutional.ipynb #82bbea24
 def _attribution_row(i, name, weight, bars, points, found) -> str:
     words = [_td(escape(clip(text, 80)), "left", "normal") for text in found]
     cells = [_td(i), _td(name, "left", "normal"), _td(weight), *map(_td, bars), *map(_td, points), *words]
@@ -609,7 +609,7 @@ def plot(self: Attribution, ax=None):
 def _sigmoid(x):
     return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
 
-
+# %% ../../nbs/methods/constitutional.ipynb #6bec7628
 def _calibrated(odds, neutral) -> tuple[np.ndarray, float]:
     "Adherence by the log-odds of yes, given those for texts without content; and what these get."
     bias = _sigmoid(neutral).mean().clip(1e-6, 1 - 1e-6) if len(neutral) else 0.5

@@ -132,11 +132,11 @@ ROLES = {  # of learners: name to shares of distributions
 def _near(league, who, performance, role):
     return near_skill([league.elo[m.name] for m in who], performance)
 
-
+# %% ../../nbs/methods/league.ipynb #9a9d45a8
 def _hard(league, who, performance, role):
     return pfsp(league.win_rates(role, who), "hard")
 
-
+# %% ../../nbs/methods/league.ipynb #eebe9ec0
 def _even(league, who, performance, role):
     return pfsp(league.win_rates(role, who), "even")
 
@@ -144,11 +144,11 @@ def _even(league, who, performance, role):
 def _nash(league, who, performance, role):
     return league.nash(who).weights
 
-
+# %% ../../nbs/methods/league.ipynb #6a85041d
 def _uniform(league, who, performance, role):
     return np.full(len(who), 1 / len(who))
 
-
+# %% ../../nbs/methods/league.ipynb #7010a61d
 def _latest(league, who, performance, role):
     return _only(who, _newest(who))  # the naive opponent
 
@@ -156,7 +156,7 @@ def _latest(league, who, performance, role):
 def _only(who, member):
     return np.array([float(m is member) for m in who])
 
-
+# %% ../../nbs/methods/league.ipynb #6409fcd1
 def _newest(who, role="main"):
     return max([m for m in who if m.role == role] or who, key=lambda m: m.joined)
 
@@ -518,7 +518,7 @@ def _evict(self: LeagueTraining, name: str):
     if policy and name in self.base.adapters:
         policy.delete()
 
-
+# %% ../../nbs/methods/league.ipynb #78374197
 @patch
 def unload(self: LeagueTraining):
     "Take all members' adapters off the base; they are loaded again when they play."
@@ -699,7 +699,7 @@ def _head(self: LeagueTraining):
 def __repr__(self: LeagueTraining):
     return self._head() + "\n" + text_table(self._cells())
 
-
+# %% ../../nbs/methods/league.ipynb #8b7fad49
 @patch
 def _repr_html_(self: LeagueTraining):
     return f"<p>{self._head()}</p>" + html_table(self._cells())

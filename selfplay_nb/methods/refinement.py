@@ -69,7 +69,7 @@ _NOTHING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-
+# %% ../../nbs/methods/refinement.ipynb #57ba1ef2
 def finds_nothing(critique: str) -> bool:
     "Does the critique say that there are no issues, and nothing else?"
     return bool(_NOTHING.fullmatch(critique))
@@ -740,7 +740,7 @@ def __repr__(self: Trace):
 _LEFT = "style='text-align:left;vertical-align:top'"
 _WRAP = "white-space:pre-wrap;overflow-wrap:break-word;word-break:normal;background:none;margin:0"
 
-
+# %% ../../nbs/methods/refinement.ipynb #1429ce5c
 @patch
 def _repr_html_(self: Trace):
     if not self.versions:
@@ -768,7 +768,7 @@ def _version_row(t: Trace, i: int) -> str:
 def _quoted(steps: list[Step]) -> str:
     return "\n\n".join(f"by {escape(s.by)}: {escape(s.critique) or '(empty)'}" for s in steps)
 
-
+# %% ../../nbs/methods/refinement.ipynb #81baac4c
 def _cell(html: str) -> str:
     return f"<td {_LEFT}><pre style='{_WRAP}'>{html}</pre></td>"
 
@@ -778,7 +778,7 @@ def to_dict(self: Trace) -> dict:
     "The trace as plain data."
     return {"record": "refinement trace", **asdict(self)}
 
-
+# %% ../../nbs/methods/refinement.ipynb #990c5238
 @patch
 def to_json(self: Trace) -> str:
     "The trace as text, as `save` writes it."
@@ -825,7 +825,7 @@ def save(self: Trace, path: str | Path):
     "Write the trace as JSON, replacing a trace that was there. Raises `ValueError` where another file is."
     write_whole(path, self.to_json(), Trace.load)
 
-
+# %% ../../nbs/methods/refinement.ipynb #0441d59d
 @patch(cls_method=True)
 def load(cls: Trace, path: str | Path) -> Trace:
     "Read a trace; raises `ValueError` for a file that is none."
@@ -838,7 +838,7 @@ def load(cls: Trace, path: str | Path) -> Trace:
 def _json_line(d: dict) -> str:
     return json.dumps(d, ensure_ascii=False, allow_nan=False) + "\n"
 
-
+# %% ../../nbs/methods/refinement.ipynb #f23dd2a6
 @patch
 def save(self: Traces, path: str | Path):
     """Write the traces as JSON lines, replacing traces that were there.

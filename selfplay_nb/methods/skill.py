@@ -26,7 +26,7 @@ from ..scoring.reward import as_reward, rows_of, score_samples
 # %% ../../nbs/methods/skill.ipynb #b2b487c9
 SKILLS = "<novice>", "<intermediate>", "<expert>"
 
-
+# %% ../../nbs/methods/skill.ipynb #ecf3f1b1
 def _changed(prompt, change):
     "A prompt with `change` applied to its text, or to that of its last user message."
     if isinstance(prompt, str):
@@ -363,7 +363,7 @@ def rates(self: SkillCheck) -> dict[str, Rate]:
     "For each level the mean score, with an interval over prompts."
     return {l: win_rate([_known(row[i]) for row in self.scores]) for i, l in enumerate(self.levels)}
 
-
+# %% ../../nbs/methods/skill.ipynb #280daf4a
 @patch(as_prop=True)
 def table(self: SkillCheck) -> np.ndarray:
     "(prompts, levels): mean scores, of the prompts that have one at every level."
@@ -375,7 +375,7 @@ def table(self: SkillCheck) -> np.ndarray:
 def trend(self: SkillCheck) -> Trend:
     return trend(self.table)
 
-
+# %% ../../nbs/methods/skill.ipynb #7d8a8367
 @patch(as_prop=True)
 def steps(self: SkillCheck) -> list[Trend]:
     "From each level to the next."
@@ -407,7 +407,7 @@ def _cells(self: SkillCheck):
     tests = zip(steps, map(str, self.steps))
     return [*rates, *tests, ("all levels", str(self.trend)), ("verdict", self.verdict), *left_out]
 
-
+# %% ../../nbs/methods/skill.ipynb #d0be0f68
 @patch
 @printable
 def __repr__(self: SkillCheck):
@@ -510,7 +510,7 @@ def generate(self: Guided, prompts, *args, seed: int | list[int] = 0, **sampling
     "Answer `prompts` with text, in their shape; see `sample`."
     return self.policy.generate(prompts, *args, seed=seed, guide=self.guidance, **sampling)
 
-
+# %% ../../nbs/methods/skill.ipynb #1784c3a9
 @patch
 @printable
 def __repr__(self: Guided):

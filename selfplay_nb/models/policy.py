@@ -82,7 +82,7 @@ def resident(
 def _size(n):
     return f"{n / 1e6:.1f} M" if n >= 1e5 else f"{n}"
 
-
+# %% ../../nbs/models/policy.ipynb #005fab0a
 @patch
 def n_parameters(self: Policy) -> int:
     "Numbers in the adapter (0 for the bare base)."
@@ -219,7 +219,7 @@ def _weights(self: Policy) -> "dict[str, torch.Tensor]":
     mine = {n: p.data for n, p in self.base.peft.named_parameters() if f".{self.name}." in n}
     return get_peft_model_state_dict(self.base.peft, mine, self.name, save_embedding_layers=False)
 
-
+# %% ../../nbs/models/policy.ipynb #e2d5e950
 @patch
 def state(self: Policy) -> "dict[str, torch.Tensor]":
     "A copy of the adapter's weights on the CPU, under PEFT's own keys."

@@ -119,7 +119,7 @@ def alone(logits: torch.Tensor) -> torch.Tensor:  # (1, answers, V)
     "The hook that changes nothing: the logits behind the only prompt."
     return logits[0]
 
-
+# %% ../../nbs/models/sampling.ipynb #76f4f26b
 def _call(model, cache, **inputs) -> torch.Tensor:
     "The logits of `model`, which reads and fills `cache`."
     return model(**inputs, **{cache_argument(type(model)): cache}, use_cache=True).logits
@@ -215,7 +215,7 @@ def _behind(lists, fill):
     length = max(map(len, lists))
     return [[*x, *[fill] * (length - len(x))] for x in lists]
 
-
+# %% ../../nbs/models/sampling.ipynb #31ce4bf2
 def _sees(trees, length) -> np.ndarray:  # (B, 1, L, L)
     "Which columns the token in each column sees."
     mask = np.tile(np.eye(length, dtype=bool), (len(trees), 1, 1, 1))
@@ -243,7 +243,7 @@ def pack(
 # %% ../../nbs/models/sampling.ipynb #18e53e78
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 
-
+# %% ../../nbs/models/sampling.ipynb #4383119b
 def can_share(config) -> bool:  # a model's
     """Does the model take a mask of our own, mean the same by it in all layers, and treat each token for
     itself?
@@ -404,11 +404,11 @@ def _frozen(layer):
     "The frozen layer in a layer with adapters, or the layer itself."
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
-
+# %% ../../nbs/models/sampling.ipynb #a7e1f279
 def _has(layer, adapter: str) -> bool:
     return isinstance(layer, LoraLayer) and adapter in layer.lora_A
 
-
+# %% ../../nbs/models/sampling.ipynb #5580b6a7
 def is_product(layer, adapter: str) -> bool:  # the module that is called
     "Is it a 4-bit layer, and its adapter no more than a product to be added?"
     if not isinstance(_frozen(layer), Linear4bit):
@@ -506,7 +506,7 @@ class Fused:
 # %% ../../nbs/models/sampling.ipynb #57412559
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
-
+# %% ../../nbs/models/sampling.ipynb #c054bc39
 def _families(model, layers: set) -> list[list]:
     "Layers, together those that read the same input."
     families = {}

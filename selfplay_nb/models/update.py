@@ -127,11 +127,11 @@ class Ratios:
 def _logistic(z):
     return -F.logsigmoid(z)
 
-
+# %% ../../nbs/models/update.ipynb #c9d5f610
 def _smooth(z, s):
     return (1 - s.label_smoothing) * _logistic(s.beta * z) + s.label_smoothing * _logistic(-s.beta * z)
 
-
+# %% ../../nbs/models/update.ipynb #26a3ea9d
 def _robust(x, s):
     wrong = s.label_smoothing
     return ((1 - wrong) * _logistic(s.beta * x.margin) - wrong * _logistic(-s.beta * x.margin)) / (
@@ -144,12 +144,12 @@ def _exo(x, s):
     kept = z.sigmoid() * (F.logsigmoid(z) - math.log(1 - wrong))
     return kept + (-z).sigmoid() * (F.logsigmoid(-z) - math.log(wrong))
 
-
+# %% ../../nbs/models/update.ipynb #e31e23b1
 def _sppo(x, s, wins):
     goal = (wins - 0.5) / s.beta
     return (x.chosen - goal) ** 2 + (x.rejected + goal) ** 2
 
-
+# %% ../../nbs/models/update.ipynb #0e49461f
 def _aot(x, s):
     return _smooth((x.margin + x.reference).sort()[0] - x.reference.sort()[0], s)
 
@@ -221,7 +221,7 @@ def pair_loss(base: Base, s: "PairSettings"):
 def _n_tokens(rows, column):
     return sum(len(r[column]) for r in rows)
 
-
+# %% ../../nbs/models/update.ipynb #34b0df8d
 def _ratios(logps, said, part) -> Ratios:
     def tensor(values):
         return logps.new_tensor(list(values))
@@ -552,7 +552,7 @@ def _add_up(base: Base, weights, loss, step, size: int, scaler) -> tuple[dict, i
 def _processes(base: Base) -> PartialState:
     return PartialState(cpu=base.device.type == "cpu")
 
-
+# %% ../../nbs/models/update.ipynb #e344990f
 def _halved(size: int, rows: int) -> int:
     free_memory()
     size //= 2
@@ -692,7 +692,7 @@ def _with_adapter(m, adapter):
 # %% ../../nbs/models/update.ipynb #87ee9002
 MOMENTS = "step", "exp_avg", "exp_avg_sq"
 
-
+# %% ../../nbs/models/update.ipynb #bd6469d6
 def _get_moments(optimizer) -> dict:
     params = [p for g in optimizer.param_groups for p in g["params"]]
     state = {i: optimizer.state[p] for i, p in enumerate(params) if "exp_avg" in optimizer.state[p]}
@@ -741,7 +741,7 @@ def _is_answer(x):
         and isinstance(x[0].get("content"), str)
     )
 
-
+# %% ../../nbs/models/update.ipynb #fdb93d96
 def _is_ids(x):
     return x is None or isinstance(x, list | tuple) and all(isinstance(i, int) for i in x)
 
@@ -762,7 +762,7 @@ def _check_trainable(policy: Policy):
             "train a policy, or snapshot(frozen=False)."
         )
 
-
+# %% ../../nbs/models/update.ipynb #822e5628
 def _check_reference(policy: Policy, reference: Policy):
     if reference.base is not policy.base:
         raise ValueError("policy and reference are on different bases: expected adapters of one Base.")

@@ -100,7 +100,7 @@ def evaluate(
 # %% ../../nbs/scoring/evaluation.ipynb #6be3e882
 TAKEN_NAMES = "prompts", "completions", "truncated", "self"  # arguments of every verifier
 
-
+# %% ../../nbs/scoring/evaluation.ipynb #b10154d7
 def _rows(problems) -> list[dict]:
     "The problems as a list; raises `ValueError` for none, one without a prompt, or different columns."
     rows = list(problems) if not isinstance(problems, (str, dict)) and hasattr(problems, "__iter__") else []

@@ -145,7 +145,7 @@ def _check_start(path):
     if not b'{"items": '.startswith(start):
         raise ValueError(f"{path} is no file of ratings, or line 1 is damaged: it begins with {start!r}.")
 
-
+# %% ../../nbs/scoring/human.ipynb #2448b1e5
 def _check_head(path, head: dict, expected: dict):
     if set(head) != set(expected):
         raise ValueError(
@@ -280,7 +280,7 @@ def _cell(text: str) -> str:
     style = "white-space:pre-wrap;margin:0;background:none"
     return f"<td style='text-align:left'><pre style='{style}'>{escape(text)}</pre></td>"
 
-
+# %% ../../nbs/scoring/human.ipynb #0f33f417
 def _winner(p) -> str:
     "A probability that a beats b in words."
     if p is None:

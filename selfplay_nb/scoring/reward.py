@@ -38,7 +38,7 @@ def exact_number(prompts, completions, answer, truncated=None, **columns) -> lis
     """
     return [float(n == right) for n, right in zip(_numbers(completions, truncated), gold_numbers(answer))]
 
-
+# %% ../../nbs/scoring/reward.ipynb #1adcf681
 exact_number.check_columns = lambda answer, **columns: gold_numbers(answer)  # type: ignore[attr-defined]
 
 # %% ../../nbs/scoring/reward.ipynb #6a29b2e0
@@ -379,7 +379,7 @@ def _check_names(columns: dict):
             " name."
         )
 
-
+# %% ../../nbs/scoring/reward.ipynb #f61f5599
 def _check_lengths(columns: dict, n: int):
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
@@ -544,7 +544,7 @@ def _is_list(v, n) -> bool:
     sliceable = hasattr(v, "__getitem__") and not isinstance(v, (str, dict))
     return sliceable and hasattr(v, "__len__") and len(v) == n
 
-
+# %% ../../nbs/scoring/reward.ipynb #0d7fa363
 def _failure(got, n: int) -> tuple[str, str]:  # what a call gave that failed; for so many answers
     "The kind of a failure, and what was said."
     if isinstance(got, Exception):
@@ -555,7 +555,7 @@ def _failure(got, n: int) -> tuple[str, str]:  # what a call gave that failed; f
 class ModelInTime(RuntimeError):
     "A call with a time limit asked for a model of this library."
 
-
+# %% ../../nbs/scoring/reward.ipynb #d1d94c2a
 class _TimedThread(threading.Thread):
     def refuse_model(self):
         "Called by a model before it runs."

@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
     "Lower-case words and punctuation marks."
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
-
+# %% ../../nbs/stats/diversity.ipynb #1664cd75
 def _ngrams(texts, n):
     return [tuple(w[i : i + n]) for w in map(words, texts) for i in range(len(w) - n + 1)]
 
@@ -342,7 +342,7 @@ def _strip(ax, history, name):
     ax.plot([d.within[name] for d in history], "k-o", ms=4, label="within prompts")
     ax.plot([d.across[name] for d in history], "s--", color="0.45", ms=4, label="across prompts")
 
-
+# %% ../../nbs/stats/diversity.ipynb #b2e28c6d
 def _entropy_strip(ax, history):
     ends = [[d.entropy.low for d in history], [d.entropy.high for d in history]]
     ax.fill_between(range(len(history)), *ends, color="0.85")

@@ -267,7 +267,7 @@ class _Groups(NamedTuple):
 def _n_different(*columns) -> int:  # arrays of the same length
     return np.unique(np.stack(columns), axis=1).shape[1]
 
-
+# %% ../../nbs/stats/ratings.ipynb #96937124
 def _n_observations(games: Games) -> tuple[int, int]:
     "Observations of pairs, and of players: prompts for each of them, and games without a prompt."
     a, b, _, prompt = games._arrays()
@@ -457,7 +457,7 @@ def _curl(wdl: np.ndarray, sides: np.ndarray) -> np.ndarray:
 # %% ../../nbs/stats/ratings.ipynb #b0755e34
 LOOKED_AT = 40  # players with the most games: 300 players have 4 million triangles
 
-
+# %% ../../nbs/stats/ratings.ipynb #78c59219
 def _triangles(results: np.ndarray) -> tuple:
     """Pairs that met (M, 2), triangles of players who all met (T, 3), and for each triangle i, j, k the
     numbers of its pairs i-j, j-k, i-k (T, 3).

@@ -128,7 +128,7 @@ def _plain(policy):
     p.base.chat = False
     return p
 
-
+# %% ../../nbs/stats/retention.ipynb #f7b63b9e
 def _start(base) -> list[int]:
     "The token that stands before a text's first one."
     tokenizer = base.tokenizer

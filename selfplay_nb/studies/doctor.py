@@ -41,7 +41,7 @@ class Finding:
 # %% ../../nbs/studies/doctor.ipynb #81dc68f2
 MARKS = {"ok": "+", "note": "!", "wrong": "X"}
 
-
+# %% ../../nbs/studies/doctor.ipynb #91033e48
 class Report(list):
     "Findings; prints itself as text and as HTML."
 
@@ -77,7 +77,7 @@ def _report_text(report: Report) -> str:
 COLOURS = {"ok": "inherit", "note": "#8a6d00", "wrong": "#b00020"}
 _CELL = "padding:2px 10px;text-align:left;vertical-align:top"
 
-
+# %% ../../nbs/studies/doctor.ipynb #1ad185e8
 def _row(f: Finding) -> str:
     cells = [MARKS[f.state], f.name, f.value, f.advice]
     inner = "".join(f'<td style="{_CELL}">{escape(c)}</td>' for c in cells)
@@ -143,7 +143,7 @@ def _memory() -> tuple[float, float] | None:
 # %% ../../nbs/studies/doctor.ipynb #1cd8a663
 ROOM = {"memory": 2e9, "disk": 2e9}  # bytes that the default model and a short run need
 
-
+# %% ../../nbs/studies/doctor.ipynb #8a0ec16c
 def room() -> list[Finding]:
     "Memory and disk, in all and free."
     here, found, seen = "memory and disk", [], _memory()
@@ -331,7 +331,7 @@ def _error(got, expected) -> float:
 # %% ../../nbs/studies/doctor.ipynb #8e335d92
 TOLERANCE = 0.02  # relative: NF4's scales are rounded to 8 bits themselves, and bfloat16 has 8 bits
 
-
+# %% ../../nbs/studies/doctor.ipynb #8ad9b8e5
 def four_bits() -> list[Finding]:
     "A product and its gradient in NF4, checked against `rounded`."
     here = "4 bits"
@@ -423,7 +423,7 @@ def doctor() -> Report:
 # %% ../../nbs/studies/doctor.ipynb #d5a665d1
 RAW = "https://raw.githubusercontent.com/selfplay-nb/selfplay_nb/main/nbs"
 
-
+# %% ../../nbs/studies/doctor.ipynb #ecad3324
 def fetch_data(
     place: str,  # of the file in the repository's `nbs` folder, such as `studies/costs.jsonl`
     sha256: str,  # 64 hexadecimal digits that it should have
@@ -508,7 +508,7 @@ SHAPES = {
 DENSE = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 smollm3 starcoder2 olmo2 granite".split()
 NEEDS = "num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size".split()
 
-
+# %% ../../nbs/studies/doctor.ipynb #13184738
 def shape_of_config(config: dict) -> Shape:  # what a config.json says
     "Raises `ValueError` for a model whose memory is not known here, such as a mixture of experts."
     config = config.get("text_config") or config
@@ -697,7 +697,7 @@ def while_updating(shape: Shape, s: Settings) -> list[Part]:
 CONTEXT = 0.5e9  # bytes that CUDA itself takes; not measured here
 RESERVE = 0.1  # share of a card that is left free, for what the allocator cannot use
 
-
+# %% ../../nbs/studies/doctor.ipynb #1f7ba665
 @dataclass(frozen=True, repr=False)
 class Plan:
     "The memory of a run, part by part."
@@ -746,7 +746,7 @@ LOWER = {  # part: the setting that makes it smaller
     "logits": "train_tokens or context",
 }
 
-
+# %% ../../nbs/studies/doctor.ipynb #9ae73128
 def _way_out(plan: Plan) -> str:
     "What to make smaller."
     largest = max((p for p in plan.parts if p.when != "always"), key=lambda p: p.bytes)
@@ -759,7 +759,7 @@ def _way_out(plan: Plan) -> str:
 # %% ../../nbs/studies/doctor.ipynb #9a82a348
 SUMS = {"always": "all the time", "sampling": "peak while sampling", "update": "peak while updating"}
 
-
+# %% ../../nbs/studies/doctor.ipynb #831fc7c5
 def _plan_lines(plan: Plan) -> list[tuple[str, str, str]]:
     "Name, size and origin of each part and each sum."
     lines = []

@@ -117,7 +117,7 @@ def save(table: Table, out: str | Path):  # a .json file; a .md file is written 
     write_whole(out, json.dumps(dataclasses.asdict(table), indent=1), mine=load)
     write_whole(out.with_suffix(".md"), markdown(table), mine=_is_markdown_of_a_table)
 
-
+# %% ../../nbs/studies/gpu.ipynb #700ae526
 def _is_markdown_of_a_table(file: Path):
     "Raise `ValueError` for a text that `markdown` has not made."
     text = file.read_text(encoding="utf-8")
@@ -221,7 +221,7 @@ def generate_step(bench: Bench) -> str:
 # %% ../../nbs/studies/gpu.ipynb #8e56459c
 CLOSE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats a token: 24, 8 and 11 bits of a number
 
-
+# %% ../../nbs/studies/gpu.ipynb #25b536d9
 def _plain_logprobs(bench: Bench, prompt: str, ids: list[int]):  # of an answer
     "Log-probabilities of its tokens by a forward of the model as it is, without packing or sharing."
     import torch
@@ -294,7 +294,7 @@ def update_step(bench: Bench, kind: str) -> str:
 # %% ../../nbs/studies/gpu.ipynb #7eae62f1
 MEMBERS = 8
 
-
+# %% ../../nbs/studies/gpu.ipynb #98141e2b
 def league_step(bench: Bench) -> str:
     "Eight snapshots join a league, and each answers."
     from selfplay_nb.methods.league import LeagueTraining
@@ -391,7 +391,7 @@ def check_model(bench: Bench, shape: Shape, until: float, show: Callable = print
 # %% ../../nbs/studies/gpu.ipynb #a5b8e349
 FORMATS = {"cuda": ("bfloat16", "float16"), "cpu": ("float32",)}
 
-
+# %% ../../nbs/studies/gpu.ipynb #cf6473a0
 def gpu_check(
     # names of built-in shapes, or folders of models; or shapes by name
     models: list[str] | dict[str, Shape] = ("0.5B", "1.5B", "3B"),

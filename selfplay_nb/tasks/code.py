@@ -139,7 +139,7 @@ def _harness():
 # %% ../../nbs/tasks/code.ipynb #e50410ae
 _ANSWER_SIDE, _TEST_SIDE = (_plain, _reply, _server), (_enclose, _noted, _caller, _begin, _harness)
 
-
+# %% ../../nbs/tasks/code.ipynb #c0963a76
 def _program(functions) -> str:
     "A program for another process: the functions, with what they import; it runs the last one."
     imports = "import ast, ctypes, json, os, random, struct, subprocess, sys"
@@ -348,11 +348,11 @@ def passes(
 def _number(rng):
     return rng.randint(-20, 50)
 
-
+# %% ../../nbs/tasks/code.ipynb #109c860f
 def _numbers(rng):
     return [rng.randint(-9, 40) for _ in range(rng.randint(6, 9))]
 
-
+# %% ../../nbs/tasks/code.ipynb #c2d5d4fa
 def _text(rng):
     return "".join(rng.choice("abcdeioustr") for _ in range(rng.randint(12, 24)))
 

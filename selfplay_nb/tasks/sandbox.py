@@ -365,7 +365,7 @@ def _too_much(q, data):
     "Whether more than the allowed output, and the word before it, has been read."
     return sum(map(len, data.values())) > q["output"] + len(q["word"])
 
-
+# %% ../../nbs/tasks/sandbox.ipynb #73e5c901
 def _read_pipe(q, fd, data):
     "Take what a pipe has; False at its end, when it is empty, or when too much was written."
     try:
@@ -535,10 +535,10 @@ class Result:
 class SandboxUnavailable(RuntimeError):
     "The tier that was asked for cannot be had here."
 
-
+# %% ../../nbs/tasks/sandbox.ipynb #658d353e
 TIERS = ("strong", "process")
 
-
+# %% ../../nbs/tasks/sandbox.ipynb #174be2b8
 def _landlock():
     "The kernel's version of Landlock, or -1."
     return ctypes.CDLL(None).syscall(444, None, 0, 1)
