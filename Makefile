@@ -8,13 +8,14 @@
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
 # make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
+# make site       the book as a web site, from stored outputs, into build/site
 # make course     student and solution notebooks, slides and a zip of the course, into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
 DIR ?= runs/first
 
-.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu
+.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
@@ -54,7 +55,8 @@ pictures: .venv/dev
 course: .venv/dev
 	$(BIN)/python tests/course.py
 
-# After editing a notebook: export, clean, and make README.md from index.ipynb
+site: .venv/dev
+	$(BIN)/python tests/book.py
 
 # After editing a notebook: first cells, export, clean, and make README.md from index.ipynb
 readme: .venv/dev
