@@ -14,6 +14,7 @@ EXTRAS = {  # page: the extra that its cells use
     "games/play": "games",
     "loop/game_rounds": "games",
     "views/game_viewer": "games",
+    "views/steps": "games",
     "tasks/reasoning": "reasoning",
     "tasks/code": "code",
     "stats/retention": "eval",
