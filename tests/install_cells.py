@@ -29,7 +29,6 @@ DATA = {  # page: files of the repository that its cells read
     "course/01_earlier_self": ["course/01_rounds.jsonl"],
     "course/07_what_to_train_on": ["course/07_filtering.jsonl"],
     "course/10_clinic": ["course/10_clinic.jsonl"],
-    "loop/pipeline": ["loop/pipeline.jsonl"],
     "methods/adversarial": ["methods/filtering.jsonl"],
     "methods/constitutional": ["methods/planted.toml", "methods/stuffed.jsonl", "methods/attempts.toml"],
     "methods/game_training": ["methods/games.jsonl"],
