@@ -362,10 +362,19 @@ def right_with(p, name):
     )
 
 
-@pytest.mark.parametrize("p, q, true, most", [(0.5, 0.5, 0.5, 0.05 / 2), (0.14 / 0.23, 0.4, 0.7, 0.05)])
-def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
+@pytest.mark.parametrize(
+    "middle, p, q, true, most",
+    [
+        (0.5, 0.4, 0.5, 0.4, 0.05 / 2),
+        (0.5, 0.6, 0.5, 0.6, 0.05),
+        (0.6, 0.5, 0.5, 0.5, 0.05 / 2),
+        (0.6, 0.14 / 0.23, 0.4, 0.7, 0.05),
+    ],
+)
+def test_the_gate_errs_as_seldom_as_it_says(tmp_path, middle, p, q, true, most):
     assert abs(p * (1 - q) / (p * (1 - q) + q * (1 - p)) - true) < 1e-9
-    trainer = make(tmp_path / "run", None, gate=True, gate_prompts=640, n_rounds=12, update_reference_every=3)
+    settings = dict(gate=True, gate_win_rate=middle, gate_prompts=640, n_rounds=12, update_reference_every=3)
+    trainer = make(tmp_path / "run", None, **settings)
     trainer.learner = Learner("main", right_with(p, "student"), right_with(q, "reference"))
     told = []
     for trainer.config.seed in range(200):
@@ -375,7 +384,7 @@ def test_the_gate_errs_as_seldom_as_it_says(tmp_path, p, q, true, most):
     def chance(share):
         return 200 * share + 2 * math.sqrt(200 * share * (1 - share))
 
-    right, wrong = ("accept", "reject") if true > 0.6 else ("reject", "accept")
+    right, wrong = ("accept", "reject") if true > middle else ("reject", "accept")
     assert sum(t["verdict"] != right for t in told) <= chance(0.05) and sum(
         t["verdict"] == wrong for t in told
     ) <= chance(most)
@@ -391,7 +400,7 @@ def round_of(n, verdict=None, **more):
     return {"round": n, **({"gate": {"verdict": verdict}} if verdict else {}), **more}
 
 
-@pytest.mark.parametrize("before, games", [(0, 11), (1, 15), (2, 17), (3, 18)])
+@pytest.mark.parametrize("before, games", [(0, 9), (1, 12), (2, 14), (3, 15)])
 def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
     trainer = make(tmp_path / "run", None, gate=True)
     trainer.learner = Learner("main", right_with(1.0, "student"), right_with(0.0, "reference"))
@@ -399,7 +408,7 @@ def test_each_gate_is_stricter_than_the_one_before(tmp_path, before, games):
     trainer.round = before
     told = trainer.gate.decide(trainer)
     assert told["verdict"] == "accept" and told["decided"] == games == math.ceil(
-        math.log(0.95 * 20 * (before + 1) * (before + 2)) / math.log(0.7 / 0.5)
+        math.log(0.95 * 20 * (before + 1) * (before + 2)) / math.log(0.6 / 0.4)
     )
 
 
@@ -530,15 +539,28 @@ def test_a_rejected_students_games_do_not_count_for_its_reference(tmp_path, tiny
     assert len(games) == 18 and sum(map(len, whole.league._live.values())) == 6
 
 
-def test_the_gate_of_a_control_knows_nothing(tmp_path):
-    trainer = make(tmp_path / "run", None, gate=True, judge="random", n_rounds=12, update_reference_every=3)
+def verdicts_of_a_control(folder, middle):
+    "Of gates of a student that wins nearly every game, where chance says who wins."
+    settings = dict(gate=True, gate_win_rate=middle, judge="random", n_rounds=12, update_reference_every=3)
+    trainer = make(folder, None, **settings)
     trainer.learner = Learner("main", right_with(0.9, "student"), right_with(0.1, "reference"))
     told = []
     for trainer.config.seed in range(60):
         told.append(trainer.gate.decide(trainer)["verdict"])
-    assert (
-        told.count("accept") <= 60 * 0.05 / 2 + 2 * math.sqrt(60 * 0.05 / 2) and told.count("reject") > 50
-    ), told
+    return told
+
+
+def test_the_gate_of_a_control_knows_nothing(tmp_path):
+    told = verdicts_of_a_control(tmp_path / "run", 0.5)
+    accepted, rejected = told.count("accept"), told.count("reject")
+    assert accepted + rejected > 40
+    assert abs(accepted - rejected) <= 2 * math.sqrt(accepted + rejected), told  # as coins fall
+
+
+def test_a_strict_gate_of_a_control_rejects(tmp_path):
+    told = verdicts_of_a_control(tmp_path / "run", 0.6)
+    assert told.count("accept") <= 60 * 0.05 / 2 + 2 * math.sqrt(60 * 0.05 / 2), told
+    assert told.count("reject") > 50
 
 
 # vital signs
