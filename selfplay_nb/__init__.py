@@ -36,6 +36,7 @@ _WHERE = {
     "scoring.evaluation": "evaluate versus compare Evaluation Comparison Match",
     "stats.rates": "Rate SPRT win_rate",
     "views.refinement_stepper": "RefinementStepper",
+    "scale.endpoint": "Endpoint",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

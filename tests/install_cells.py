@@ -18,12 +18,14 @@ EXTRAS = {  # page: the extra that its cells use
     "tasks/reasoning": "reasoning",
     "tasks/code": "code",
     "stats/retention": "eval",
+    "scale/endpoint": "scale",
 }
 SIZES = {  # of the downloads beyond what the library itself needs, as in studies/doctor
     "games": "OpenSpiel and TextArena, 29 MB",
     "reasoning": "reasoning-gym and math-verify, 10 MB",
     "code": "HumanEval's problems, below 1 MB",
     "eval": "lm-eval, 26 MB",
+    "scale": "httpx, below 1 MB",
 }
 DATA = {  # page: files of the repository that its cells read
     "course/01_earlier_self": ["course/01_rounds.jsonl"],

@@ -386,6 +386,7 @@ EXTRAS = {
     "costs": Extra(
         ("xllamacpp",), ("xllamacpp",), 34, "no llama.cpp beside our sampling in the chapter on costs"
     ),
+    "scale": Extra(("httpx",), ("httpx",), 1, "no players behind servers"),
     "lab": Extra(
         ("jupyterlab",), ("jupyterlab>=4", "ipywidgets>=8"), 0, "no JupyterLab; any notebook program will do"
     ),

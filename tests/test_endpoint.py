@@ -1,0 +1,286 @@
+"A player behind a server: whatever the server does, answers are right, or the error says what happened."
+
+import http.server
+import json
+import pickle
+import threading
+import time
+import warnings
+
+import pytest
+
+from selfplay_nb.core.players import answers_of
+from selfplay_nb.scale.endpoint import Endpoint, EndpointError, OutOfBudget, read_reply
+
+KEY = "sk-very-secret"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    "What it does with the n-th request (from 0) is `plan(n, asked)`: status, body, headers, seconds to wait."
+
+    daemon_threads = True
+
+    def __init__(self, plan):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.asked, self.headers_seen = plan, [], []
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        server, asked = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            n = len(server.asked)
+            server.asked.append(asked)
+            server.headers_seen.append(dict(self.headers))
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            self.answer(server.plan(n, asked))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def answer(self, does):
+        time.sleep(does.get("wait", 0))
+        if does.get("hang_up"):
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = does.get("body", b"")
+        self.send_response(does.get("status", 200))
+        for name, value in does.get("headers", {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(does.get("length", len(body))))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def good(asked, **more):
+    text = asked["messages"][-1]["content"].upper() + f" {asked.get('seed', 0) % 1000}"
+    choice = {"message": {"content": text}, "finish_reason": "stop"} | more
+    usage = {"prompt_tokens": 5, "completion_tokens": 3}
+    return dict(body=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(plan):
+        servers.append(Server(plan))
+        return servers[-1]
+
+    yield start
+    for s in servers:
+        s.shutdown()
+        s.server_close()
+
+
+def once(does):
+    "A fault at the first request, and good answers from then on."
+    return lambda n, asked: does if n == 0 else good(asked)
+
+
+FAULTS = {
+    "busy": dict(status=429, body=b"slow down"),
+    "busy, and says for how long": dict(status=429, headers={"Retry-After": "1"}),
+    "out of order": dict(status=500, body=b"oops"),
+    "unavailable": dict(status=503),
+    "hangs up": dict(hang_up=True),
+    "silent": dict(wait=1.5),
+    "cut off": dict(body=b'{"choices": [', length=1000),
+    "no JSON": dict(body=b"<html>hello</html>"),
+    "no choice": dict(body=b'{"choices": []}'),
+    "two choices": dict(body=json.dumps({"choices": [{"message": {"content": "a"}}] * 2}).encode()),
+    "no text": dict(body=json.dumps({"choices": [{"message": {"content": None}}]}).encode()),
+    "deep JSON": dict(body=b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_may_pass_is_asked_again(serve, fault):
+    server = serve(once(FAULTS[fault]))
+    player = Endpoint(server.url, "m", timeout=1.0)
+    began = time.perf_counter()
+    assert player.generate("hello").startswith("HELLO ")
+    assert len(server.asked) == 2
+    assert player.used["retries"] == 1
+    if "how long" in fault:
+        assert time.perf_counter() - began >= 1
+
+
+@pytest.mark.parametrize("fault", ["busy", "out of order", "hangs up", "no JSON", "two choices"])
+def test_what_does_not_pass_is_an_error_that_says_what_it_was(serve, fault):
+    server = serve(lambda n, asked: FAULTS[fault])
+    with pytest.raises(EndpointError, match="failed 2 times") as e:
+        Endpoint(server.url, "m", retries=1).generate("hello")
+    assert server.url in str(e.value)
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "does, words",
+    [
+        (dict(status=401, body=b"bad key " + KEY.encode()), "status 401: bad key"),
+        (dict(status=404, body=b"no such model"), "no such model"),
+        (dict(status=302, headers={"Location": "http://127.0.0.1:1/"}), "redirect is not followed"),
+        (dict(body=b"x" * 200_000), "more than 100000 bytes"),
+    ],
+)
+def test_what_will_not_pass_is_asked_once(serve, does, words):
+    server = serve(lambda n, asked: does)
+    with pytest.raises(EndpointError, match=words) as e:
+        Endpoint(server.url, "m", KEY, largest=100_000).generate("hello")
+    assert len(server.asked) == 1
+    assert KEY not in str(e.value)
+
+
+def test_nobody_listens():
+    with pytest.raises(EndpointError, match="ConnectError"):
+        Endpoint("http://127.0.0.1:9/v1", "m", retries=0).generate("hello")
+
+
+def test_answers_stand_in_the_order_of_the_prompts(serve):
+    server = serve(lambda n, asked: good(asked) | dict(wait=0.2 if n % 3 == 0 else 0))
+    player = Endpoint(server.url, "m", concurrency=4)
+    prompts = [f"word{i}" for i in range(12)]
+    rows = player.sample(prompts, 2)
+    assert [row[0].text.split()[0] for row in rows] == [p.upper() for p in prompts]
+    assert all(row[0].text != row[1].text for row in rows)  # another seed for each answer
+    assert server.most <= 4
+    assert server.most >= 2
+    assert rows.n_tokens == 72
+
+
+def test_a_seed_belongs_to_the_prompt(serve):
+    server = serve(lambda n, asked: good(asked))
+    player = Endpoint(server.url, "m")
+    alone = player.generate("b", seed=7)
+    assert player.generate(["a", "b", "b"], seed=7)[1] == alone
+    assert player.generate(["a", "b", "b"], seed=7)[2] != alone
+    assert player.generate(["a", "b"], seed=[1, 7])[1] == alone
+    assert player.generate("b", seed=8) != alone
+    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+        player.generate(["a", "b"], seed=[1, 2, 3])
+
+
+def test_messages_go_as_they_are(serve):
+    server = serve(lambda n, asked: good(asked))
+    chat = [dict(role="system", content="Be brief."), dict(role="user", content="hello")]
+    Endpoint(server.url, "m").generate(chat, max_new_tokens=5, temperature=0.5)
+    assert server.asked[0]["messages"] == chat
+    assert server.asked[0]["max_tokens"] == 5
+    assert server.asked[0]["temperature"] == 0.5
+
+
+def test_answers_cut_off_are_known(serve):
+    server = serve(lambda n, asked: good(asked, finish_reason="length"))
+    rows, _, tokens = answers_of(Endpoint(server.url, "m"), ["hello"])
+    assert rows[0][0].truncated
+    assert tokens == 3
+
+
+def test_what_a_server_does_not_know_is_said_once_and_left_out(serve):
+    refuses = dict(status=400, body=b'{"error": "unknown field: seed"}')
+    server = serve(lambda n, asked: refuses if "seed" in asked else good(asked))
+    player = Endpoint(server.url, "m", concurrency=1)
+    with pytest.warns(UserWarning, match="does not take 'seed'") as said:
+        player.generate(["a", "b", "c"])
+    assert len(said) == 1
+    assert sum("seed" in asked for asked in server.asked) == 1
+
+
+def test_log_probabilities(serve):
+    server = serve(lambda n, asked: good(asked, logprobs={"content": [{"logprob": -0.5}, {"logprob": -1}]}))
+    [[reply]] = Endpoint(server.url, "m", logprobs=True).sample(["a"])
+    assert reply.logprobs == [-0.5, -1.0]
+    bare = Endpoint(serve(lambda n, asked: good(asked)).url, "m", logprobs=True)
+    with pytest.warns(UserWarning, match="does not take 'logprobs'"):
+        assert bare.sample(["a"])[0][0].logprobs is None
+
+
+def test_a_cache_asks_for_nothing_twice(serve, tmp_path):
+    server = serve(lambda n, asked: good(asked) if n < 3 else dict(status=400, body=b"no more"))
+    told = dict(cache=tmp_path / "kept.jsonl", concurrency=1)
+    prompts = ["a", "b", "c", "d"]
+    with pytest.raises(EndpointError, match="no more"):
+        Endpoint(server.url, "m", **told).generate(prompts)
+    server.plan = lambda n, asked: good(asked)
+    later = Endpoint(server.url, "m", **told)
+    assert [t.split()[0] for t in later.generate(prompts)] == ["A", "B", "C", "D"]
+    assert later.used["cached"] == 3
+    assert later.used["requests"] == 1
+    other = Endpoint(server.url, "another model", **told)
+    other.generate("a")
+    assert other.used["cached"] == 0
+
+
+def test_a_budget_is_kept(serve):
+    server = serve(lambda n, asked: good(asked))
+    player = Endpoint(server.url, "m", concurrency=1, budget_tokens=24)
+    with pytest.raises(OutOfBudget, match="used 24 tokens of 24"):
+        player.generate(["a"], n_samples=10)
+    assert len(server.asked) == 3
+    rich = Endpoint(server.url, "m", concurrency=1, budget=2e-6, prices=(0.1, 0.2))
+    with pytest.raises(OutOfBudget, match="spent 2.2e-06 of 2e-06"):
+        rich.generate(["a"], n_samples=10)
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(serve, tmp_path, monkeypatch):
+    server = serve(lambda n, asked: good(asked))
+    player = Endpoint(server.url, "m", KEY, cache=tmp_path / "kept.jsonl")
+    player.generate("a")
+    assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in repr(player) + str(vars(pickle.loads(pickle.dumps(player))))
+    assert KEY.encode() not in pickle.dumps(player)
+    assert all(KEY not in f.read_text() for f in tmp_path.rglob("*") if f.is_file())
+    monkeypatch.setenv("A_KEY", "from-the-environment")
+    Endpoint(server.url, "m", key_from="A_KEY").generate("b")
+    assert server.headers_seen[1]["Authorization"] == "Bearer from-the-environment"
+
+
+def test_an_error_stops_what_has_not_begun(serve):
+    server = serve(lambda n, asked: dict(status=404, body=b"no such model") if n == 0 else good(asked))
+    with pytest.raises(EndpointError, match="no such model"):
+        Endpoint(server.url, "m", concurrency=1).generate([f"p{i}" for i in range(50)])
+    assert len(server.asked) < 10
+
+
+def test_bad_settings_are_errors():
+    for bad, words in [
+        (dict(url="localhost"), "url is 'localhost'"),
+        (dict(concurrency=0), "concurrency"),
+        (dict(timeout=0), "timeout"),
+        (dict(retries=-1), "retries"),
+        (dict(budget=1.0), "needs prices"),
+        (dict(budget_tokens=-5), "budget_tokens"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Endpoint(**dict(url="http://x/v1", model="m") | bad)
+
+
+@pytest.mark.parametrize("usage", [None, [], {"completion_tokens": "many"}, {"completion_tokens": -3}])
+def test_usage_that_is_none_counts_as_nothing(usage):
+    body = {"choices": [{"message": {"content": "a"}}], "usage": usage}
+    assert read_reply(json.dumps(body).encode()).tokens == 0
+
+
+def test_progress_is_told(serve):
+    server = serve(lambda n, asked: good(asked))
+    told = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Endpoint(server.url, "m").sample(["a", "b"], 2, progress=lambda n, tokens: told.append((n, tokens)))
+    assert told == [(1, 3)] * 4
