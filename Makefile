@@ -4,6 +4,7 @@
 # make gpu    every part of the library on this machine's GPU, under ten minutes
 # make test   everything that CI checks
 # make floor  the library at the lowest versions that pyproject.toml allows, in an environment of its own, with an empty cache
+# make colab  the install cell and seven pages with the versions of a Colab runtime (twenty minutes and more; needs Pythons 3.13 and 3.11)
 # make lab    JupyterLab at index.ipynb
 # make learning   the experiment behind the learning curve: three seeds, each with a control (fifty minutes)
 # make costs      the measurements behind the chapter on costs
@@ -13,9 +14,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
+PYTHON313 ?= python3.13
+PYTHON311 ?= python3.11
 DIR ?= runs/first
 
-.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site
+.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site colab
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
@@ -37,6 +40,10 @@ floor: .venv/bin/python
 	$(BIN)/python tests/floor.py > $(FLOOR)/floor.txt
 	$(FLOOR)/bin/python -m pip install -q --disable-pip-version-check -c $(FLOOR)/floor.txt -e .
 	$(FLOOR)/bin/python tests/floor.py try
+
+colab:
+	$(PYTHON313) tests/colab.py resolve
+	$(PYTHON311) tests/colab.py run
 
 lab: .venv/dev
 	$(BIN)/jupyter lab index.ipynb

@@ -1,0 +1,133 @@
+"""Colab, emulated (`make colab`): `colab.py resolve`, under Python 3.13, and `colab.py run`, under 3.11.
+
+`resolve` sets up what a Colab runtime has (of torch a stand-in that is only metadata), lets pip do what the
+install cell asks for, and says which versions changed. `run` sets up the same versions with a torch for CPUs
+and runs pages in a kernel that believes to be in Colab, install cell included, with an empty cache.
+
+Two Pythons, since a torch for CPUs is not to be had for each; make's PYTHON313 and PYTHON311 name them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / ".venv" / "colab"
+THERE = """ipywidgets==7.7.1 ipython==7.34.0 ipykernel==6.17.1 transformers==5.15.0 peft==0.20.0 accelerate==1.14.0
+datasets==4.0.0 fastcore==2.2.0 numpy>=2 scipy matplotlib pandas pyarrow psutil filelock tqdm httpx safetensors
+huggingface_hub nbclient nbformat setuptools wheel""".split()
+TORCH = "2.11.0"
+MAY_CHANGE = {"datasets", "pyarrow"}  # as the install cells say
+PAGES = """index nbs/methods/competitive nbs/methods/refinement nbs/views/refinement_stepper nbs/methods/league
+nbs/games/play nbs/loop/pipeline""".split()
+STARTUP = """import sys, types
+google = sys.modules.setdefault("google", types.ModuleType("google"))
+google.colab = sys.modules.setdefault("google.colab", types.ModuleType("google.colab"))
+"""
+
+
+def run(*command, **more):
+    return subprocess.run([str(c) for c in command], check=True, text=True, **more)
+
+
+def fresh(name: str) -> Path:
+    "The Python of a new environment."
+    folder = FOLDER / name
+    run(sys.executable, "-m", "venv", "--clear", folder)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-U", "pip")
+    return python
+
+
+def pip(python: Path, *arguments, **more):
+    return run(python, "-m", "pip", *arguments, "--disable-pip-version-check", **more)
+
+
+def stand_in(folder: Path) -> Path:
+    "A wheel that says it is torch and holds nothing."
+    file = folder / f"torch-{TORCH}-py3-none-any.whl"
+    about = f"torch-{TORCH}.dist-info"
+    with zipfile.ZipFile(file, "w") as wheel:
+        wheel.writestr("torch/__init__.py", f'__version__ = "{TORCH}"\n')
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {TORCH}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    return file
+
+
+def versions(python: Path) -> dict:
+    told = pip(python, "list", "--format", "json", capture_output=True).stdout
+    return {p["name"].lower().replace("_", "-"): p["version"] for p in json.loads(told)}
+
+
+def resolve() -> int:
+    "What the install cell changes in a Colab runtime."
+    python = fresh("resolve")
+    with tempfile.TemporaryDirectory() as d:
+        pip(python, "install", "-q", stand_in(Path(d)), *THERE)
+    before = versions(python)
+    pip(python, "install", "-q", "--upgrade-strategy", "only-if-needed", ROOT)
+    after = versions(python)
+    changed = {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v}
+    new = sorted(set(after) - set(before) - {"selfplay-nb"})
+    print(f"there before: {len(before)} packages; new: {', '.join(new)}")
+    for name, (old, now) in changed.items():
+        print(f"{'changed' if name in MAY_CHANGE else 'MUST NOT CHANGE'}: {name} {old} to {now}")
+    pip(python, "check")
+    return int(not set(changed) <= MAY_CHANGE)
+
+
+ASK = """
+import sys, time
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], 4)
+for cell in notebook.cells:  # what a GPU alone can do, and what is marked as long
+    if cell.cell_type == "code" and ("#| gpu" in cell.source or "#| slow" in cell.source):
+        cell.source = ""
+NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
+"""
+
+
+def pages() -> int:
+    "Run pages, each alone in an empty folder, in a kernel that believes to be in Colab."
+    python = fresh("run")
+    torch = next(x for x in (ROOT / "constraints.txt").read_text().split() if x.startswith("torch=="))
+    pip(python, "install", "-q", torch, *THERE)
+    failed = 0
+    with tempfile.TemporaryDirectory() as d:
+        home = Path(d)
+        startup = home / "ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "colab.py").write_text(STARTUP)
+        # the cells install from the forge: git is told that it is here
+        forge = "https://github.com/selfplay-nb/selfplay_nb"
+        (home / "gitconfig").write_text(f'[url "{ROOT}"]\n insteadOf = {forge}\n')
+        env = os.environ | {
+            "IPYTHONDIR": str(home / "ipython"),
+            "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
+            "SELFPLAY_NB_CACHE": str(home / "cache"),
+        }
+        for page in PAGES:
+            empty = home / page.replace("/", "_")
+            empty.mkdir()
+            (empty / "page.ipynb").write_bytes((ROOT / f"{page}.ipynb").read_bytes())
+            began = time.perf_counter()
+            command = [str(python), "-c", ASK, "page.ipynb"]
+            done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+            minutes = (time.perf_counter() - began) / 60
+            outcome = "FAILED" if done.returncode else "passed"
+            print(f"{page:34} {minutes:5.1f} minutes  {outcome}", flush=True)
+            if done.returncode:
+                failed += 1
+                print(done.stderr[-3000:])
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit({"resolve": resolve, "run": pages}[sys.argv[1]]())
