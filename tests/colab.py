@@ -18,13 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".venv" / "colab"
-THERE = """ipywidgets==7.7.1 ipython==7.34.0 ipykernel==6.17.1 transformers==5.15.0 peft==0.20.0 accelerate==1.14.0
-datasets==4.0.0 fastcore==2.2.0 numpy>=2 scipy matplotlib pandas pyarrow psutil filelock tqdm httpx safetensors
-huggingface_hub nbclient nbformat setuptools wheel""".split()
+THERE = """ipywidgets==7.7.1 ipython==7.34.0 ipykernel==6.17.1 transformers==5.15.0 peft==0.20.0
+accelerate==1.14.0 datasets==4.0.0 fastcore==2.2.0 numpy>=2 scipy matplotlib pandas pyarrow psutil filelock
+tqdm httpx safetensors huggingface_hub nbclient nbformat setuptools wheel""".split()
 TORCH = "2.11.0"
 MAY_CHANGE = {"datasets", "pyarrow"}  # as the install cells say
-PAGES = """index nbs/methods/competitive nbs/methods/refinement nbs/views/refinement_stepper nbs/methods/league
-nbs/games/play nbs/loop/pipeline""".split()
+PAGES = """index nbs/methods/competitive nbs/methods/refinement nbs/views/refinement_stepper
+nbs/methods/league nbs/games/play nbs/loop/pipeline""".split()
 STARTUP = """import sys, types
 google = sys.modules.setdefault("google", types.ModuleType("google"))
 google.colab = sys.modules.setdefault("google.colab", types.ModuleType("google.colab"))

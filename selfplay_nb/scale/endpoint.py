@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reply', 'Replies', 'EndpointError', 'OutOfBudget', 'read_reply', 'Endpoint']
 
-# %% ../../nbs/scale/endpoint.ipynb #a9c08649
+# %% ../../nbs/scale/endpoint.ipynb #525aeb43
 import hashlib
 import json
 import os
@@ -18,14 +18,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../../nbs/scale/endpoint.ipynb #81148b38
+# %% ../../nbs/scale/endpoint.ipynb #5a7f3b63
 import httpx
 
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
 from ..core.players import as_prompts, is_messages, seed_of
 
-# %% ../../nbs/scale/endpoint.ipynb #046c0caa
+# %% ../../nbs/scale/endpoint.ipynb #c307c54d
 @dataclass
 class Reply:
     "An answer of a server."
@@ -36,7 +36,7 @@ class Reply:
     prompt_tokens: int = 0
     logprobs: list | None = None  # of the answer's tokens, in nats, if they were asked for and given
 
-# %% ../../nbs/scale/endpoint.ipynb #c67bfebf
+# %% ../../nbs/scale/endpoint.ipynb #ddc6d37f
 class Replies(list):
     "For each prompt a list of `Reply`s, and the time that they took."
 
@@ -48,7 +48,7 @@ class Replies(list):
     def n_tokens(self) -> int:
         return sum(r.tokens for row in self for r in row)
 
-# %% ../../nbs/scale/endpoint.ipynb #e8a4e1ee
+# %% ../../nbs/scale/endpoint.ipynb #9b0a934a
 class EndpointError(RuntimeError):
     "A server that cannot be used as it is asked to be."
 
@@ -56,7 +56,7 @@ class EndpointError(RuntimeError):
 class OutOfBudget(EndpointError):
     "The tokens or the money that a player may spend are spent."
 
-# %% ../../nbs/scale/endpoint.ipynb #12f2fedd
+# %% ../../nbs/scale/endpoint.ipynb #a261c9ee
 def read_reply(body: bytes) -> Reply:
     "The answer in a body of `/chat/completions`. Raises `ValueError` for any other."
     try:
@@ -77,12 +77,12 @@ def read_reply(body: bytes) -> Reply:
         [float(t["logprob"]) for t in given] if given else None,
     )
 
-# %% ../../nbs/scale/endpoint.ipynb #5de9c152
+# %% ../../nbs/scale/endpoint.ipynb #3e6c83fa
 def _count(usage, key: str) -> int:
     n = usage.get(key) if isinstance(usage, dict) else None
     return n if type(n) is int and n >= 0 else 0
 
-# %% ../../nbs/scale/endpoint.ipynb #82b840cd
+# %% ../../nbs/scale/endpoint.ipynb #a65d119f
 class _Again(Exception):
     "A failed attempt; `after` is the number of seconds that the server asks to wait for."
 
@@ -90,7 +90,7 @@ class _Again(Exception):
         super().__init__(why)
         self.after = after
 
-# %% ../../nbs/scale/endpoint.ipynb #d29eb7ce
+# %% ../../nbs/scale/endpoint.ipynb #68a507a9
 def _post(client: httpx.Client, url: str, data: dict, headers: dict, largest: int) -> bytes:
     "The body of a good response. Raises `_Again` for what may pass, and `EndpointError` for what will not."
     try:
@@ -109,7 +109,7 @@ def _post(client: httpx.Client, url: str, data: dict, headers: dict, largest: in
         raise EndpointError(f"status {status}{hint}: {_said(body)}")
     return body
 
-# %% ../../nbs/scale/endpoint.ipynb #e5ea7dc1
+# %% ../../nbs/scale/endpoint.ipynb #692e3c36
 def _body(response: httpx.Response, largest: int) -> bytes:
     "All of a response, if it is not larger than `largest` bytes."
     parts, size = [], 0
@@ -120,17 +120,17 @@ def _body(response: httpx.Response, largest: int) -> bytes:
             raise EndpointError(f"a reply of more than {largest} bytes: this is no answer to a prompt.")
     return b"".join(parts)
 
-# %% ../../nbs/scale/endpoint.ipynb #f8e86cf6
+# %% ../../nbs/scale/endpoint.ipynb #368c2539
 def _said(body: bytes) -> str:
     "A server's words about an error, in short."
     return " ".join(body[:300].decode(errors="replace").split())
 
-# %% ../../nbs/scale/endpoint.ipynb #82c11c41
+# %% ../../nbs/scale/endpoint.ipynb #cb1c7839
 def _pause(attempt: int, after: float | None) -> float:
     "Seconds until the next attempt: as the server asks, or twice as long each time, and never the same."
     return min(after, 300.0) if after is not None else min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
 
-# %% ../../nbs/scale/endpoint.ipynb #e1a7ddab
+# %% ../../nbs/scale/endpoint.ipynb #acad8a33
 class Endpoint:
     "A model behind an OpenAI-compatible server, as a player."
 
