@@ -1,7 +1,10 @@
 "A player behind a server: whatever the server does, answers are right, or the error says what happened."
 
+import copy
+import gzip
 import http.server
 import json
+import multiprocessing
 import pickle
 import threading
 import time
@@ -266,6 +269,13 @@ def test_bad_settings_are_errors():
         (dict(retries=-1), "retries"),
         (dict(budget=1.0), "needs prices"),
         (dict(budget_tokens=-5), "budget_tokens"),
+        (dict(prices=(1.0,)), "expected two"),
+        (dict(prices=(1.0, -1.0)), "prices"),
+        (dict(url="http://"), "url is 'http://'"),
+        (dict(url="http://user:word@x/v1"), "has a user"),
+        (dict(url="http://x/v1?a=b"), "a query"),
+        (dict(api_key="schlüssel"), "cannot hold"),
+        (dict(api_key="a\nb"), "cannot hold"),
     ]:
         with pytest.raises(ValueError, match=words):
             Endpoint(**dict(url="http://x/v1", model="m") | bad)
@@ -273,8 +283,7 @@ def test_bad_settings_are_errors():
 
 @pytest.mark.parametrize("usage", [None, [], {"completion_tokens": "many"}, {"completion_tokens": -3}])
 def test_usage_that_is_none_counts_as_nothing(usage):
-    body = {"choices": [{"message": {"content": "a"}}], "usage": usage}
-    assert read_reply(json.dumps(body).encode()).tokens == 0
+    assert read_reply({"choices": [{"message": {"content": "a"}}], "usage": usage}).tokens == 0
 
 
 def test_progress_is_told(serve):
@@ -284,3 +293,155 @@ def test_progress_is_told(serve):
         warnings.simplefilter("error")
         Endpoint(server.url, "m").sample(["a", "b"], 2, progress=lambda n, tokens: told.append((n, tokens)))
     assert told == [(1, 3)] * 4
+
+
+# found by attacking it
+
+
+def test_a_forked_process_gets_its_own_answers(serve):
+    server = serve(lambda n, asked: good(asked))
+    player = Endpoint(server.url, "m")
+    player.generate([f"p{i}" for i in range(8)])
+    results = multiprocessing.get_context("fork").Queue()
+
+    def ask(name):
+        texts = player.generate([f"{name}q{i}" for i in range(5)])
+        results.put((name, [t.split()[0] for t in texts]))
+
+    processes = [multiprocessing.get_context("fork").Process(target=ask, args=(f"c{k}",)) for k in range(4)]
+    for p in processes:
+        p.start()
+    for _ in processes:
+        name, texts = results.get(timeout=60)
+        assert texts == [f"{name}q{i}".upper() for i in range(5)]
+
+
+@pytest.mark.parametrize("lead", [0, 285, 295])
+def test_a_key_is_hidden_wherever_it_stands_in_an_error(serve, lead):
+    for written in KEY, json.dumps("x/" + KEY).replace("/", "\\/"):
+        server = serve(lambda n, asked, said=written: dict(status=403, body=b"x" * lead + said.encode()))
+        key = KEY if written == KEY else "x/" + KEY
+        with pytest.raises(EndpointError) as e:
+            Endpoint(server.url, "m", key).generate("hello")
+        assert "secret" not in str(e.value)
+
+
+def test_white_space_around_a_key_is_left_out(serve):
+    server = serve(lambda n, asked: good(asked))
+    Endpoint(server.url, "m", KEY + "\n").generate("hello")
+    assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_a_copy_does_not_send_somebody_elses_key(serve, monkeypatch):
+    server = serve(lambda n, asked: good(asked))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another-company")
+    with pytest.raises(EndpointError, match="keys are not copied"):
+        copy.deepcopy(Endpoint(server.url, "m", KEY)).generate("hello")
+    Endpoint(server.url, "m", "").generate("hello")
+    assert all("Authorization" not in h for h in server.headers_seen)
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [(400, "your prompt 'how to seed a lawn' is rude"), (404, "no model seed-oss"), (400, "seed-oss: unknown")],
+)
+def test_a_word_in_an_error_does_not_switch_seeds_off(serve, status, said):
+    server = serve(once(dict(status=status, body=said.encode())))
+    player = Endpoint(server.url, "m", concurrency=1)
+    with pytest.raises(EndpointError):
+        player.generate("hello")
+    player.generate("hello")
+    assert all("seed" in asked for asked in server.asked)
+
+
+def test_an_empty_answer_does_not_end_log_probabilities(serve):
+    given = [[{"logprob": -1.0}], [], [{"logprob": float("nan")}], [None], [{"logprob": -2.0}]]
+    server = serve(lambda n, asked: good(asked, logprobs={"content": given[n]}))
+    player = Endpoint(server.url, "m", logprobs=True, concurrency=1)
+    with pytest.warns(UserWarning, match="does not take 'logprobs'"):
+        rows = player.sample([f"p{i}" for i in range(5)])
+    assert [row[0].logprobs for row in rows] == [[-1.0], [], None, None, [-2.0]]
+
+
+def test_an_answer_that_was_all_thought_is_empty_and_cut_off(serve):
+    server = serve(lambda n, asked: good(asked, message={"content": None}, finish_reason="length"))
+    [[reply]] = Endpoint(server.url, "m").sample(["hello"])
+    assert (reply.text, reply.truncated, reply.tokens) == ("", True, 3)
+
+
+def test_what_a_failed_attempt_used_is_counted(serve):
+    server = serve(lambda n, asked: good(asked, message={"content": None}))
+    player = Endpoint(server.url, "m", budget_tokens=10, retries=6)
+    with pytest.raises(OutOfBudget):
+        player.generate("hello")
+    assert len(server.asked) == 2
+
+
+class Drip(http.server.BaseHTTPRequestHandler):
+    "A byte a while, without end."
+
+    def do_POST(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+        except OSError:
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_reply_without_end_is_given_up():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drip)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.perf_counter()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    with pytest.raises(EndpointError, match="did not end"):
+        Endpoint(url, "m", timeout=5, longest=1.0, retries=0).generate("hello")
+    assert time.perf_counter() - began < 4
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_compressed_reply_is_not_unpacked(serve):
+    bomb = gzip.compress(b" " * 10_000_000)
+    server = serve(lambda n, asked: dict(body=bomb, headers={"Content-Encoding": "gzip"}))
+    with pytest.raises(EndpointError, match="compressed"):
+        Endpoint(server.url, "m", retries=0).generate("hello")
+
+
+def test_without_a_cache_nothing_is_kept(serve):
+    server = serve(lambda n, asked: good(asked))
+    player = Endpoint(server.url, "m")
+    player.generate("a")
+    player.generate("a")
+    assert len(server.asked) == 2
+
+
+def test_a_text_and_its_message_are_one_prompt(serve):
+    server = serve(lambda n, asked: good(asked))
+    Endpoint(server.url, "m").generate(["a", [dict(role="user", content="a")]])
+    assert len({asked["seed"] for asked in server.asked}) == 2
+
+
+def test_bad_sampling_is_an_error_before_anything_is_asked(serve):
+    server = serve(lambda n, asked: good(asked))
+    for bad in dict(temperature=float("nan")), dict(top_p=1.5), dict(max_new_tokens=0):
+        with pytest.raises(ValueError):
+            Endpoint(server.url, "m").generate("hello", **bad)
+    assert not server.asked
+    Endpoint(server.url, "m").generate("half a character: \ud83d")
+    assert len(server.asked) == 1
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    file = tmp_path / "kept.jsonl"
+    file.write_text(json.dumps(dict(key="a", reply=dict(text="b", colour="red"))) + "\n")
+    with pytest.raises(ValueError, match="kept.jsonl holds a row that is no reply"):
+        Endpoint("http://x/v1", "m", cache=file)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Reply', 'Replies', 'EndpointError', 'OutOfBudget', 'read_reply', 'Endpoint']
 
-# %% ../../nbs/scale/endpoint.ipynb #525aeb43
+# %% ../../nbs/scale/endpoint.ipynb #f0aa1bce
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import threading
 import time
 import warnings
@@ -18,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../../nbs/scale/endpoint.ipynb #5a7f3b63
+# %% ../../nbs/scale/endpoint.ipynb #21b9e96d
 import httpx
 
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
 from ..core.players import as_prompts, is_messages, seed_of
 
-# %% ../../nbs/scale/endpoint.ipynb #c307c54d
+# %% ../../nbs/scale/endpoint.ipynb #09e62b4e
 @dataclass
 class Reply:
     "An answer of a server."
@@ -36,7 +38,7 @@ class Reply:
     prompt_tokens: int = 0
     logprobs: list | None = None  # of the answer's tokens, in nats, if they were asked for and given
 
-# %% ../../nbs/scale/endpoint.ipynb #ddc6d37f
+# %% ../../nbs/scale/endpoint.ipynb #ec184a39
 class Replies(list):
     "For each prompt a list of `Reply`s, and the time that they took."
 
@@ -48,7 +50,7 @@ class Replies(list):
     def n_tokens(self) -> int:
         return sum(r.tokens for row in self for r in row)
 
-# %% ../../nbs/scale/endpoint.ipynb #9b0a934a
+# %% ../../nbs/scale/endpoint.ipynb #99fc85c5
 class EndpointError(RuntimeError):
     "A server that cannot be used as it is asked to be."
 
@@ -56,81 +58,144 @@ class EndpointError(RuntimeError):
 class OutOfBudget(EndpointError):
     "The tokens or the money that a player may spend are spent."
 
-# %% ../../nbs/scale/endpoint.ipynb #a261c9ee
-def read_reply(body: bytes) -> Reply:
-    "The answer in a body of `/chat/completions`. Raises `ValueError` for any other."
+# %% ../../nbs/scale/endpoint.ipynb #bf805ead
+def read_reply(data) -> Reply:  # what a body of `/chat/completions` holds
+    "Its answer. Raises `ValueError` for anything else."
     try:
-        data = json.loads(body)
         [choice] = data["choices"]
         text = choice["message"]["content"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"the reply is no single answer: {body[:80]!r}") from None
-    if not isinstance(text, str):
-        raise ValueError(f"the answer is {text!r:.60}, and no text")
-    usage = data.get("usage") or {}
-    given = (choice.get("logprobs") or {}).get("content")
-    return Reply(
-        text,
-        choice.get("finish_reason") == "length",
-        _count(usage, "completion_tokens"),
-        _count(usage, "prompt_tokens"),
-        [float(t["logprob"]) for t in given] if given else None,
-    )
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the reply is no single answer") from None
+    cut = choice.get("finish_reason") == "length"
+    if not isinstance(text, str) and not (text is None and cut):
+        raise ValueError(f"the answer is {type(text).__name__}, and no text")
+    return Reply(text or "", cut, *_used(data), _logprobs(choice.get("logprobs")))
 
-# %% ../../nbs/scale/endpoint.ipynb #3e6c83fa
-def _count(usage, key: str) -> int:
-    n = usage.get(key) if isinstance(usage, dict) else None
-    return n if type(n) is int and n >= 0 else 0
+# %% ../../nbs/scale/endpoint.ipynb #c7ec4b21
+def _used(data) -> tuple[int, int]:
+    "Tokens of the answer and of the prompt, as the server counts them; 0 where it does not say."
+    usage = data.get("usage") if isinstance(data, dict) else None
+    counts = [usage.get(f"{k}_tokens") if isinstance(usage, dict) else 0 for k in ("completion", "prompt")]
+    return tuple(n if type(n) is int and n >= 0 else 0 for n in counts)
 
-# %% ../../nbs/scale/endpoint.ipynb #a65d119f
+# %% ../../nbs/scale/endpoint.ipynb #47bfe33b
+def _logprobs(given) -> list | None:
+    "Of the answer's tokens; None if they are missing, or not all of them are numbers."
+    try:
+        values = [float(t["logprob"]) for t in given["content"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return values if all(map(math.isfinite, values)) else None
+
+# %% ../../nbs/scale/endpoint.ipynb #9eb8fdd3
 class _Again(Exception):
     "A failed attempt; `after` is the number of seconds that the server asks to wait for."
 
-    def __init__(self, why: str, after: float | None = None):
+    def __init__(self, why: str, after: float = 0.0):
         super().__init__(why)
         self.after = after
 
-# %% ../../nbs/scale/endpoint.ipynb #68a507a9
-def _post(client: httpx.Client, url: str, data: dict, headers: dict, largest: int) -> bytes:
-    "The body of a good response. Raises `_Again` for what may pass, and `EndpointError` for what will not."
-    try:
-        with client.stream("POST", url, json=data, headers=headers) as response:
-            body = _body(response, largest)
-            status = response.status_code
-            after = response.headers.get("retry-after", "")
-    except httpx.TransportError as e:
-        raise _Again(f"{type(e).__name__}: {e}" if str(e) else type(e).__name__) from None
-    except httpx.InvalidURL as e:
-        raise EndpointError(f"{url!r} is no address: {e}") from None
-    if status in (408, 429) or status >= 500:
-        raise _Again(f"status {status}: {_said(body)}", float(after) if after.isdecimal() else None)
-    if status != 200:
-        hint = " (a redirect is not followed: give its target as the url)" if 300 <= status < 400 else ""
-        raise EndpointError(f"status {status}{hint}: {_said(body)}")
-    return body
+# %% ../../nbs/scale/endpoint.ipynb #b14a6dc0
+class _Refused(EndpointError):
+    "The server says that the request itself is wrong."
 
-# %% ../../nbs/scale/endpoint.ipynb #692e3c36
-def _body(response: httpx.Response, largest: int) -> bytes:
-    "All of a response, if it is not larger than `largest` bytes."
+    def __init__(self, status: int, said: str):
+        hint = " (a redirect is not followed: give its target as the url)" if 300 <= status < 400 else ""
+        super().__init__(f"status {status}{hint}: {said}")
+        self.status = status
+
+    def lacks(self, name: str) -> bool:
+        "Does it say that it does not know this field?"
+        words = r"unknown|unrecogni[sz]ed|unexpected|unsupported|not (be )?(supported|permitted|allowed)|extra"
+        said = str(self)
+        named = re.search(rf"(?<![\w-]){name}(?![\w-])", said)
+        return self.status in (400, 422) and bool(named and re.search(words, said, re.I))
+
+# %% ../../nbs/scale/endpoint.ipynb #4fa018fb
+def _body(response: httpx.Response, largest: int, goes_on) -> bytes:
+    "All of a response, if it is not larger than `largest` bytes and ends while `goes_on()`."
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _Again("the reply is compressed, which was not asked for")
     parts, size = [], 0
-    for part in response.iter_bytes():
+    for part in response.iter_raw():
         parts.append(part)
         size += len(part)
         if size > largest:
             raise EndpointError(f"a reply of more than {largest} bytes: this is no answer to a prompt.")
+        if not goes_on():
+            raise _Again(f"a reply that did not end; {size} bytes came")
     return b"".join(parts)
 
-# %% ../../nbs/scale/endpoint.ipynb #368c2539
-def _said(body: bytes) -> str:
-    "A server's words about an error, in short."
-    return " ".join(body[:300].decode(errors="replace").split())
+# %% ../../nbs/scale/endpoint.ipynb #1dde6427
+def _post(client: httpx.Client, url: str, data: bytes, headers: dict, largest: int, goes_on, clean) -> bytes:
+    "The body of a good response. Raises `_Again` for what may pass, and `EndpointError` for what will not."
+    try:
+        with client.stream("POST", url, content=data, headers=headers) as response:
+            body = _body(response, largest, goes_on)
+            status, after = response.status_code, response.headers.get("retry-after", "")
+    except httpx.RequestError as e:
+        raise _Again(clean(f"{type(e).__name__}: {e}".rstrip(": "))) from None
+    said = clean(" ".join(body[:5000].decode(errors="replace").split()))[:300]
+    if status in (408, 429) or status >= 500:
+        raise _Again(f"status {status}: {said}", _seconds(after))
+    if status != 200:
+        raise _Refused(status, said)
+    return body
 
-# %% ../../nbs/scale/endpoint.ipynb #cb1c7839
-def _pause(attempt: int, after: float | None) -> float:
-    "Seconds until the next attempt: as the server asks, or twice as long each time, and never the same."
-    return min(after, 300.0) if after is not None else min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+# %% ../../nbs/scale/endpoint.ipynb #16a6eeaa
+def _seconds(text: str) -> float:
+    "What `Retry-After` says, if it says it in seconds, and at most five minutes."
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return min(seconds, 300.0) if seconds > 0 else 0.0
 
-# %% ../../nbs/scale/endpoint.ipynb #acad8a33
+# %% ../../nbs/scale/endpoint.ipynb #3c98d9eb
+def _hidden(text: str, key: str | None) -> str:
+    "A text without the key, also where JSON has escaped it."
+    written = json.dumps(key or "")[1:-1]
+    for form in (key, written, written.replace("/", "\\/")):
+        text = text.replace(form, "[key]") if form else text
+    return text
+
+# %% ../../nbs/scale/endpoint.ipynb #51756381
+def _pause(attempt: int, after: float) -> float:
+    "Seconds until the next attempt: twice as long each time, never the same, and no less than was asked for."
+    return max(after, min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
+
+# %% ../../nbs/scale/endpoint.ipynb #99adf44b
+def _check_address(url):
+    "Raise `ValueError` for what is no address of a server."
+    try:
+        parts = httpx.URL(url)
+    except (TypeError, httpx.InvalidURL):
+        parts = httpx.URL("")
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise ValueError(f"url is {url!r:.60}: expected an address such as 'http://localhost:8000/v1'.")
+    if parts.userinfo or parts.query or parts.fragment:
+        raise ValueError("the url has a user, a query or a fragment: expected an address without.")
+
+# %% ../../nbs/scale/endpoint.ipynb #6224be17
+def _checked_key(key: str) -> str:
+    "A key without the white space around it. Raises `ValueError` for one that no header can hold."
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("the key has characters that a header cannot hold.")
+    return key
+
+# %% ../../nbs/scale/endpoint.ipynb #25f06a16
+def _kept(ledger: Ledger) -> dict:
+    "The replies in a cache, by their keys; of two for one key the first."
+    found = {}
+    for row in ledger.rows():
+        try:
+            found.setdefault(row["key"], Reply(**row["reply"]))
+        except TypeError:
+            raise ValueError(f"{ledger.path} holds a row that is no reply: {row!r:.80}") from None
+    return found
+
+# %% ../../nbs/scale/endpoint.ipynb #d08fa3c6
 class Endpoint:
     "A model behind an OpenAI-compatible server, as a player."
 
@@ -144,6 +209,7 @@ class Endpoint:
         key_from: str = "OPENAI_API_KEY",  # the environment variable that has the key, if none is given
         concurrency: int = 8,  # requests at the same time, at most
         timeout: float = 60.0,  # seconds between two signs of life
+        longest: float = 600.0,  # seconds for a whole reply
         retries: int = 6,  # attempts after the first, for what may pass
         budget_tokens: int | None = None,  # of prompts and answers, as the server counts them
         budget: float | None = None,  # money, in the unit of `prices`
@@ -154,32 +220,42 @@ class Endpoint:
         name: str | None = None,  # shown in matches and ratings; by default the model's
     ):
         "Raises `ValueError` for bad settings; nothing is asked yet."
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r:.60}: expected an address such as 'http://localhost:8000/v1'.")
+        _check_address(url)
         for what, value in dict(concurrency=concurrency, largest=largest).items():
             whole(what, value)
         whole("retries", retries, 0)
         number("timeout", timeout, above=0)
+        number("longest", longest, above=0)
         for what, value in dict(budget_tokens=budget_tokens, budget=budget).items():
             if value is not None:
                 number(what, value, 0)
+        if len(prices) != 2:
+            raise ValueError(f"prices are {prices!r}: expected two, of prompts and of answers.")
+        for price in prices:
+            number("prices", price, 0)
         if budget is not None and not any(prices):
             raise ValueError("a budget of money needs prices, of a million tokens of prompts and of answers.")
         self.url, self.model, self.name = url.rstrip("/"), model, name or model
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.concurrency, self.retries = concurrency, retries
+        self.timeout, self.longest = timeout, longest
         self.budget_tokens, self.budget, self.prices = budget_tokens, budget, prices
         self.logprobs, self.largest, self.key_from = logprobs, largest, key_from
         self.cache = None if cache is None else str(cache)
         self.used = Counter()  # requests, retries, cached answers, tokens
-        self._key = api_key
+        self._key = None if api_key is None else _checked_key(api_key)
+        self._own_key = api_key is not None
         self._start()
 
     def _start(self):
+        self._pid = os.getpid()
         self._lock, self._said, self._unable = threading.Lock(), set(), set()
         limits = httpx.Limits(max_connections=self.concurrency)
         self._client = httpx.Client(timeout=self.timeout, limits=limits)
-        self._ledger = Ledger(self.cache, ("key", "reply")) if self.cache else None
-        self._kept = {r["key"]: Reply(**r["reply"]) for r in self._ledger.rows()} if self.cache else {}
+        self._ledger, self._kept = None, {}
+        if self.cache:
+            Path(self.cache).parent.mkdir(parents=True, exist_ok=True)
+            self._ledger = Ledger(self.cache, ("key", "reply"))
+            self._kept = _kept(self._ledger)
 
     @property
     def spent(self) -> float:
@@ -210,7 +286,14 @@ class Endpoint:
         """
         prompts, _ = as_prompts(prompts)
         whole("n_samples", n_samples)
-        told = dict(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        whole("max_new_tokens", max_new_tokens)
+        number("temperature", temperature, 0)
+        number("top_p", top_p, high=1, above=0)
+        told = dict(max_tokens=int(max_new_tokens), temperature=float(temperature))
+        if top_p != 1:
+            told["top_p"] = float(top_p)
+        if os.getpid() != self._pid:
+            self._start()  # connections and locks belong to the process that forked this one
         requests = self._requests(prompts, n_samples, seed, told)
         began = time.perf_counter()
         replies = self._all(requests, progress)
@@ -218,33 +301,37 @@ class Endpoint:
         return Replies(rows, time.perf_counter() - began)
 
     def _requests(self, prompts, n_samples, seed, told) -> list[dict]:
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed or 0] * len(prompts)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one, or one for each.")
         asked, requests = Counter(), []
         for prompt, own in zip(prompts, seeds):
             messages = prompt if is_messages(prompt) else [{"role": "user", "content": prompt}]
+            own = int(own or 0)
             for _ in range(n_samples):
-                k = asked[own, repr(prompt)]
-                asked[own, repr(prompt)] += 1  # a prompt that occurs twice gets new answers
+                k = asked[own, repr(messages)]
+                asked[own, repr(messages)] += 1  # a prompt that occurs twice gets new answers
                 requests.append(dict(messages=messages, seed=seed_of("endpoint", own, k), **told))
         return requests
 
     def _all(self, requests: list[dict], progress) -> list[Reply]:
         "The replies in the order of the requests; the first error stops what has not begun."
         stopped = threading.Event()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._one, r, stopped) for r in requests]
-            try:
-                for f in as_completed(futures):
-                    reply = f.result()
-                    if progress:
-                        progress(1, reply.tokens)
-            except BaseException:
-                stopped.set()
-                for f in futures:
-                    f.cancel()
-                raise
+        pool = ThreadPoolExecutor(self.concurrency)
+        futures, wait = [], True
+        try:
+            for r in requests:
+                futures.append(pool.submit(self._one, r, stopped))
+            for f in as_completed(futures):
+                reply = f.result()
+                if progress:
+                    progress(1, reply.tokens)
+        except BaseException as e:
+            stopped.set()
+            wait = isinstance(e, Exception)  # whoever interrupts does not want to wait
+            raise
+        finally:
+            pool.shutdown(wait=wait, cancel_futures=True)
         return [f.result() for f in futures]
 
     def _one(self, request: dict, stopped: threading.Event) -> Reply:
@@ -255,10 +342,12 @@ class Endpoint:
                 self.used["cached"] += 1
                 return self._kept[key]
         reply = self._asked(request, stopped)
-        with self._lock:
-            self._kept[key] = reply
-            if self._ledger is not None:
-                self._ledger.append([dict(key=key, reply=asdict(reply))])
+        if self._ledger is not None:
+            with self._lock:
+                if key not in self._kept:
+                    self._kept[key] = reply
+                    self._ledger.append([dict(key=key, reply=asdict(reply))])
+                reply = self._kept[key]
         return reply
 
     def _key_of(self, request: dict) -> str:
@@ -270,47 +359,63 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             self._check_budget()
             try:
-                return self._attempt(request)
+                return self._attempt(request, stopped)
             except _Again as e:
                 why, after = str(e), e.after
             with self._lock:
-                self.used["retries"] += 1
+                self.used["retries"] += attempt < self.retries
             if attempt < self.retries and stopped.wait(_pause(attempt, after)):
                 raise EndpointError("stopped, since another request failed.")
-        raise EndpointError(self._clean(f"{self.url} failed {self.retries + 1} times: {why}"))
+        raise EndpointError(f"{self.url} failed {self.retries + 1} times: {why}")
 
-    def _attempt(self, request: dict) -> Reply:
-        data = {"model": self.model, **{k: v for k, v in request.items() if k not in self._unable}}
+    def _attempt(self, request: dict, stopped: threading.Event) -> Reply:
+        fields = {k: v for k, v in request.items() if k not in self._unable}
         if self.logprobs and "logprobs" not in self._unable:
-            data["logprobs"] = True
-        with self._lock:
-            self.used["requests"] += 1
+            fields["logprobs"] = True
         try:
-            body = _post(self._client, f"{self.url}/chat/completions", data, self._headers(), self.largest)
-            reply = read_reply(body)
+            data = self._send(fields, stopped)
+            reply = read_reply(data)
+        except _Refused as e:
+            lacking = next((k for k in ("seed", "logprobs") if k in fields and e.lacks(k)), None)
+            if not lacking:
+                raise
+            self._cannot(lacking)
+            return self._attempt(request, stopped)
         except ValueError as e:
             raise _Again(str(e)) from None
-        except EndpointError as e:
-            lacking = next((k for k in ("seed", "logprobs", "top_p") if k in data and k in str(e)), None)
-            if lacking:
-                self._cannot(lacking)
-                return self._attempt(request)
-            raise EndpointError(self._clean(f"{self.url}: {e}")) from None
         if self.logprobs and reply.logprobs is None:
-            self._cannot("logprobs")
-        with self._lock:
-            self.used["tokens"] += reply.tokens
-            self.used["prompt tokens"] += reply.prompt_tokens
+            self._cannot("logprobs", again=True)
         return reply
 
-    def _cannot(self, what: str):
-        "Say once what the server cannot do, and ask for it no more."
+    def _send(self, fields: dict, stopped: threading.Event):
+        "What a server answers, as data; the tokens that it used are counted. Raises `ValueError` for none."
+        end = time.monotonic() + self.longest
+        goes_on = lambda: not stopped.is_set() and time.monotonic() < end
+        sent = json.dumps({"model": self.model, **fields}, allow_nan=False).encode()
         with self._lock:
-            self._unable.add(what)
+            self.used["requests"] += 1
+        url = f"{self.url}/chat/completions"
+        body = _post(self._client, url, sent, self._headers(), self.largest, goes_on, self._clean)
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            said = self._clean(body[:5000].decode(errors="replace"))[:80]
+            raise ValueError(f"the reply is no JSON: {said}") from None
+        tokens, prompt_tokens = _used(data)
+        with self._lock:
+            self.used["tokens"] += tokens
+            self.used["prompt tokens"] += prompt_tokens
+        return data
+
+    def _cannot(self, what: str, again: bool = False):
+        "Say once what the server cannot do, and ask for it no more, or `again` all the same."
+        with self._lock:
             known = what in self._said
             self._said.add(what)
+            if not again:
+                self._unable.add(what)
         if not known:
-            lost = {"seed": "answers cannot be repeated but from the cache"}.get(what, "it is left out")
+            lost = "answers cannot be repeated but from the cache" if what == "seed" else "there are none"
             warnings.warn(f"the server of {self.name} does not take {what!r}: {lost}.", stacklevel=2)
 
     def _check_budget(self):
@@ -320,14 +425,19 @@ class Endpoint:
         if self.budget is not None and self.spent >= self.budget:
             raise OutOfBudget(f"{self.name} has spent {self.spent:.4g} of {self.budget:g}.")
 
+    def _secret(self) -> str | None:
+        if self._own_key and self._key is None:
+            raise EndpointError(f"this copy of {self.name} has no key, since keys are not copied.")
+        return self._key if self._own_key else _checked_key(os.environ.get(self.key_from, "")) or None
+
     def _headers(self) -> dict:
-        key = self._key or os.environ.get(self.key_from)
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        key = self._secret()
+        sent = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return sent | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def _clean(self, text: str) -> str:
         "A text without the key."
-        key = self._key or os.environ.get(self.key_from)
-        return text.replace(key, "[key]") if key else text
+        return _hidden(text, self._secret())
 
     def close(self):
         "End the connections."
@@ -335,7 +445,7 @@ class Endpoint:
 
     def __getstate__(self):
         "Neither the key nor open connections; the other end takes the key from its environment."
-        left_out = "_key", "_client", "_lock", "_ledger", "_kept", "_said", "_unable"
+        left_out = "_key", "_client", "_lock", "_ledger", "_kept", "_said", "_unable", "_pid"
         return {k: v for k, v in vars(self).items() if k not in left_out}
 
     def __setstate__(self, state):
