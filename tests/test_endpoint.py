@@ -343,7 +343,7 @@ def test_a_copy_does_not_send_somebody_elses_key(serve, monkeypatch):
 
 @pytest.mark.parametrize(
     "status, said",
-    [(400, "your prompt 'how to seed a lawn' is rude"), (404, "no model seed-oss"), (400, "seed-oss: unknown")],
+    [(400, "your prompt 'how to seed a lawn' is rude"), (404, "no seed-oss"), (400, "unknown seed-oss")],
 )
 def test_a_word_in_an_error_does_not_switch_seeds_off(serve, status, said):
     server = serve(once(dict(status=status, body=said.encode())))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reply', 'Replies', 'EndpointError', 'OutOfBudget', 'read_reply', 'Endpoint']
 
-# %% ../../nbs/scale/endpoint.ipynb #f0aa1bce
+# %% ../../nbs/scale/endpoint.ipynb #b88c7799
 import hashlib
 import json
 import math
@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../../nbs/scale/endpoint.ipynb #21b9e96d
+# %% ../../nbs/scale/endpoint.ipynb #b7e73fc2
 import httpx
 
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
 from ..core.players import as_prompts, is_messages, seed_of
 
-# %% ../../nbs/scale/endpoint.ipynb #09e62b4e
+# %% ../../nbs/scale/endpoint.ipynb #093be5f3
 @dataclass
 class Reply:
     "An answer of a server."
@@ -38,7 +38,7 @@ class Reply:
     prompt_tokens: int = 0
     logprobs: list | None = None  # of the answer's tokens, in nats, if they were asked for and given
 
-# %% ../../nbs/scale/endpoint.ipynb #ec184a39
+# %% ../../nbs/scale/endpoint.ipynb #198dd477
 class Replies(list):
     "For each prompt a list of `Reply`s, and the time that they took."
 
@@ -50,7 +50,7 @@ class Replies(list):
     def n_tokens(self) -> int:
         return sum(r.tokens for row in self for r in row)
 
-# %% ../../nbs/scale/endpoint.ipynb #99fc85c5
+# %% ../../nbs/scale/endpoint.ipynb #c2c64a90
 class EndpointError(RuntimeError):
     "A server that cannot be used as it is asked to be."
 
@@ -58,7 +58,7 @@ class EndpointError(RuntimeError):
 class OutOfBudget(EndpointError):
     "The tokens or the money that a player may spend are spent."
 
-# %% ../../nbs/scale/endpoint.ipynb #bf805ead
+# %% ../../nbs/scale/endpoint.ipynb #466fd96f
 def read_reply(data) -> Reply:  # what a body of `/chat/completions` holds
     "Its answer. Raises `ValueError` for anything else."
     try:
@@ -71,14 +71,14 @@ def read_reply(data) -> Reply:  # what a body of `/chat/completions` holds
         raise ValueError(f"the answer is {type(text).__name__}, and no text")
     return Reply(text or "", cut, *_used(data), _logprobs(choice.get("logprobs")))
 
-# %% ../../nbs/scale/endpoint.ipynb #c7ec4b21
+# %% ../../nbs/scale/endpoint.ipynb #04e752a9
 def _used(data) -> tuple[int, int]:
     "Tokens of the answer and of the prompt, as the server counts them; 0 where it does not say."
     usage = data.get("usage") if isinstance(data, dict) else None
     counts = [usage.get(f"{k}_tokens") if isinstance(usage, dict) else 0 for k in ("completion", "prompt")]
     return tuple(n if type(n) is int and n >= 0 else 0 for n in counts)
 
-# %% ../../nbs/scale/endpoint.ipynb #47bfe33b
+# %% ../../nbs/scale/endpoint.ipynb #df8ce496
 def _logprobs(given) -> list | None:
     "Of the answer's tokens; None if they are missing, or not all of them are numbers."
     try:
@@ -87,7 +87,7 @@ def _logprobs(given) -> list | None:
         return None
     return values if all(map(math.isfinite, values)) else None
 
-# %% ../../nbs/scale/endpoint.ipynb #9eb8fdd3
+# %% ../../nbs/scale/endpoint.ipynb #1bd3e21c
 class _Again(Exception):
     "A failed attempt; `after` is the number of seconds that the server asks to wait for."
 
@@ -95,7 +95,7 @@ class _Again(Exception):
         super().__init__(why)
         self.after = after
 
-# %% ../../nbs/scale/endpoint.ipynb #b14a6dc0
+# %% ../../nbs/scale/endpoint.ipynb #9a3380f3
 class _Refused(EndpointError):
     "The server says that the request itself is wrong."
 
@@ -106,12 +106,12 @@ class _Refused(EndpointError):
 
     def lacks(self, name: str) -> bool:
         "Does it say that it does not know this field?"
-        words = r"unknown|unrecogni[sz]ed|unexpected|unsupported|not (be )?(supported|permitted|allowed)|extra"
+        words = r"unknown|unrecogni[sz]ed|unexpected|unsupported|not (supported|permitted|allowed)|extra"
         said = str(self)
         named = re.search(rf"(?<![\w-]){name}(?![\w-])", said)
         return self.status in (400, 422) and bool(named and re.search(words, said, re.I))
 
-# %% ../../nbs/scale/endpoint.ipynb #4fa018fb
+# %% ../../nbs/scale/endpoint.ipynb #dbc7b748
 def _body(response: httpx.Response, largest: int, goes_on) -> bytes:
     "All of a response, if it is not larger than `largest` bytes and ends while `goes_on()`."
     if response.headers.get("content-encoding", "identity") != "identity":
@@ -126,7 +126,7 @@ def _body(response: httpx.Response, largest: int, goes_on) -> bytes:
             raise _Again(f"a reply that did not end; {size} bytes came")
     return b"".join(parts)
 
-# %% ../../nbs/scale/endpoint.ipynb #1dde6427
+# %% ../../nbs/scale/endpoint.ipynb #ace8b099
 def _post(client: httpx.Client, url: str, data: bytes, headers: dict, largest: int, goes_on, clean) -> bytes:
     "The body of a good response. Raises `_Again` for what may pass, and `EndpointError` for what will not."
     try:
@@ -142,7 +142,7 @@ def _post(client: httpx.Client, url: str, data: bytes, headers: dict, largest: i
         raise _Refused(status, said)
     return body
 
-# %% ../../nbs/scale/endpoint.ipynb #16a6eeaa
+# %% ../../nbs/scale/endpoint.ipynb #71438661
 def _seconds(text: str) -> float:
     "What `Retry-After` says, if it says it in seconds, and at most five minutes."
     try:
@@ -151,7 +151,7 @@ def _seconds(text: str) -> float:
         return 0.0
     return min(seconds, 300.0) if seconds > 0 else 0.0
 
-# %% ../../nbs/scale/endpoint.ipynb #3c98d9eb
+# %% ../../nbs/scale/endpoint.ipynb #b36b2f33
 def _hidden(text: str, key: str | None) -> str:
     "A text without the key, also where JSON has escaped it."
     written = json.dumps(key or "")[1:-1]
@@ -159,12 +159,12 @@ def _hidden(text: str, key: str | None) -> str:
         text = text.replace(form, "[key]") if form else text
     return text
 
-# %% ../../nbs/scale/endpoint.ipynb #51756381
+# %% ../../nbs/scale/endpoint.ipynb #887d6e9e
 def _pause(attempt: int, after: float) -> float:
-    "Seconds until the next attempt: twice as long each time, never the same, and no less than was asked for."
+    "Seconds until the next attempt: twice as long each time, never the same, no less than was asked for."
     return max(after, min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
 
-# %% ../../nbs/scale/endpoint.ipynb #99adf44b
+# %% ../../nbs/scale/endpoint.ipynb #fe179f9a
 def _check_address(url):
     "Raise `ValueError` for what is no address of a server."
     try:
@@ -176,7 +176,7 @@ def _check_address(url):
     if parts.userinfo or parts.query or parts.fragment:
         raise ValueError("the url has a user, a query or a fragment: expected an address without.")
 
-# %% ../../nbs/scale/endpoint.ipynb #6224be17
+# %% ../../nbs/scale/endpoint.ipynb #4d911edd
 def _checked_key(key: str) -> str:
     "A key without the white space around it. Raises `ValueError` for one that no header can hold."
     key = key.strip()
@@ -184,7 +184,7 @@ def _checked_key(key: str) -> str:
         raise ValueError("the key has characters that a header cannot hold.")
     return key
 
-# %% ../../nbs/scale/endpoint.ipynb #25f06a16
+# %% ../../nbs/scale/endpoint.ipynb #83fd8cfe
 def _kept(ledger: Ledger) -> dict:
     "The replies in a cache, by their keys; of two for one key the first."
     found = {}
@@ -195,7 +195,7 @@ def _kept(ledger: Ledger) -> dict:
             raise ValueError(f"{ledger.path} holds a row that is no reply: {row!r:.80}") from None
     return found
 
-# %% ../../nbs/scale/endpoint.ipynb #d08fa3c6
+# %% ../../nbs/scale/endpoint.ipynb #d0e0e4ec
 class Endpoint:
     "A model behind an OpenAI-compatible server, as a player."
 
