@@ -891,7 +891,8 @@ def test_the_stages_on_the_real_model(tmp_path):
     ]
     rm = o.run_reward_model_training(pref, num_train_epochs=3)
     made = o.run_self_play(n_games=64, refinement_iterations=1)
-    stage = o.run_policy_optimization("dpo", o.combine(pref, made, ratio=1))
+    # three steps, so that they are long
+    stage = o.run_policy_optimization("dpo", o.combine(pref, made, ratio=1), learning_rate=3e-4)
     assert (
         rm.metrics["accuracy"]["value"] > 0.5
         and stage.after["value"] >= o.stages[0].after["value"]
