@@ -20,6 +20,7 @@ from selfplay_nb.core import answers, checks, pairs, players, templates
 from selfplay_nb.games import debate
 from selfplay_nb.games import play as games
 from selfplay_nb.methods import constitutional, game_training, refinement, skill
+from selfplay_nb.scale import endpoint
 from selfplay_nb.scoring import judge, reward
 from selfplay_nb.stats import diversity
 from selfplay_nb.tasks import code as code_tasks
@@ -183,6 +184,7 @@ def jsonl(t):
 
 READERS = {
     "answers.answer_in": answers.answer_in,
+    "endpoint.read_reply": lambda t: endpoint.read_reply({"choices": [{"message": {"content": t}}]}),
     "answers.read_number": answers.read_number,
     "answers.last_number": answers.last_number,
     "answers.gold_numbers": lenient(lambda t: answers.gold_numbers([t])),
@@ -375,6 +377,7 @@ NO_READERS = {
         constitutional.ConstitutionalRewardWrapper.evaluate_principle refinement.Trace.criticise
         reasoning.Syllogisms.verifier game_viewer.PlaySeat.choose refinement_stepper.RefinementStepper.show
         constitution_card.ConstitutionCard.show widgets.RatingWidget.show game_viewer.PlaySeat.show
+        steps.run_frames
         reward.WeightedReward.parts players.content_of widgets.framed
         """
     ),
@@ -389,6 +392,7 @@ NO_READERS = {
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
         """
+        endpoint.Endpoint.generate endpoint.Endpoint.sample
         competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
         constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs
         policy.sample policy.generate base.spell base.whole_characters sampling.requests
