@@ -44,16 +44,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.headers_seen.append(dict(self.headers))
             server.now += 1
             server.most = max(server.most, server.now)
+        does = server.plan(n, asked)
+        time.sleep(does.get("wait", 0))
+        with server.lock:
+            server.now -= 1  # before the answer, on which the next request may follow at once
         try:
-            self.answer(server.plan(n, asked))
+            self.answer(does)
         except (BrokenPipeError, ConnectionResetError):
             pass
-        finally:
-            with server.lock:
-                server.now -= 1
 
     def answer(self, does):
-        time.sleep(does.get("wait", 0))
         if does.get("hang_up"):
             self.close_connection = True
             self.connection.close()
