@@ -65,7 +65,8 @@ class Game(Protocol):
     name: str
     seats: int  # players
 
-    def start(self, seed: int) -> "Position": ...  # decides whatever is left to chance
+    def start(self, seed: int) -> "Position":
+        "A new game; the seed decides whatever is left to chance."
 
 # %% ../../nbs/core/protocols.ipynb #46402bb7
 class Position(Protocol):

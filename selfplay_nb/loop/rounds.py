@@ -84,15 +84,20 @@ class Run(Protocol):
     fresh_reference: bool  # is the student still what the reference is?
     update_settings: dict  # what every update is called with: `optimizer`, `progress`, `seed`, ...
 
-    def seed(self, what: str) -> int: ...  # a seed for something in this round
+    def seed(self, what: str) -> int:
+        "A seed for something in this round."
 
-    def stage(self, name: str): ...  # tell whoever watches what is going on
+    def stage(self, name: str):
+        "Tell whoever watches what is going on."
 
-    def progress(self, answers: int, tokens: int): ...  # and how far it is
+    def progress(self, answers: int, tokens: int):
+        "And how far it is."
 
-    def warn(self, kind: str, text: str): ...  # once for each kind
+    def warn(self, kind: str, text: str):
+        "Warn, once for each kind."
 
-    def asks(self, problem) -> bool: ...  # does it ask a held-out question?
+    def asks(self, problem) -> bool:
+        "Does it ask a held-out question?"
 
 # %% ../../nbs/loop/rounds.ipynb #19deb3c0
 class Collector(Protocol):
