@@ -32,7 +32,7 @@ def planted(session: str, number: int, words: str, source: str):
     PLANTED.append(pytest.param(session, number, words, source, id=f"{session}-{number}-{words[:24]}"))
 
 
-planted("01", 1, "every|Each meets each|2 of 3", """
+planted("01", 1, "every|Each meets each|2/3", """
 def win_share(mine, theirs):
     return sum((a > b) + 0.5 * (a == b) for a, b in zip(mine, theirs)) / len(mine)
 """)
@@ -88,6 +88,13 @@ def coin_reward(seed):
     rng = random.Random(seed)
     return lambda prompts, completions, **columns: [rng.random() for _ in completions]
 """)
+planted("01", 3, "depend on the place alone", """
+def coin_reward(seed):
+    def reward(prompts, completions, **columns):
+        rng = random.Random(seed)
+        return [rng.random() for _ in completions]
+    return reward
+""")
 planted("01", 3, "can be learned", """
 def coin_reward(seed):
     def of(text):
@@ -101,7 +108,7 @@ def coin_reward(seed):
         return [0.5 * rng.random() + 0.49 * (c == str(a)) for c, a in zip(completions, answer)]
     return reward
 """)
-planted("04", 1, "not percent", """
+planted("04", 1, "is it percent", """
 def interval(wins, n, z=1.96):
     return tuple(100 * x for x in wilson(wins, n))
 """)
@@ -111,7 +118,7 @@ def interval(wins, n, z=1.96):
     half = z * math.sqrt(p * (1 - p) / n)
     return p - half, p + half
 """)
-planted("04", 1, "divide middle and half", """
+planted("04", 1, "divide both by 1", """
 def interval(wins, n, z=1.96):
     p = wins / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -125,6 +132,11 @@ planted("04", 2, "Double it", """
 def paired_p(before, after):
     g, l = sum(a > b for b, a in zip(before, after)), sum(a < b for b, a in zip(before, after))
     return sum(comb(g + l, k) for k in range(min(g, l) + 1)) / 2 ** (g + l)
+""")
+planted("04", 2, "The case k = min", """
+def paired_p(before, after):
+    g, l = sum(a > b for b, a in zip(before, after)), sum(a < b for b, a in zip(before, after))
+    return min(1, 2 * sum(comb(g + l, k) for k in range(min(g, l))) / 2 ** (g + l))
 """)
 planted("04", 2, "above 1", """
 def paired_p(before, after):
@@ -158,10 +170,21 @@ LOOK = """if total >= high or total <= low:
             return 'accept' if total >= high else 'reject', n"""
 AT_END = "('accept' if total >= high else 'reject' if total <= low else 'undecided'), len(scores)"
 planted("04", 3, "only at the end", GATE.format(bounds=BOUNDS, step=STEP, look="pass", end=AT_END))
-planted("04", 3, "compute the bounds from it",
+planted("04", 3, "see the bound for accepting",
         GATE.format(bounds="2.9444, -2.9444", step=STEP, look=LOOK, end=END))
-planted("04", 3, "draws leave it open",
+planted("04", 3, "each is half a win",
         GATE.format(bounds=BOUNDS, step="won if s == 1 else lost", look=LOOK, end=END))
+planted("04", 3, "returned inside the loop", """
+def gate(scores, p0=0.5, p1=0.6, alpha=0.05, beta=0.05):
+    total = 0.0
+    for n, s in enumerate(scores, 1):
+        total += s * math.log(p1 / p0) + (1 - s) * math.log((1 - p1) / (1 - p0))
+        if total >= math.log((1 - beta) / alpha):
+            return "accept", n
+        if total <= math.log(beta / (1 - alpha)):
+            return "reject", n
+        return "undecided", n
+""")
 planted("04", 3, "expected 'accept'",
         GATE.format(bounds=BOUNDS, step="(1 - s) * won + s * lost", look=LOOK, end=END))
 CYCLES = """
@@ -217,7 +240,7 @@ def nash(payoff, steps=5000):
 """
 AVERAGE, SHARES = "payoff @ (counts / counts.sum())", "counts / counts.sum()"
 planted("09", 3, "average of all picks", NASH.format(score=AVERAGE, end="np.eye(len(payoff))[pick]"))
-planted("09", 3, "A third each is beaten", NASH.format(score="payoff[:, pick]", end=SHARES))
+planted("09", 3, "beats a third each", NASH.format(score="payoff[:, pick]", end=SHARES))
 planted("09", 3, "Do rows score", NASH.format(score="(counts / counts.sum()) @ payoff", end=SHARES))
 planted("09", 3, "Shares sum to 1", NASH.format(score=AVERAGE, end="counts"))
 GRADIENT = """

@@ -180,8 +180,8 @@ def off(row: dict) -> dict:
 
 def test_the_stored_measurements():
     rows = d.checked_rows(ROOT / "nbs" / "studies" / "doctor.jsonl")
-    known = [(name, vars(shape), settings) for name, shape, settings in d.CHECKED]
-    assert rows and all((r["name"], r["shape"], r["settings"]) in known for r in rows)
+    known = sorted((name, repr(settings), repr(vars(shape))) for name, shape, settings in d.CHECKED)
+    assert sorted((r["name"], repr(r["settings"]), repr(r["shape"])) for r in rows) == known
     assert all(set(r["measured"]) == {"loaded", "update", "sampling"} for r in rows)
     assert max(abs(x) for r in rows for x in off(r).values()) < 0.1, [off(r) for r in rows]
 
@@ -196,10 +196,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(
-            dict(rank=8, league=0, batch=32, context=256),
-            marks=pytest.mark.xfail(strict=True, reason="an update is predicted 16 % too low"),
-        ),
+        dict(rank=8, league=0, batch=32, context=256),
         dict(rank=64, league=4, batch=32, context=128),
     ],
 )

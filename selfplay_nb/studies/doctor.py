@@ -690,7 +690,7 @@ def while_updating(shape: Shape, s: Settings) -> list[Part]:
     return [
         Part("optimizer state", 4 * adapter_bytes(shape, s), "update", "gradient, two moments, a copy"),
         Part("activations", tokens * token, "update", f"{tokens} tokens at once"),
-        Part("logits", answers * shape.vocab * b, "update", f"{answers} tokens of answers"),
+        Part("logits", 2 * answers * shape.vocab * b, "update", f"{answers} tokens, and gradients"),
         Part("unpacked weights", b * _largest(shape), "update", "one layer at a time"),
     ]
 
