@@ -712,16 +712,41 @@ def test_make_course(tmp_path):
         page = (tmp_path / "slides" / f"{name}.html").read_text()
         assert page.count("<section") >= 8 and "reveal" in page
         assert "BEGIN SOLUTION" not in page and "assert got" not in page
+        assert "colab" not in page.split("<body")[1].lower()  # a badge opens the solutions
         for folder in "students", "solutions":
             text = (tmp_path / folder / f"{name}.ipynb").read_text()
             assert not re.search(r"\]\((?!https?://|#)", text), re.findall(r"\]\((?!https?://|#)[^)]*", text)
-    with zipfile.ZipFile(tmp_path / "course.zip") as z:
+    with zipfile.ZipFile(tmp_path / "students.zip") as z:
         assert z.testzip() is None
         packed = z.namelist()
-        assert not any("solutions" in n or b"BEGIN SOLUTION" in z.read(n) for n in packed)
+        assert not any(b"BEGIN SOLUTION" in z.read(n) for n in packed)
+        assert all(n.startswith("course/students/") for n in packed)  # slides have answers and outputs
         assert {f"course/students/{name}.ipynb" for name in NAMES} <= set(packed)
+    with zipfile.ZipFile(tmp_path / "instructors.zip") as z:
+        assert {n.split("/")[1] for n in z.namelist()} == {"slides", "solutions"}
     again = course.make(tmp_path)
     assert again == made
+
+
+@each_session
+def test_slides_are_staged(file):
+    "Each section begins a slide; a picture has a slide to itself, without its code; titles without imports."
+    shown = course.staged(read(file))
+    kinds = [c.metadata["slideshow"].get("slide_type") for c in shown.cells]
+    for cell, kind in zip(shown.cells, kinds):
+        if cell.cell_type == "markdown" and re.search("^## ", cell.source, re.M):
+            assert cell.source.startswith("## ") and kind == "slide", cell.source
+    question = next(i for i, c in enumerate(shown.cells) if c.source.startswith("## The question"))
+    title = zip(shown.cells[:question], kinds)
+    assert not [c.source for c, k in title if c.cell_type == "code" and k != "skip"]
+    pictures = [i for i, c in enumerate(shown.cells) if course.has_picture(c)]
+    assert pictures
+    for i in pictures:
+        assert kinds[i] == "subslide" and shown.cells[i].metadata["transient"] == {"remove_source": True}
+        behind = [k for k in kinds[i + 1 :] if k != "skip"]
+        assert not behind or behind[0] in ("slide", "subslide")
+    text = re.sub("<[^>]*>", "", course.slides(read(file)))  # code is in spans
+    assert not any(shown.cells[i].source.splitlines()[-1].split("(")[0] + "(" in text for i in pictures)
 
 
 def test_stub_keeps_what_stands_around_it():
