@@ -81,7 +81,7 @@ def run(base, folder, at=0):
         random.seed(1)
         config = SelfPlayConfig(
             str(folder),
-            n_rounds=3,
+            n_rounds=2,
             prompts_per_round=4,
             n_samples=4,
             max_new_tokens=12,

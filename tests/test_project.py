@@ -207,15 +207,16 @@ def run_notebook(notebook, log):
     sys.exit(not right)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT).with_suffix("").as_posix())
+PAGES = [p for p in NOTEBOOKS if p.parent.name != "course"]  # test_course.py runs the course
+
+
+@pytest.mark.parametrize("notebook", PAGES, ids=lambda p: p.relative_to(ROOT).with_suffix("").as_posix())
 def test_notebook_runs(notebook, tmp_path):
     """In a process of its own, forked from one that has imported the libraries, which takes longer than many
     a page.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["nbdev.test", "matplotlib.pyplot", "selfplay_nb.loop.pipeline", "selfplay_nb.studies.costs"]
-    )
+    context.set_forkserver_preload(["tests.warm"])
     (log := tmp_path / "log").touch()
     process = context.Process(target=run_notebook, args=(notebook, log))
     process.start()
