@@ -125,10 +125,10 @@ def staged(notebook):
 
 STYLE = """<style>
 .reveal div.highlight pre { font-size: 80%; }
-.reveal div.jp-OutputArea-output > pre { font-size: calc(var(--jp-code-font-size) * 0.8); width: 100%; }
-.reveal .celltag_wide div.jp-OutputArea-output > pre {
-  font-size: calc(var(--jp-code-font-size) * 0.55); white-space: pre; overflow: visible;
+.reveal div.jp-OutputArea-output > pre {
+  font-size: calc(var(--jp-code-font-size) * 0.8); width: auto; word-break: normal;
 }
+.reveal .celltag_wide div.jp-OutputArea-output > pre { font-size: calc(var(--jp-code-font-size) * 0.55); }
 .reveal .jp-OutputArea-output img { max-height: 75vh; }
 .reveal .MJX_Assistive_MathML { display: none; }
 </style>
