@@ -10,7 +10,7 @@
 # make costs      the measurements behind the chapter on costs
 # make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
 # make site       the book as a web site, from stored outputs, into build/site
-# make course     student and solution notebooks, slides and a zip of the course, into runs/course
+# make course     student and solution notebooks, slides and two zips (students, instructors), into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor

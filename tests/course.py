@@ -1,7 +1,7 @@
 """The course, from its solution notebooks in nbs/course/ (`make course`).
 
-Into runs/course/: `students/` (stubs in place of solutions, no outputs), `solutions/`, `slides/` (reveal.js)
-and `course.zip` with what students get.
+Into runs/course/: `students/` (stubs in place of solutions, no outputs), `solutions/`, `slides/` (reveal.js),
+`students.zip` with what students get, and `instructors.zip` with the rest.
 """
 
 import copy
@@ -17,6 +17,7 @@ from nbconvert import SlidesExporter
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "nbs" / "course"
 SITE = "https://github.com/selfplay-nb/selfplay_nb/blob/main/nbs/"
+LINE = 88  # characters of a line of code, which fit on a slide
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"  # nbgrader's marks
 
 
@@ -59,6 +60,14 @@ def stub(source: str, number: int) -> str:
     return "\n".join(lines)
 
 
+def without_badge(notebook):
+    "Take the badge out of a notebook, since it opens the solutions."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\[!\[Open in Colab\].*\n*", "", cell.source)
+    return notebook
+
+
 def alone(notebook):
     "The notebook as it can be read outside of the repository: links to pages lead to the site."
     made = copy.deepcopy(notebook)
@@ -71,29 +80,67 @@ def alone(notebook):
 
 def student(notebook):
     "The student notebook: stubs, no outputs, no badge (it would open the solutions)."
-    made = alone(notebook)
+    made = without_badge(alone(notebook))
     for number, (solution, _) in exercises(made).items():
         solution.source = stub(solution.source, number)
     for cell in made.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-        else:
-            cell.source = re.sub(r"\[!\[Open in Colab\].*\n*", "", cell.source)
     return made
+
+
+def has_picture(cell) -> bool:
+    return any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+
+
+def width(cell) -> int:
+    "Characters of the longest line that a cell printed."
+    said = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.get("outputs", [])]
+    return max((len(line) for text in said for line in text.splitlines()), default=0)
+
+
+def staged(notebook):
+    """The notebook as slides show it: no badge, no imports below the title, one picture a slide without the
+    code that draws it, and a tag on cells whose output is wide.
+    """
+    shown = without_badge(alone(notebook))
+    sections, picture = 0, False
+    for cell in shown.cells:
+        place = cell.metadata.setdefault("slideshow", {})
+        sections += place.get("slide_type") == "slide"
+        if cell.cell_type != "code" or place.get("slide_type") == "skip":
+            picture = False
+        elif cell.source.startswith(("#| hide", "#| notest")) or sections < 2:
+            place["slide_type"] = "skip"
+        else:
+            if picture or has_picture(cell):
+                place.setdefault("slide_type", "subslide")
+            picture = has_picture(cell)
+            if picture:
+                cell.metadata["transient"] = {"remove_source": True}
+            if width(cell) > LINE:
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "wide"]
+    return shown
+
+
+STYLE = """<style>
+.reveal div.highlight pre { font-size: 80%; }
+.reveal div.jp-OutputArea-output > pre {
+  font-size: calc(var(--jp-code-font-size) * 0.8); width: auto; word-break: normal;
+}
+.reveal .celltag_wide div.jp-OutputArea-output > pre { font-size: calc(var(--jp-code-font-size) * 0.55); }
+.reveal .jp-OutputArea-output img { max-height: 75vh; }
+.reveal .MJX_Assistive_MathML { display: none; }
+</style>
+"""
 
 
 def slides(notebook) -> str:
     "Slides as HTML, by the cells' `slideshow` tags; a browser fetches reveal.js itself from its CDN."
-    shown = alone(notebook)
-    hidden = ("#| hide", "#| notest")
-    for cell in shown.cells:
-        if cell.cell_type == "code" and cell.source.startswith(hidden):
-            cell.metadata["slideshow"] = {"slide_type": "skip"}
     exporter = SlidesExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.reveal_scroll = True
-    page = exporter.from_notebook_node(shown)[0]
-    style = "<style>.reveal div.highlight pre { font-size: 80%; }</style>"  # 88 characters fit
-    return page.replace("</head>", f"{style}\n</head>", 1)
+    page = exporter.from_notebook_node(staged(notebook))[0]
+    return page.replace("</head>", f"{STYLE}</head>", 1)
 
 
 def data(notebook) -> list[Path]:
@@ -115,11 +162,13 @@ def make(out: Path) -> list[Path]:
             made += [Path(shutil.copy(stored, out / name)) for stored in data(notebook)]
         made.append(out / "slides" / f"{file.stem}.html")
         made[-1].write_text(slides(notebook), encoding="utf-8")
-    with zipfile.ZipFile(out / "course.zip", "w", zipfile.ZIP_DEFLATED) as z:
-        for f in made:
-            if f.parent.name != "solutions":
-                z.write(f, f"course/{f.parent.name}/{f.name}")
-    return [*made, out / "course.zip"]
+    packed = {"students": ["students"], "instructors": ["slides", "solutions"]}
+    for name, folders in packed.items():
+        with zipfile.ZipFile(out / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            for f in made:
+                if f.parent.name in folders:
+                    z.write(f, f"course/{f.parent.name}/{f.name}")
+    return [*made, *(out / f"{name}.zip" for name in packed)]
 
 
 if __name__ == "__main__":

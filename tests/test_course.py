@@ -254,7 +254,13 @@ planted("08", 1, "is the sign turned", GRADIENT.format(what="(A * (p - made)).me
 planted("08", 1, "Subtract pi", GRADIENT.format(what="(A * made).mean(0)"))
 planted("08", 1, "not the sum", GRADIENT.format(what="(A * (made - p)).sum(0)"))
 planted("08", 1, "No advantage", GRADIENT.format(what="(made - p).mean(0)"))
-planted("08", 1, "one number for each move", GRADIENT.format(what="A * (made - p)"))
+planted("08", 1, "One number for each move", GRADIENT.format(what="A * (made - p)"))
+planted("08", 1, "of \\*log\\* pi", GRADIENT.format(what="(A * p[moves][:, None] * (made - p)).mean(0)"))
+planted("08", 1, "its \\*own\\* A", GRADIENT.format(what="A.mean() * (made - p).mean(0)"))
+planted("08", 1, "do not centre it again", GRADIENT.format(what="((A - A.mean()) * (made - p)).mean(0)"))
+SOFTMAX = "pi is a softmax of x, and it sums to 1"
+planted("08", 1, SOFTMAX, GRADIENT.format(what="(A * (made - x)).mean(0)"))
+planted("08", 1, SOFTMAX, GRADIENT.format(what="(A * (made - np.exp(x))).mean(0)"))
 SEATS = """
 def seat_advantages(seats, outcomes):
     expected = {{s: {mean} for s in set(seats)}}
@@ -265,6 +271,34 @@ planted("08", 2, "One mean for both seats", SEATS.format(mean="mean(outcomes)", 
 planted("08", 2, "not the reverse", SEATS.format(mean=OWN, what="expected[s] - o"))
 planted("08", 2, "subtract what to expect", SEATS.format(mean=OWN, what="o"))
 planted("08", 2, "sum to 0", SEATS.format(mean=OWN, what="o - expected[1 - s]"))
+planted("08", 2, "Read `seats`", """
+def seat_advantages(seats, outcomes):
+    even, odd = mean(outcomes[::2]), mean(outcomes[1::2])
+    return [o - (odd if i % 2 else even) for i, o in enumerate(outcomes)]
+""")
+planted("08", 2, "Seat 1 has a mean of its own", """
+def seat_advantages(seats, outcomes):
+    first = mean(o for s, o in zip(seats, outcomes) if s == 0)
+    return [o - (1 - first if s else first) for s, o in zip(seats, outcomes)]
+""")
+planted("08", 2, "more than two seats", """
+def seat_advantages(seats, outcomes):
+    means = [mean(o for s, o in zip(seats, outcomes) if s == seat) for seat in (0, 1)]
+    return [o - means[min(s, 1)] for s, o in zip(seats, outcomes)]
+""")
+SO_FAR = """
+def seat_advantages(seats, outcomes):
+    games, made = {{}}, []
+    for s, o in zip(seats, outcomes):
+        {before}
+        games[s] = games.get(s, []) + [o]
+        {behind}
+    return made
+"""
+planted("08", 2, "of \\*all\\* of the seat", SO_FAR.format(
+    before="pass", behind="made.append(o - mean(games[s]))"))
+planted("08", 2, "mean over \\*all\\*", SO_FAR.format(
+    before="made.append(o - mean(games.get(s, [0])))", behind="pass"))
 GROUP = """
 def group_advantages(rewards):
     r = np.asarray(rewards, float)
@@ -274,6 +308,12 @@ planted("08", 3, "0 divided by 0", GROUP.format(m=1, keep=", keepdims=True", by=
 planted("08", 3, "not of all", GROUP.format(m="", keep="", by="r.std()"))
 planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="1.0"))
 planted("08", 3, "deviation of the row", GROUP.format(m=1, keep=", keepdims=True", by="r.std()"))
+planted("08", 3, "a std of 1e-17", """
+def group_advantages(rewards):
+    r = np.asarray(rewards, float)
+    a, b = r - r.mean(1, keepdims=True), np.broadcast_to(r.std(1, keepdims=True), r.shape)
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+""")
 DOUBT = "\ndef uncertainty(k, n):\n    return {what}\n"
 planted("07", 1, "compared with itself", DOUBT.format(what="4 * k * (n - k) / n**2"))
 planted("07", 1, "is the 4 there", DOUBT.format(what="k * (n - k) / (n * (n - 1)) if n > 1 else 0"))
@@ -303,6 +343,7 @@ planted("03", 1, "same text", SPIN.format(what=f"{ROW} {LOOP}"))
 planted("03", 1, "not own answers", SPIN.format(what=f"{ROW} {SWAP} if w != o"))
 planted("03", 1, "SPIN does not ask", SPIN.format(what=f"{ROW} {LOOP} if w > o"))
 planted("03", 1, "A pair has", SPIN.format(what=f"dict(chosen=w, rejected=o) {LOOP} if w != o"))
+planted("03", 1, "a demonstration of b, but not of d", SPIN.format(what=f"{ROW} {LOOP} if o not in written"))
 CHOOSE = """
 def choose_pairs(mine, theirs, k):
     matches = [sorted(m, key=lambda a: {better}) for m in product(mine, theirs)]
@@ -322,6 +363,32 @@ planted("03", 2, "better one is to be chosen", CHOOSE.format(
 planted("03", 2, "Each rejected text once", CHOOSE.format(**CHOICE | {"fresh": "True"}))
 planted("03", 2, "Widest margin first", CHOOSE.format(**CHOICE | {"order": "decided[::-1]"}))
 planted("03", 2, "Theirs may be better too", CHOOSE.format(**CHOICE | {"better": "0"}))
+planted("03", 2, "both mine", """
+def choose_pairs(mine, theirs, k):
+    best, *worse = sorted(mine + theirs, key=lambda a: -a[1])
+    return [(best[0], v[0], best[1] - v[1]) for v in worse[::-1] if best[1] > v[1]][:k]
+""")
+MEET = "product(mine, theirs)"
+planted("03", 2, "both mine", CHOOSE.format(**CHOICE).replace(MEET, "product(mine + theirs, repeat=2)"))
+PICKED = """
+def choose_pairs(mine, theirs, k):
+    matches = [sorted(m, key=lambda a: -a[1]) for m in product({mine}, theirs)]
+    decided = [(w[0], v[0], w[1] - v[1]) for w, v in matches if w[1] > v[1]]
+    {picked}
+"""
+BY_TEXT = "return sorted({p[1]: p for p in decided}.values(), key=lambda p: -p[2])[:k]"
+planted("03", 2, "Keep the widest margin", PICKED.format(mine="mine", picked=BY_TEXT))
+planted("03", 2, "Keep the widest margin", PICKED.format(mine="mine[::-1]", picked=BY_TEXT.replace(
+    "decided", "decided[::-1]")))
+planted("03", 2, "remove duplicates first", PICKED.format(mine="mine", picked="""
+    first = {}
+    for pair in sorted(decided, key=lambda p: -p[2])[:k]:
+        first.setdefault(pair[1], pair)
+    return list(first.values())"""))
+planted("03", 2, "at most k pairs", CHOOSE.format(**CHOICE).replace(" and len(kept) < k", ""))
+planted("03", 2, "may be \\*chosen\\* twice", CHOOSE.format(
+    **CHOICE | {"fresh": "not used & {pair[1], 'over ' + pair[0]}"}).replace(
+    "used.add(pair[1])", "used |= {pair[1], 'over ' + pair[0]}"))
 DIRECTION = """
 def judged_direction(policy, reward):
     gap = reward[:, None] - reward[None, :]
@@ -333,6 +400,13 @@ planted("03", 3, "the sum is 0", DIRECTION.format(what="2 * (torch.sign(gap) @ p
 planted("03", 3, "the 2", DIRECTION.format(what="policy * (torch.sign(gap) @ policy)"))
 planted("03", 3, "Equal rewards", DIRECTION.format(
     what="2 * policy * (torch.sign(gap) @ policy) if gap.any() else policy - policy.mean()"))
+planted("03", 3, "unsorted", """
+def judged_direction(policy, reward):
+    total = torch.cat([torch.zeros(1), policy.cumsum(0)])
+    below = total[torch.searchsorted(reward, reward)]
+    above = 1 - total[torch.searchsorted(reward, reward, right=True)]
+    return 2 * policy * (below - above)
+""")
 BEST = "\ndef best_policy(reference, reward, beta):\n    weight = {what}\n    return {end}\n"
 NORMAL = "weight / weight.sum()"
 planted("02", 1, "sum to 1", BEST.format(what="reference * torch.exp(reward / beta)", end="weight"))
@@ -405,6 +479,12 @@ planted("10", 3, "C is not 'healthy'", NAMED.format(
 ORDERS = "\ndef both_orders(judge, prompt, a, b):\n    return {what}\n"
 planted("05", 1, "sum to 1", ORDERS.format(what="(judge(prompt, a, b) + judge(prompt, b, a)) / 2"))
 planted("05", 1, "both orders", ORDERS.format(what="judge(prompt, a, b)"))
+LOG_ODDS = "(math.log(p / (1 - p)) + math.log((1 - q) / q)) / 2"
+ASKED = "[(p, q) for p, q in [(judge(prompt, a, b), judge(prompt, b, a))]]"
+planted("05", 1, "two \\*probabilities\\*", ORDERS.format(
+    what=f"[sigmoid({LOG_ODDS}) for p, q in {ASKED}][0]"))
+planted("05", 1, "two \\*probabilities\\*", ORDERS.format(
+    what=f"[((p > 0.5) + (q < 0.5)) / 2 for p, q in {ASKED}][0]"))
 planted("05", 1, "probability is expected", ORDERS.format(
     what="judge(prompt, a, b) + 1 - judge(prompt, b, a)"))
 KAPPA = """
@@ -420,6 +500,13 @@ planted("05", 2, "raw agreement", KAPPA.format(chance=CHANCE, what="observed"))
 planted("05", 2, "not one half", KAPPA.format(chance="0.5", what=BEYOND))
 planted("05", 2, "Divide by", KAPPA.format(chance=CHANCE, what="observed - chance"))
 planted("05", 2, "undefined", KAPPA.format(chance=CHANCE, what=f"{BEYOND} if chance < 1 else 1.0"))
+OR_NAN = f"{BEYOND} if chance < 1 else float('nan')"
+POOLED = "sum((p[v] + q[v]) ** 2 for v in {*p, *q}) / (2 * n) ** 2"
+planted("05", 2, "habits of \\*both\\* raters", KAPPA.format(chance=POOLED, what=OR_NAN))
+planted("05", 2, "habits of \\*both\\* raters", KAPPA.format(
+    chance="sum((p[v] / n) ** 2 for v in p) if len({*first, *second}) > 2 else " + CHANCE, what=OR_NAN))
+planted("05", 2, "of any kind", KAPPA.format(
+    chance="(p[1] * q[1] + (n - p[1]) * (n - q[1])) / n**2", what=OR_NAN))
 WARM = """
 def best_temperature(z, outcome, grid=np.arange(0.25, 8, 0.25)):
     def loss(t):
@@ -433,6 +520,13 @@ planted("05", 3, "divide by T", WARM.format(loss=TIMES, best="min"))
 planted("05", 3, "both o and 1 - o", WARM.format(loss="outcome * np.logaddexp(0, -z / t)", best="min"))
 TURNED = FULL.replace("-z", "+z").replace("0, z", "0, -z")
 planted("05", 3, "a sign turned", WARM.format(loss=TURNED, best="min"))
+SURE = "(1 / (1 + np.exp(-z / t)))"
+planted("05", 3, "not the square", WARM.format(loss=f"({SURE} - outcome) ** 2", best="min"))
+BOTH = "not a log-loss of both outcomes"
+planted("05", 3, BOTH, WARM.format(loss="((z > 0) != outcome)", best="min"))
+planted("05", 3, BOTH, WARM.format(loss=f"abs({SURE} - outcome)", best="min"))
+planted("05", 3, BOTH, WARM.format(loss="np.logaddexp(0, -abs(z) / t)", best="min"))
+planted("05", 3, BOTH, WARM.format(loss=f"abs({SURE}.mean() - outcome.mean())", best="min"))
 AFTER = "\ndef after_critique(p, s, f, again):\n    return {what}\n"
 planted("06", 1, "A blind critic", AFTER.format(what="p + (1 - p) * s * again"))
 planted("06", 1, "A blind critic", AFTER.format(what="p * (1 - f) + (1 - p) * s"))
@@ -628,16 +722,41 @@ def test_make_course(tmp_path):
         page = (tmp_path / "slides" / f"{name}.html").read_text()
         assert page.count("<section") >= 8 and "reveal" in page
         assert "BEGIN SOLUTION" not in page and "assert got" not in page
+        assert "colab" not in page.split("<body")[1].lower()  # a badge opens the solutions
         for folder in "students", "solutions":
             text = (tmp_path / folder / f"{name}.ipynb").read_text()
             assert not re.search(r"\]\((?!https?://|#)", text), re.findall(r"\]\((?!https?://|#)[^)]*", text)
-    with zipfile.ZipFile(tmp_path / "course.zip") as z:
+    with zipfile.ZipFile(tmp_path / "students.zip") as z:
         assert z.testzip() is None
         packed = z.namelist()
-        assert not any("solutions" in n or b"BEGIN SOLUTION" in z.read(n) for n in packed)
+        assert not any(b"BEGIN SOLUTION" in z.read(n) for n in packed)
+        assert all(n.startswith("course/students/") for n in packed)  # slides have answers and outputs
         assert {f"course/students/{name}.ipynb" for name in NAMES} <= set(packed)
+    with zipfile.ZipFile(tmp_path / "instructors.zip") as z:
+        assert {n.split("/")[1] for n in z.namelist()} == {"slides", "solutions"}
     again = course.make(tmp_path)
     assert again == made
+
+
+@each_session
+def test_slides_are_staged(file):
+    "Each section begins a slide; a picture has a slide to itself, without its code; titles without imports."
+    shown = course.staged(read(file))
+    kinds = [c.metadata["slideshow"].get("slide_type") for c in shown.cells]
+    for cell, kind in zip(shown.cells, kinds):
+        if cell.cell_type == "markdown" and re.search("^## ", cell.source, re.M):
+            assert cell.source.startswith("## ") and kind == "slide", cell.source
+    question = next(i for i, c in enumerate(shown.cells) if c.source.startswith("## The question"))
+    title = zip(shown.cells[:question], kinds)
+    assert not [c.source for c, k in title if c.cell_type == "code" and k != "skip"]
+    pictures = [i for i, c in enumerate(shown.cells) if course.has_picture(c)]
+    assert pictures
+    for i in pictures:
+        assert kinds[i] == "subslide" and shown.cells[i].metadata["transient"] == {"remove_source": True}
+        behind = [k for k in kinds[i + 1 :] if k != "skip"]
+        assert not behind or behind[0] in ("slide", "subslide")
+    text = re.sub("<[^>]*>", "", course.slides(read(file)))  # code is in spans
+    assert not any(shown.cells[i].source.splitlines()[-1].split("(")[0] + "(" in text for i in pictures)
 
 
 def test_stub_keeps_what_stands_around_it():
