@@ -13,16 +13,17 @@ from selfplay_nb.models.sampling import Request, Sampling
 class Serving(http.server.ThreadingHTTPServer):
     "A base, and adapters that are loaded and unloaded while it runs, as many as it `holds`."
 
+    model = threading.Lock()  # servers of the tests share a base, which is for one thread at a time
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, base: Base, holds: int = 4, max_rank: int = 16, lora: bool = True, port: int = 0, **odd):
+    def __init__(self, base: Base, holds: int = 4, max_rank: int = 16, lora=True, port: int = 0, **odd):
         super().__init__(("127.0.0.1", port), Handler)
         self.base, self.holds, self.max_rank, self.lora = base, holds, max_rank, lora
         self.plan = odd.pop("plan", lambda n, path, asked: None)  # a reply in place of the right one
         self.odd = odd  # `seeds=False`, `token_ids=False`: what some servers do not do
         self.adapters = OrderedDict()  # name to policy, the last one asked for at the end
-        self.lock, self.model = threading.Lock(), threading.Lock()
+        self.lock = threading.Lock()
         self.now, self.most, self.n = 0, 0, 0
         self.loads, self.unloads, self.asked, self.evicted, self.unknown = [], [], [], [], []
         self.stopped = False

@@ -131,9 +131,13 @@ def _body(response: httpx.Response, largest: int, goes_on) -> bytes:
 def _call(
     client: httpx.Client, url: str, data: bytes | None, headers: dict, largest: int, goes_on, clean
 ) -> bytes:
-    "The body of a good response, to a GET if there is no data. Raises `_Again` for what may pass, and `EndpointError` for what will not."
+    """The body of a good response, to a GET if there is no data.
+
+    Raises `_Again` for what may pass, and `EndpointError` for what will not.
+    """
+    method = "GET" if data is None else "POST"
     try:
-        with client.stream("GET" if data is None else "POST", url, content=data, headers=headers) as response:
+        with client.stream(method, url, content=data, headers=headers) as response:
             body = _body(response, largest, goes_on)
             status, after = response.status_code, response.headers.get("retry-after", "")
     except httpx.RequestError as e:
