@@ -191,8 +191,6 @@ def speed(served: Running, base, work: Path, repeats: int):
     from selfplay_nb.tasks.task import ArithmeticTask
 
     there = Server(served.url, work / "served", base)
-    ours, theirs = there.probe(there.places[0])
-    apart = statistics.fmean(abs(a - b) for a, b in zip(ours, theirs))
     policy = Policy(base, "student", seed=0)
     g = torch_generator(0)
     policy.load_state({k: v + 0.01 * noise(v, g) for k, v in policy.state().items()})
@@ -216,9 +214,38 @@ def speed(served: Running, base, work: Path, repeats: int):
                 row["scoring"] = round(time.monotonic() - began, 2)
             rows.append(row | dict(tokens_per_second=round(said.n_tokens / said.seconds, 1)))
             print(rows[-1], flush=True)
-    write("speed", rows + [dict(what="base, nats a token apart", value=round(apart, 4))])
+    write("speed", rows)
+    there_alone = {what: player for (where, what), player in players.items() if where == "vLLM"}
+    write("apart", apart(there, base, there_alone, prompts))
     there.close()
     policy.delete()
+
+
+def apart(there, base, players: dict, prompts: list) -> list[dict]:
+    "How far the server's log-probabilities of its answers are from ours, and those of whole weights."
+    from selfplay_nb.models.policy import Base
+
+    place, rows = there.places[0], []
+    whole = Base.load(load_in_4bit=False, dtype=str(base.model.dtype).removeprefix("torch."))
+    for what, player in players.items():
+        said = [(base.encode(p), row[0]) for p, row in zip(prompts, player.sample(prompts, seed=9))]
+        own = {}
+        for ids, s in said:
+            fields = dict(prompt=ids + s.token_ids, max_tokens=1, temperature=0, echo=True, logprobs=1)
+            fields["model"] = player.adapter or place.model
+            [choice] = place.ask("completions", fields)["choices"]
+            theirs = choice["logprobs"]["token_logprobs"][len(ids) : len(ids) + len(s.token_ids)]
+            own.setdefault("the server", []).append((s.logprobs, theirs))
+            if what == "base":
+                [(lp, _)] = whole._score("base", [ids], [s.token_ids])
+                own.setdefault("whole weights", []).append((s.logprobs, lp.tolist()))
+        for other, pairs in own.items():
+            d = [abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs)]
+            sums = [abs(sum(ours) - sum(theirs)) for ours, theirs in pairs]
+            row = dict(what=what, of=other, tokens=len(d), answers=len(pairs), largest=round(max(d), 3))
+            row |= dict(mean=round(statistics.fmean(d), 4), answer_mean=round(statistics.fmean(sums), 3))
+            rows.append(row)
+    return rows
 
 
 def torch_generator(seed: int):
