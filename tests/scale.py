@@ -7,7 +7,6 @@ the server is stopped whatever happens. Rows go to nbs/scale/server.jsonl; a par
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -50,12 +49,13 @@ def set_up(env: Path):
 class Running:
     "A vLLM server, which can be started again."
 
-    def __init__(self, env: Path, model: Path, port: int, log: Path):
+    def __init__(self, env: Path, model: Path, dtype: str, port: int, log: Path):
         self.command = [env / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-        self.command += "--dtype bfloat16 --enforce-eager --max-model-len 1024 --max-num-seqs 64".split()
+        self.command += f"--dtype {dtype} --enforce-eager --max-model-len 1024 --max-num-seqs 64".split()
         self.command += "--enable-lora --max-lora-rank 16".split()
         self.command += ["--max-loras", str(HOLDS), "--max-cpu-loras", str(HOLDS)]
         self.url, self.log, self.process = f"http://127.0.0.1:{port}/v1", log, None
+        self.dtype = dtype
         self.env = dict(
             os.environ,
             VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
@@ -111,11 +111,11 @@ def rows_of(path: Path = OUT) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write(part: str, rows: list[dict]):
+def write(part: str, rows: list[dict], served: Running):
     "The rows of a part, in place of its earlier ones."
     kept = [r for r in rows_of() if r["part"] != part]
-    about = dict(part=part, vllm=VLLM, cpus=os.cpu_count(), machine=platform.machine())
-    about |= dict(load=round(os.getloadavg()[0], 1), when=time.strftime("%Y-%m-%d"))
+    about = dict(part=part, vllm=VLLM, dtype=served.dtype, cpus=os.cpu_count())
+    about |= dict(load=round(os.getloadavg()[1], 1), when=time.strftime("%Y-%m-%d"))
     OUT.write_text("".join(json.dumps(r) + "\n" for r in kept + [about | r for r in rows]))
     for r in rows:
         print(json.dumps(r), flush=True)
@@ -166,8 +166,11 @@ def league(served: Running, base, work: Path):
         done.append(game)
         return told
 
-    with ThreadPoolExecutor(6) as pool:
+    pool = ThreadPoolExecutor(6)
+    try:
         said = list(pool.map(play, games))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     told = [(name, row) for game, both in zip(games, said) for name, row in zip(game, both)]
     answers = [(name, text) for name, row in told for text in row]
     right = sum(name in text and sum(other in text for other in NAMES) == 1 for name, text in answers)
@@ -176,7 +179,7 @@ def league(served: Running, base, work: Path):
     row |= dict(as_here=same, here_right=sum(n in t for n, row in local.items() for t in row))
     row |= dict(seconds=round(time.monotonic() - began), requests=there.places[0].endpoint.used["requests"])
     row |= dict(restarts=int(restarted.is_set()), threads=6)
-    write("league", [row])
+    write("league", [row], served)
     there.close()
     for policy in members:
         policy.delete()
@@ -214,9 +217,9 @@ def speed(served: Running, base, work: Path, repeats: int):
                 row["scoring"] = round(time.monotonic() - began, 2)
             rows.append(row | dict(tokens_per_second=round(said.n_tokens / said.seconds, 1)))
             print(rows[-1], flush=True)
-    write("speed", rows)
+    write("speed", rows, served)
     there_alone = {what: player for (where, what), player in players.items() if where == "vLLM"}
-    write("apart", apart(there, base, there_alone, prompts))
+    write("apart", apart(there, base, there_alone, prompts), served)
     there.close()
     policy.delete()
 
@@ -289,7 +292,7 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
             rows += [of | {k: m[k] for k in keys if k in m} for m in history]
             if server:
                 server.close()
-            write("run", rows)
+            write("run", rows, served)
 
 
 class Told:
@@ -322,10 +325,13 @@ def main():
     from selfplay_nb.models.policy import Base
     from selfplay_nb.scale.server import write_model
 
-    base, model = Base.load(), args.work / "model"
+    base = Base.load()
+    # as we compute: without instructions for it, bfloat16 takes vLLM several times as long as float32
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    model = args.work / f"model_{dtype}"
     if not model.exists():
-        write_model(base, model)
-    with running(args.env, model, args.port, args.work / "vllm.log") as served:
+        write_model(base, model, dtype)
+    with running(args.env, model, dtype, args.port, args.work / f"vllm_{args.port}.log") as served:
         if "league" in args.parts:
             league(served, base, args.work)
         if "speed" in args.parts:
@@ -335,4 +341,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(130)  # the server is stopped; threads that still wait for it are not waited for
