@@ -52,7 +52,8 @@ class Running:
     def __init__(self, env: Path, model: Path, dtype: str, port: int, log: Path):
         self.command = [env / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
         self.command += f"--dtype {dtype} --enforce-eager --max-model-len 1024 --max-num-seqs 64".split()
-        self.command += "--enable-lora --max-lora-rank 16".split()
+        # its blocks on a CPU, of 128 tokens, are longer than these prompts: nothing would be shared
+        self.command += "--block-size 16 --enable-lora --max-lora-rank 16".split()
         self.command += ["--max-loras", str(HOLDS), "--max-cpu-loras", str(HOLDS)]
         self.url, self.log, self.process = f"http://127.0.0.1:{port}/v1", log, None
         self.dtype = dtype
