@@ -53,7 +53,7 @@ class Running:
         self.command = [env / "bin" / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
         self.command += f"--dtype {dtype} --enforce-eager --max-model-len 1024 --max-num-seqs 64".split()
         # its blocks on a CPU, of 128 tokens, are longer than these prompts: nothing would be shared
-        self.command += "--block-size 16 --enable-lora --max-lora-rank 16".split()
+        self.command += "--block-size 32 --enable-lora --max-lora-rank 16".split()
         self.command += ["--max-loras", str(HOLDS), "--max-cpu-loras", str(HOLDS)]
         self.url, self.log, self.process = f"http://127.0.0.1:{port}/v1", log, None
         self.dtype = dtype
@@ -345,5 +345,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt:
-        os._exit(130)  # the server is stopped; threads that still wait for it are not waited for
+    except (KeyboardInterrupt, SystemExit) as e:
+        print(e, file=sys.stderr, flush=True)
+        os._exit(1)  # the server is stopped; threads that still wait for it are not waited for
