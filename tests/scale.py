@@ -98,8 +98,13 @@ class Running:
 
 
 @contextmanager
-def running(*args):
+def running(url: str, *args):
+    "A server of its own; or one that runs already, at `url`."
     server = Running(*args)
+    if url:
+        server.url = url
+        yield server
+        return
     try:
         server.seconds = server.start()
         print(f"vLLM answers after {server.seconds:.0f} s", flush=True)
@@ -314,6 +319,7 @@ def main():
     parser.add_argument("--env", type=Path, default=ROOT / ".venv" / "vllm")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "scale", help="runs and adapters")
     parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--url", default="", help="of a server that runs already (not for `league`)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--local", action="store_true", help="each run also without the server")
@@ -332,7 +338,8 @@ def main():
     model = args.work / f"model_{dtype}"
     if not model.exists():
         write_model(base, model, dtype)
-    with running(args.env, model, dtype, args.port, args.work / f"vllm_{args.port}.log") as served:
+    log = args.work / f"vllm_{args.port}.log"
+    with running(args.url, args.env, model, dtype, args.port, log) as served:
         if "league" in args.parts:
             league(served, base, args.work)
         if "speed" in args.parts:
