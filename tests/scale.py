@@ -288,8 +288,6 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
             collectors = [Served(collector, server)] if server else None
             trainer = SelfPlayTrainer(config, base, collectors=collectors, callbacks=[Told(where, judge)])
             history = trainer.train()
-            if trainer.interrupted:
-                raise SystemExit("interrupted; the same command goes on from here")
             pairs = sum(m.get("pairs", 0) for m in history) / (config.n_rounds * config.prompts_per_round)
             # random rewards hardly tie: the control trains on as many pairs, not on more
             fair = fair or {"pairs_per_prompt": max(1, round(pairs))}
@@ -299,6 +297,8 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
             if server:
                 server.close()
             write("run", rows, served)
+            if trainer.interrupted:
+                raise SystemExit("interrupted after a whole round; the same command goes on from here")
 
 
 class Told:
