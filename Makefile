@@ -11,7 +11,7 @@
 # make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
 # make site       the book as a web site, from stored outputs, into build/site
 # make scale      a real vLLM server on this machine's CPU, in an environment of its own (.venv/vllm, 3.5 GB): a league on it,
-#             its speed beside ours, and runs that sample from it (two hours on two cores; ARGS="league speed" takes these parts)
+#             its speed beside ours, and runs that sample from it (ARGS="league speed" takes these parts alone)
 # make course     student and solution notebooks, slides and a zip of the course, into runs/course
 PYTHON ?= python3
 BIN = .venv/bin
