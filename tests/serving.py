@@ -62,6 +62,8 @@ class Serving(http.server.ThreadingHTTPServer):
         if name in self.adapters:
             return 400, _error(f"The lora adapter '{name}' has already been loaded.")
         with self.model:
+            if self.stopped:  # while this request waited
+                return 503, "stopped"
             try:
                 policy = Policy.load(self.base, path, f"{name}-at-{self.server_port}", frozen=True)
             except ValueError as e:
