@@ -11,6 +11,8 @@
 # make pictures   pictures of the widgets for the saved pages (needs Chromium: apt-get install chromium)
 # make site       the book as a web site, from stored outputs, into build/site
 # make course     student and solution notebooks, slides and two zips (students, instructors), into runs/course
+# make scale      a real vLLM server on this machine's CPU, in an environment of its own (.venv/vllm, 3.5 GB): a league on it,
+#             its speed beside ours, and runs that sample from it (ARGS="league speed" takes these parts alone)
 PYTHON ?= python3
 BIN = .venv/bin
 FLOOR = .venv/floor
@@ -18,7 +20,7 @@ PYTHON313 ?= python3.13
 PYTHON311 ?= python3.11
 DIR ?= runs/first
 
-.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site colab
+.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site colab scale
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
@@ -58,6 +60,9 @@ costs: .venv/dev
 # NAMES="stepper card" takes these alone
 pictures: .venv/dev
 	$(BIN)/python tests/pictures.py $(NAMES)
+
+scale: .venv/dev
+	$(BIN)/python tests/scale.py $(ARGS)
 
 course: .venv/dev
 	$(BIN)/python tests/course.py

@@ -19,6 +19,7 @@ EXTRAS = {  # page: the extra that its cells use
     "tasks/code": "code",
     "stats/retention": "eval",
     "scale/endpoint": "scale",
+    "scale/server": "scale",
 }
 SIZES = {  # of the downloads beyond what the library itself needs, as in studies/doctor
     "games": "OpenSpiel and TextArena, 29 MB",
@@ -36,6 +37,7 @@ DATA = {  # page: files of the repository that its cells read
     "methods/game_training": ["methods/games.jsonl"],
     "methods/refinement": ["methods/refinement.json"],
     "methods/skill": ["methods/skill.jsonl"],
+    "scale/server": ["scale/server.jsonl"],
     "studies/costs": ["studies/costs.jsonl"],
     "studies/doctor": ["studies/doctor.jsonl"],
     "studies/failures": ["studies/failures.jsonl"],
