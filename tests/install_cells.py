@@ -19,13 +19,14 @@ EXTRAS = {  # page: the extra that its cells use
     "tasks/code": "code",
     "stats/retention": "eval",
     "scale/endpoint": "scale",
+    "scale/workers": "scale",
 }
 SIZES = {  # of the downloads beyond what the library itself needs, as in studies/doctor
     "games": "OpenSpiel and TextArena, 29 MB",
     "reasoning": "reasoning-gym and math-verify, 10 MB",
     "code": "HumanEval's problems, below 1 MB",
     "eval": "lm-eval, 26 MB",
-    "scale": "httpx, below 1 MB",
+    "scale": "httpx and Ray, 79 MB",
 }
 DATA = {  # page: files of the repository that its cells read
     "course/01_earlier_self": ["course/01_rounds.jsonl"],
@@ -36,6 +37,7 @@ DATA = {  # page: files of the repository that its cells read
     "methods/game_training": ["methods/games.jsonl"],
     "methods/refinement": ["methods/refinement.json"],
     "methods/skill": ["methods/skill.jsonl"],
+    "scale/workers": ["scale/workers.jsonl"],
     "studies/costs": ["studies/costs.jsonl"],
     "studies/doctor": ["studies/doctor.jsonl"],
     "studies/failures": ["studies/failures.jsonl"],
