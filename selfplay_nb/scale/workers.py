@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -21,13 +22,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 # %% ../../nbs/scale/workers.ipynb #3dcd9dfc
 import psutil
 
-from ..core.checkpoint import content, weights_sum
+from ..core.checkpoint import _is_users, content, weights_sum
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
 from ..core.players import as_prompts, name_of, seed_of
@@ -201,6 +202,12 @@ def _pack(x, base: Base) -> tuple[bytes, dict[str, Policy]]:
                 if obj is not base:
                     raise ValueError(f"it is on another base than the workers, {obj.name!r}")
                 return "base"
+
+        def reducer_override(self, obj):
+            if isinstance(obj, type | FunctionType) and _is_users(obj) and obj.__module__ in sys.modules:
+                # by its content, as if it stood in a notebook: the workers may not find its file
+                cloudpickle.register_pickle_by_value(sys.modules[obj.__module__])
+            return super().reducer_override(obj)
 
     file = io.BytesIO()
     Pickler(file).dump(x)
