@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from selfplay_nb.core.pairs import Ledger
+from selfplay_nb.core.players import Scripted
 from selfplay_nb.loop.collectors import Screen, Shares
 from selfplay_nb.loop.game_rounds import GameMoves
 from selfplay_nb.loop.pipeline import StageRun
@@ -120,15 +121,32 @@ def test_one_two_and_four_workers_write_the_same_ledgers(crowd, base, tmp_path):
     found = []
     for n in 1, 2, 4:
         workers = some(crowd, n)
-        parts = [Spread(Compete(4, 2), workers, 3), Spread(Refine(1), workers, 4)]
+        parts = [Spread(Compete(4, 2), workers, 3), Spread(Groups(2), workers, 4)]
         trainer, ledgers = trained(tmp_path / str(n), base, parts)
         found.append((ledgers, trainer.student.state(), trainer.made_of))
         assert workers.used["done"] == 2 * (4 + 3)
-    assert found[0][0][0].count(b"competitive") > 5 and found[0][0][0].count(b"refine") > 0
+    assert found[0][0][0].count(b"competitive") > 5 and found[0][0][1].count(b"group") == 40
     for ledgers, state, identity in found[1:]:
         assert ledgers == found[0][0]
         assert all(torch.equal(w, found[0][1][k]) for k, w in state.items())
         assert identity == found[0][2]  # so that a run goes on with another number
+
+
+def mutter(prompt, rng):
+    return "".join(rng.choice("abcd") for _ in range(5))
+
+
+def test_one_two_and_four_workers_refine_alike(crowd, base):
+    found = []
+    for n in 1, 2, 4:
+        run = stage(base)
+        run.student = Scripted(mutter, "mutterer")  # the tiny model does not end its answers
+        found.append(Spread(Refine(3), some(crowd, n), 3).collect(run, PROBLEMS).pairs)
+    assert len({p["chosen"] for p in found[0]}) > 5 and {p["source"] for p in found[0]} == {"refinement"}
+    assert found[0] == found[1] == found[2]
+    [unit] = units_of(PROBLEMS, 10, run.seed("units"))
+    here = Refine(3).collect(alone(run, letters, unit), PROBLEMS)
+    assert here.pairs == Spread(Refine(3), some(crowd, 2), 10).collect(run, PROBLEMS).pairs != found[0]
 
 
 def test_one_two_and_four_workers_play_the_same_games(crowd, base, tmp_path):
@@ -161,11 +179,11 @@ def test_a_league_meets_each_opponent_once_a_unit(crowd, base, tmp_path):
 
 def test_a_unit_is_what_the_collector_makes_of_it_here(crowd, base):
     run = stage(base)
-    for collector in Compete(4, 2), Refine(1), Groups(4), Screen(4), Shares((Compete(2), 1), (Groups(2), 1)):
+    for collector in Compete(4, 2), Groups(4), Screen(4), Shares((Compete(2), 1), (Groups(2), 1)):
         [unit] = units_of(PROBLEMS[:4], 4, run.seed("units"))
         here = collector.collect(alone(run, letters, unit), unit.problems)
         there = Spread(collector, some(crowd, 2), 4).collect(run, PROBLEMS[:4])
-        assert len(here) or isinstance(collector, Screen)
+        assert len(here)
         for name in "pairs", "answers", "scores", "advice", "by_reference":
             assert getattr(there, name) == getattr(here, name), name
         rates = there.metrics.keys() - {"tokens_per_second"}
@@ -227,9 +245,10 @@ def test_a_unit_that_always_loses_its_process_is_given_up(crowd, base, tmp_path)
     workers.again = 0
     (tmp_path / "struck").mkdir()
     deadly = Deadly(Compete(2, 1), tmp_path / "struck", ["4 after"])
-    with pytest.raises(RuntimeError, match="lost its process again and again"):
+    with pytest.raises(RuntimeError, match="lost its process more than 0 times"):
         Spread(deadly, workers, 2).collect(stage(base), PROBLEMS)
     assert len(workers.ledger) == 2  # those before it are kept
+    workers.again = 3
     assert len(Spread(deadly, workers, 2).collect(stage(base), PROBLEMS).scores) == 10
     assert workers.used == {"done": 5, "kept": 2}
 
@@ -354,7 +373,7 @@ def test_failures_and_warnings_come_home(crowd, base):
     own = stage(base, fails_at_times).reward
     here = [s for unit in units_of(PROBLEMS, 5, run.seed("units")) for s in unit.problems]
     assert len(here) == 10 and run.reward.asked == 120
-    assert run.reward.failures["OSError"] > 0 and "out of order" in run.reward.first
+    assert 0 < sum(run.reward.failures.values()) < 120 and "out of order" in run.reward.first
     assert own.asked == 0 and len(made.scores) == 10
 
 
@@ -452,6 +471,7 @@ def test_without_ray(base, monkeypatch):
         Workers(1, base)
 
 
+@pytest.mark.skipif("RAY_ADDRESS" in os.environ, reason="this Ray was not started here")
 def test_nothing_is_sent_home_and_nobody_else_is_listened_to(crowd):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     raylets = [p for p in psutil.Process().children(recursive=True) if "raylet" in p.name()]

@@ -263,11 +263,11 @@ class _Worker:
         "Why it is not; or nothing."
         return self.wrong
 
-    def do(self, job, i: int, shared: Packed, own: Packed) -> tuple[int, str]:
-        "The unit's number, and as JSON what `job` makes of it."
+    def do(self, up: str, job, shared: Packed, own: Packed) -> str:
+        "What `job` makes of a unit, as JSON; `up` is what `ready` said."
         self._bring(shared.adapters | own.adapters)
         given = _Unpickler(shared.data, self.base).load() | _Unpickler(own.data, self.base).load()
-        return i, json.dumps(job(**given), allow_nan=False)
+        return json.dumps(job(**given), allow_nan=False)
 
     def _bring(self, adapters: dict):
         "Make these the adapters on the base, with these weights."
@@ -321,7 +321,7 @@ class Workers:
         share = number("gpus", float(on_gpu) if gpus is None else gpus, 0)
         self._warn_of_memory(base)
         self.ledger = None if kept is None else Ledger(kept, ("key", "made"))
-        self.known = {row["key"] for row in self.ledger.rows()} if self.ledger else set()
+        self.known = set() if kept is None else {row["key"] for row in self.ledger.rows()}
         self.used, self.on, self.sum = Counter(), base, weights_sum(base.model)
         self.started, self.actors = start_ray(self.count * self.threads), []
         try:
@@ -433,32 +433,40 @@ class Workers:
     def _results(self, job, shared: Packed, units: list[Packed], keys: list[str], todo):
         "Yield number and result of units as they finish, each when it is kept."
         ray = _ray()
-        from ray.util import ActorPool
-
-        again = lambda actor: actor.do.options(max_task_retries=self.again)
-        pool, at, todo, failed = ActorPool(self.actors), ray.put(shared), deque(todo), None
-        while pool.has_next() or (todo and not failed):
-            while todo and not failed and pool.has_free():
-                pool.submit(lambda actor, i: again(actor).remote(job, i, at, units[i]), todo.popleft())
+        at, idle, busy, lost = ray.put(shared), list(self.actors), {}, Counter()
+        todo, failed = deque(todo), None
+        while busy or (todo and not failed):
+            while todo and idle and not failed:
+                actor, i = idle.pop(), todo.popleft()
+                # known when it is up again, if it is being replaced; the unit waits for that
+                up = actor.ready.options(max_task_retries=-1).remote()
+                busy[actor.do.remote(up, job, at, units[i])] = actor, i
+            [ref], _ = ray.wait(list(busy), num_returns=1)
+            actor, i = busy.pop(ref)
+            idle.append(actor)
             try:
-                i, text = pool.get_next_unordered()
+                made = json.loads(ray.get(ref))
+            except ray.exceptions.RayActorError as e:
+                lost[i] += 1
+                todo.appendleft(i)
+                if lost[i] > self.again:
+                    failed = failed or e
             except ray.exceptions.RayError as e:
                 failed = failed or e
-                continue
-            made = json.loads(text)
-            self._keep(keys[i], made)
-            yield i, made
+            else:
+                self._keep(keys[i], made)
+                yield i, made
         if isinstance(failed, ray.exceptions.RayTaskError):
             raise failed.cause or failed  # the error as it would be in this process
         if failed:
             raise RuntimeError(
-                f"a unit lost its process again and again, and was given up: {failed} Is there memory enough?"
-                " What was finished is kept, if `kept` names a file."
+                f"a unit lost its process more than {self.again} times, and was given up: {failed} Is there"
+                " memory enough? What was finished is kept, if `kept` names a file."
             ) from failed
 
     def _keep(self, key: str, made: dict):
         self.used["done"] += 1
-        if self.ledger and key not in self.known:
+        if self.ledger is not None and key not in self.known:
             self.ledger.append([dict(key=key, made=made)])
             self.known.add(key)
 
