@@ -361,7 +361,7 @@ def test_units_are_put_together_in_their_order():
 
 
 def fails_at_times(prompts, completions, **columns):
-    if "x" in completions[0]:
+    if any("x" in c for c in completions):
         raise OSError("out of order")
     return letters(prompts, completions)
 
