@@ -37,6 +37,8 @@ _WHERE = {
     "stats.rates": "Rate SPRT win_rate",
     "views.refinement_stepper": "RefinementStepper",
     "scale.endpoint": "Endpoint",
+    "scale.server": "Served Server",
+    "scale.workers": "Spread SpreadPlayer Workers",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

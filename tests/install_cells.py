@@ -20,13 +20,14 @@ EXTRAS = {  # page: the extra that its cells use
     "stats/retention": "eval",
     "scale/endpoint": "scale",
     "scale/server": "scale",
+    "scale/workers": "scale",
 }
 SIZES = {  # of the downloads beyond what the library itself needs, as in studies/doctor
     "games": "OpenSpiel and TextArena, 29 MB",
     "reasoning": "reasoning-gym and math-verify, 10 MB",
     "code": "HumanEval's problems, below 1 MB",
     "eval": "lm-eval, 26 MB",
-    "scale": "httpx, below 1 MB",
+    "scale": "httpx and Ray, 79 MB",
 }
 DATA = {  # page: files of the repository that its cells read
     "course/01_earlier_self": ["course/01_rounds.jsonl"],
@@ -38,6 +39,7 @@ DATA = {  # page: files of the repository that its cells read
     "methods/refinement": ["methods/refinement.json"],
     "methods/skill": ["methods/skill.jsonl"],
     "scale/server": ["scale/server.jsonl"],
+    "scale/workers": ["scale/workers.jsonl"],
     "studies/costs": ["studies/costs.jsonl"],
     "studies/doctor": ["studies/doctor.jsonl"],
     "studies/failures": ["studies/failures.jsonl"],

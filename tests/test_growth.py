@@ -393,6 +393,7 @@ NO_READERS = {
     "hands texts to a model or a judge, which has its context as a limit": (
         """
         endpoint.Endpoint.generate endpoint.Endpoint.sample server.probe server.ServedPolicy.sample
+        workers.SpreadPlayer.sample workers.sample_unit
         competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
         constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs
         policy.sample policy.generate base.spell base.whole_characters sampling.requests
@@ -420,6 +421,7 @@ NO_READERS = {
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole
         trainer.warn rounds.answer_rows sampling.batches task.as_task trainer.progress collectors.named
         pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn
+        workers.UnitRun.progress workers.UnitRun.warn
         """
     ),
 }

@@ -127,6 +127,7 @@ class GameMoves(PlayGames):
         return Experience(
             answers=rows,
             metrics=_game_figures(run, games) | {"with_advantage": known},
+            scores=by_start(games),
             advice="" if known else why,
         )
 
@@ -143,6 +144,7 @@ class GamePairs(PlayGames):
         return Experience(
             pairs,
             metrics=figures,
+            scores=by_start(games),
             advice="no position was played in two ways that ended differently: play more games a round",
         )
 

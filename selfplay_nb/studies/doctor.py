@@ -386,7 +386,9 @@ EXTRAS = {
     "costs": Extra(
         ("xllamacpp",), ("xllamacpp",), 34, "no llama.cpp beside our sampling in the chapter on costs"
     ),
-    "scale": Extra(("httpx",), ("httpx",), 1, "no players behind servers"),
+    "scale": Extra(
+        ("httpx", "ray"), ("httpx", "ray==2.60.*"), 79, "no players behind servers, and no workers on Ray"
+    ),
     "lab": Extra(
         ("jupyterlab",), ("jupyterlab>=4", "ipywidgets>=8"), 0, "no JupyterLab; any notebook program will do"
     ),
