@@ -9,11 +9,12 @@ import pickle
 import threading
 import time
 import warnings
+from email.utils import formatdate
 
 import pytest
 
 from selfplay_nb.core.players import answers_of
-from selfplay_nb.scale.endpoint import Endpoint, EndpointError, OutOfBudget, read_reply
+from selfplay_nb.scale.endpoint import Endpoint, EndpointError, OutOfBudget, _seconds, read_reply
 
 KEY = "sk-very-secret"
 
@@ -122,6 +123,23 @@ def test_what_may_pass_is_asked_again(serve, fault):
     assert player.used["retries"] == 1
     if "how long" in fault:
         assert time.perf_counter() - began >= 1
+
+
+@pytest.mark.parametrize(
+    "text, low, high",
+    [
+        (formatdate(time.time() + 100, usegmt=True), 90, 101),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 300, 300),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0),
+        ("tomorrow", 0, 0),
+        ("-5", 0, 0),
+        ("nan", 0, 0),
+        ("inf", 300, 300),
+        ("", 0, 0),
+    ],
+)
+def test_when_a_server_wants_to_be_asked_again(text, low, high):
+    assert low <= _seconds(text) <= high
 
 
 @pytest.mark.parametrize("fault", ["busy", "out of order", "hangs up", "no JSON", "two choices"])

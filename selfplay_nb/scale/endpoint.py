@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
@@ -151,12 +152,20 @@ def _call(
 
 # %% ../../nbs/scale/endpoint.ipynb #71438661
 def _seconds(text: str) -> float:
-    "What `Retry-After` says, if it says it in seconds, and at most five minutes."
+    "What `Retry-After` says, in seconds or as a date (RFC 9110, 10.2.3), and at most five minutes."
     try:
         seconds = float(text)
     except ValueError:
-        return 0.0
+        seconds = _seconds_until(text)
     return min(seconds, 300.0) if seconds > 0 else 0.0
+
+# %% ../../nbs/scale/endpoint.ipynb #f5a534f5
+def _seconds_until(date: str) -> float:
+    "Until a date as HTTP writes it; 0 for what is none."
+    try:
+        return parsedate_to_datetime(date).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
 
 # %% ../../nbs/scale/endpoint.ipynb #b36b2f33
 def _hidden(text: str, key: str | None) -> str:
