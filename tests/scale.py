@@ -219,7 +219,7 @@ def speed(served: Running, base, work: Path, repeats: int):
                 began, answers = time.monotonic(), [s for x in said for s in x]
                 ids = [base.encode(p) for p in prompts for _ in range(8)]
                 with there._lock:
-                    base._score(player.policy.name, ids, [s.token_ids for s in answers])
+                    base.answer_logprobs(player.policy.name, ids, [s.token_ids for s in answers])
                 row["scoring"] = round(time.monotonic() - began, 2)
             rows.append(row | dict(tokens_per_second=round(said.n_tokens / said.seconds, 1)))
             print(rows[-1], flush=True)
@@ -246,7 +246,7 @@ def apart(there, base, players: dict, prompts: list) -> list[dict]:
             theirs = choice["logprobs"]["token_logprobs"][len(ids) : len(ids) + len(s.token_ids)]
             own.setdefault("the server", []).append((s.logprobs, theirs))
             if what == "base":
-                [(lp, _)] = whole._score("base", [ids], [s.token_ids])
+                [(lp, _)] = whole.answer_logprobs("base", [ids], [s.token_ids])
                 own.setdefault("whole weights", []).append((s.logprobs, lp.tolist()))
         for other, pairs in own.items():
             d = [abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs)]

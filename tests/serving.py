@@ -113,7 +113,7 @@ class Serving(http.server.ThreadingHTTPServer):
             self.adapters.move_to_end(name)
         ids = asked["prompt"]
         if asked.get("echo"):
-            [(logprobs, _)] = self.base._score("base", [ids[:1]], [ids[1:]])
+            [(logprobs, _)] = self.base.answer_logprobs("base", [ids[:1]], [ids[1:]])
             return 200, dict(choices=[dict(logprobs=dict(token_logprobs=[None, *logprobs.tolist(), -1.0]))])
         self.asked.append(dict(asked, adapter=name))
         settings = Sampling(asked["max_tokens"], asked["temperature"], asked["top_p"])

@@ -397,7 +397,8 @@ NO_READERS = {
         competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
         constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs
         policy.sample policy.generate base.spell base.whole_characters sampling.requests
-        skill.Guidance.contexts reward_model.RewardModel.train reward_model.RewardModel.scores
+        policy.answer_logprobs skill.Guidance.contexts reward_model.RewardModel.train
+        reward_model.RewardModel.scores
         players.answers_of players.Scripted.generate refinement.refine refinement.refine_batch
         refinement.begin skill.collect skill.sample skill.generate skill.AtLevel.generate
         league.PolicySnapshot.generate trainer.train trainer.check_prompts vitals.kl_to_base

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SYSTEM', 'ENDINGS', 'LIBRARY', 'FORMAT', 'RECORD', 'file_sum', 'writing', 'verify', 'numbered',
-           'newest_whole', 'discard', 'prune', 'locked', 'signals_interrupt', 'content', 'weights_sum', 'brief',
-           'differences', 'write_record', 'read_record', 'run_record', 'forget_run', 'random_states',
-           'set_random_states']
+           'newest_whole', 'discard', 'prune', 'locked', 'signals_interrupt', 'is_users', 'content', 'content_sum',
+           'weights_sum', 'brief', 'differences', 'write_record', 'read_record', 'run_record', 'forget_run',
+           'random_states', 'set_random_states']
 
 # %% ../../nbs/core/checkpoint.ipynb #792f2d81
 import dataclasses
@@ -362,7 +362,7 @@ def _sum_of(x) -> str:
     return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/checkpoint.ipynb #4925e8bb
-def _is_users(x) -> bool:
+def is_users(x) -> bool:
     "Is a function or class the user's own, neither this library's nor a package's nor the language's?"
     top = (getattr(x, "__module__", None) or "builtins").split(".")[0]
     if top == "__main__":
@@ -417,6 +417,11 @@ def content(
         return "itself"
     return _of_parts(x, functools.partial(content, _seen=_seen | {id(x)}))
 
+# %% ../../nbs/core/checkpoint.ipynb #cfdc57e8
+def content_sum(x) -> str:  # 16 hexadecimal digits
+    "A sum of what `x` is made of; equal for equal content in any process."
+    return _sum_of(content(x))
+
 # %% ../../nbs/core/checkpoint.ipynb #6464a41a
 def _of_parts(x, go):
     "The same for what has parts; `go` gives the content of one."
@@ -446,11 +451,11 @@ def _of_function(f, go) -> dict:
         if c != types.CellType()
     }
     settings = {"settings": closed} if closed else {}
-    if not _is_users(f):
+    if not is_users(f):
         return {"function": f"{f.__module__}.{f.__qualname__}"} | settings
     used = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
     fixed = lambda n, v: isinstance(v, (*_PLAIN, float, tuple, frozenset, re.Pattern)) or n.isupper()
-    own = lambda v: isinstance(v, (types.FunctionType, type)) and _is_users(v)
+    own = lambda v: isinstance(v, (types.FunctionType, type)) and is_users(v)
     calls = {n: go(v) for n, v in used.items() if fixed(n, v) or own(v)}
     defaults = [go(f.__defaults__), go(f.__kwdefaults__)]
     code = _sum_of([_code(f.__code__, f.__doc__), defaults, calls])
@@ -458,17 +463,17 @@ def _of_function(f, go) -> dict:
 
 # %% ../../nbs/core/checkpoint.ipynb #9dc083ac
 def _of_class(c, go) -> dict:
-    if not _is_users(c):
+    if not is_users(c):
         return {"class": f"{c.__module__}.{c.__qualname__}"}
     code = {}
-    for k in reversed([k for k in c.__mro__ if _is_users(k)]):
+    for k in reversed([k for k in c.__mro__ if is_users(k)]):
         for name, v in vars(k).items():
             inner = getattr(v, "__func__", getattr(v, "func", v))
             for part in [v.fget, v.fset] if isinstance(v, property) else [inner]:
                 if isinstance(part, (types.FunctionType, float, tuple, *_PLAIN)) and part is not None:
                     code[name] = go(part)
     hidden = "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"
-    bases = [go(k) for k in c.__mro__[1:] if not _is_users(k) and k is not object]
+    bases = [go(k) for k in c.__mro__[1:] if not is_users(k) and k is not object]
     return {"class": c.__name__, "code": _sum_of([{k: v for k, v in code.items() if k not in hidden}, bases])}
 
 # %% ../../nbs/core/checkpoint.ipynb #77ff867c
@@ -480,7 +485,7 @@ def _of_object(x, go) -> dict:
         names = list(inspect.signature(init).parameters)[1:]
         has = {n: has[k] for n in names for k in (n, f"_{n}") if k in has}
     known = dataclasses.is_dataclass(x) or type(x).__module__.split(".")[0] in (LIBRARY, "types")
-    if not known and not _is_users(type(x)):
+    if not known and not is_users(type(x)):
         has = {}
     return _of_class(type(x), go) | {k: go(v) for k, v in has.items()}
 

@@ -7,7 +7,6 @@ __all__ = ['STAGES', 'KIND', 'SMALL', 'METHODS', 'Rows', 'combine', 'Stage', 'St
 
 # %% ../../nbs/loop/pipeline.ipynb #3c6d46b4
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -30,6 +29,7 @@ from selfplay_nb.core.checkpoint import (
     RECORD,
     brief,
     content,
+    content_sum,
     differences,
     discard,
     locked,
@@ -376,10 +376,6 @@ def base(self: RLHFOrchestrator) -> Base:
 def ledger(self: RLHFOrchestrator) -> Ledger:
     return self._ledgers[0]
 
-# %% ../../nbs/loop/pipeline.ipynb #cf173743
-def _sum(x) -> str:
-    return hashlib.sha256(json.dumps(content(x), sort_keys=True).encode()).hexdigest()[:16]
-
 # %% ../../nbs/loop/pipeline.ipynb #bc470120
 @patch(as_prop=True)
 def about(self: RLHFOrchestrator) -> dict:
@@ -549,7 +545,7 @@ def _about(self: RLHFOrchestrator, name: str, settings: dict, data) -> dict:
     "All that a stage's result depends on, as JSON holds it."
     defaults = COMMON | _DEFAULTS[name] if name in _DEFAULTS else {}
     return json.loads(
-        json.dumps(dict(run=self.about, settings=content(defaults | settings), data=_sum(data)))
+        json.dumps(dict(run=self.about, settings=content(defaults | settings), data=content_sum(data)))
     )
 
 # %% ../../nbs/loop/pipeline.ipynb #af73461b

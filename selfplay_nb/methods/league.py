@@ -95,7 +95,7 @@ class PolicySnapshot:
             raise ValueError(
                 f"{self.name!r} has nothing to play with: give its league a `base`, or a player to `add`."
             )
-        return self.league._load(self)
+        return self.league.load_member(self)
 
     @property
     def takes_seeds(self) -> bool:
@@ -497,7 +497,7 @@ def _adapter(self: LeagueTraining, member) -> str:
 
 # %% ../../nbs/methods/league.ipynb #6ec5d626
 @patch
-def _load(self: LeagueTraining, member):
+def load_member(self: LeagueTraining, member):
     "The member's policy; least recently used ones make room for it."
     if member.folder is None:
         return self.base.policy()

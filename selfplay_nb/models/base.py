@@ -335,7 +335,7 @@ def completion_ids(
     one ends with is not doubled.
     """
     if not isinstance(completion, str):
-        return self._checked_ids(list(completion))
+        return self.checked_ids(list(completion))
     if not finished:
         return self.spell(completion)
     end = self.tokenizer.convert_ids_to_tokens(self.end_id)
@@ -344,7 +344,7 @@ def completion_ids(
 
 # %% ../../nbs/models/base.ipynb #72bee954
 @patch
-def _checked_ids(self: Base, ids: list) -> list[int]:
+def checked_ids(self: Base, ids: list) -> list[int]:
     size = self.model.config.get_text_config().vocab_size
     if all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < size for i in ids):
         return ids

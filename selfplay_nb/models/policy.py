@@ -6,6 +6,7 @@
 __all__ = ['Policy']
 
 # %% ../../nbs/models/policy.ipynb #8e25760e
+import hashlib
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 # %% ../../nbs/models/policy.ipynb #7a043f51
 from fastcore.basics import patch
 
+from ..core.checkpoint import content_sum
 from ..core.checks import printable, whole
 from ..core.players import as_prompts
 from .base import WHEEL_MODELS, Base, check_adapter
@@ -145,10 +147,13 @@ def generate(
 
 # %% ../../nbs/models/policy.ipynb #01ad5391
 @patch
-def _score(self: Base, adapter, prompts, answers):
-    """For each answer the log-probabilities of its tokens, and whether each is the likeliest; `prompts` and
-    `answers` are token lists.
-    """
+def answer_logprobs(
+    self: Base,
+    adapter: str,  # whose; "base" is none
+    prompts: list[list[int]],  # token ids, n rows
+    answers: list[list[int]],  # token ids, n rows of at least one
+) -> "list[tuple[torch.Tensor, torch.Tensor]]":  # n pairs of (tokens,)
+    "For each answer its tokens' natural log-probabilities, and whether each token is the likeliest there."
     import torch
 
     from selfplay_nb.models.sampling import batches, can_share, lay_out, pack
@@ -205,7 +210,7 @@ def logprobs(
             f"completion {[len(a) for a in answers].index(0)} has no tokens: expected at least one."
         )
     encoded = self.base._encode_all(prompts, max(map(len, answers)))
-    out = [lp for lp, _ in self.base._score(self.name, encoded, answers)]
+    out = [lp for lp, _ in self.base.answer_logprobs(self.name, encoded, answers)]
     return out if per_token else torch.stack([lp.sum() for lp in out])
 
 # %% ../../nbs/models/policy.ipynb #c9acbfa2
@@ -239,6 +244,23 @@ def load_state(self: Policy, state: dict):
         )
     for k, w in mine.items():
         w.copy_(state[k])
+
+# %% ../../nbs/models/policy.ipynb #7f0d6513
+# settings that say what an adapter's weights do
+_MEANING = "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"
+
+# %% ../../nbs/models/policy.ipynb #a0bd289d
+@patch
+def weights_sum(self: Policy) -> str:  # 16 hexadecimal digits
+    "A sum of the adapter's weights and of what they mean: their rank, their scales, and how they are used."
+    import torch
+
+    config = self.base.peft.peft_config[self.name]
+    digest = hashlib.sha256(content_sum({k: getattr(config, k, None) for k in _MEANING}).encode())
+    for name, weight in sorted(self.state().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/models/policy.ipynb #4af4ab63
 @patch

@@ -597,7 +597,7 @@ def answers(
         batch = [rows[n] for n in numbers]
         said = decode(model, batch, settings, self.eos_ids, pad, hook, owners, tick)
         for n, answer in zip(numbers, said):
-            samples[n] = self._sample(*answer)
+            samples[n] = self.as_sample(*answer)
 
     with self._fastest(owners, max(map(len, todo)), settings.max_new_tokens, guide) as model:
         self._in_memory(todo, run)
@@ -690,7 +690,12 @@ def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
 
 # %% ../../nbs/models/sampling.ipynb #84c4faec
 @patch
-def _sample(self: Base, ids, logprobs) -> Sample:
+def as_sample(
+    self: Base,
+    ids: list[int],  # of an answer; its last may be the end token
+    logprobs: list[float],  # one for each
+) -> Sample:
+    "Tokens as a record with their text."
     stop = ids[-1] in self.eos_ids
     return Sample(
         self.tokenizer.decode(ids[:-1] if stop else ids, skip_special_tokens=True),

@@ -841,9 +841,8 @@ def reference_logprobs(
     "Add the reference's summed log-probabilities of both answers."
     prompts = [r["prompt_ids"] for r in rows] * 2
     answers = [r[k] for k in ("chosen_ids", "rejected_ids") for r in rows]
-    said = [
-        float(logps.double().sum()) for logps, _ in reference.base._score(reference.name, prompts, answers)
-    ]
+    scores = reference.base.answer_logprobs(reference.name, prompts, answers)
+    said = [float(logps.double().sum()) for logps, _ in scores]
     return [
         r | {"ref_chosen_logps": c, "ref_rejected_logps": j} for r, c, j in zip(rows, said, said[len(rows) :])
     ]
@@ -1113,7 +1112,7 @@ def reinforce(
     good, dropped = _with_advantage(base, rows, kl)
     if kl and good:
         prompts, answers = ([r[k] for r in good] for k in ("prompt_ids", "completion_ids"))
-        said = base._score(reference.name, prompts, answers)
+        said = base.answer_logprobs(reference.name, prompts, answers)
         good = [r | {"ref_logps": logps.tolist()} for r, (logps, _) in zip(good, said)]
     return _train(
         base, policy.name, good, reinforce_loss(base, kl), _at_random, s, optimizer, dropped, progress

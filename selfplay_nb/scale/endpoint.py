@@ -412,7 +412,7 @@ class Endpoint:
 
     def _send(self, fields: dict, stopped: threading.Event):
         "What a server answers, as data; the tokens that it used are counted. Raises `ValueError` for none."
-        data = self._data(self.request("chat/completions", {"model": self.model, **fields}, stopped))
+        data = self.ask("chat/completions", {"model": self.model, **fields}, stopped)
         tokens, prompt_tokens = _used(data)
         with self._lock:
             self.used["tokens"] += tokens
@@ -437,7 +437,9 @@ class Endpoint:
         url = f"{self.url}/{path}"
         return _call(self._client, url, sent, self._headers(), self.largest, goes_on, self._clean)
 
-    def _data(self, body: bytes):
+    def ask(self, path: str, fields: dict | None = None, stopped: threading.Event | None = None):
+        "As `request`, as data. Raises `ValueError` as well, for what is no JSON."
+        body = self.request(path, fields, stopped)
         try:
             return json.loads(body)
         except (ValueError, RecursionError):

@@ -6,8 +6,6 @@
 __all__ = ['NEEDED', 'ADAPTER', 'NEAR', 'FAR', 'Server', 'ServedPolicy', 'Served', 'write_model']
 
 # %% ../../nbs/scale/server.ipynb #ac96ed1a
-import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -27,6 +25,7 @@ from bitsandbytes.functional import dequantize_4bit
 from fastcore.basics import patch
 from safetensors.torch import save_file
 
+from ..core.checkpoint import content_sum
 from ..core.checks import printable, whole
 from ..core.players import seed_of
 from ..models.policy import Base, Policy
@@ -87,11 +86,10 @@ class _Place:
 
     def ask(self, path: str, fields: dict | None = None, stopped=None):
         "An answer as data, in one attempt."
-        body = self.endpoint.request(path, fields, stopped)
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            raise _Again(f"the reply is no JSON: {body[:80]!r}") from None
+            return self.endpoint.ask(path, fields, stopped)
+        except ValueError as e:
+            raise _Again(str(e)) from None
 
     def adapters(self, what: str, **fields):
         "Load or unload an adapter. SGLang has these two paths above the version."
@@ -225,13 +223,7 @@ class Server:
 
     def _name_of(self, policy: Policy) -> str:
         "A name that belongs to these weights alone, in this folder alone."
-        config = self.base.peft.peft_config[policy.name]
-        scale = config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern
-        digest = hashlib.sha256(repr((str(self.folder), scale)).encode())
-        for key, weight in sorted(policy.state().items()):
-            digest.update(key.encode())
-            digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
-        return f"selfplay-{digest.hexdigest()[:16]}"
+        return f"selfplay-{content_sum([str(self.folder), policy.weights_sum()])}"
 
     @printable
     def __repr__(self):
@@ -279,7 +271,7 @@ def probe(
         raise EndpointError(f"{place.url} gives no log-probabilities of a prompt.") from None
     if len(theirs) < len(ids) - 1:
         raise EndpointError(f"{place.url} reads {len(ids)} tokens as {len(theirs) + 1}: it is another model.")
-    [(ours, _)] = self.base._score("base", [ids[:1]], [ids[1:]])
+    [(ours, _)] = self.base.answer_logprobs("base", [ids[:1]], [ids[1:]])
     return ours.tolist(), theirs
 
 # %% ../../nbs/scale/server.ipynb #b4f77504
@@ -357,7 +349,7 @@ def _ids(self: Server, choice: dict) -> list[int]:
             raise ValueError(f"it ended for the reason {end!r}")
         if ids is None:
             return self.base.completion_ids(choice["text"], finished=end == "stop")
-        ids = self.base._checked_ids(ids)
+        ids = self.base.checked_ids(ids)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _Again(f"the reply is no answer: {e}") from None
     if end == "stop" and (not ids or ids[-1] not in self.base.eos_ids):
@@ -417,8 +409,8 @@ class ServedPolicy:
         with server._lock:
             if self.adapter and server._name_of(self.policy) != self.adapter:
                 raise ValueError(f"{self.name} has been trained since it was published: publish it again.")
-            scores = server.base._score(self.policy.name, prompts, said)
-            return [server.base._sample(ids, lp.tolist()) for ids, (lp, _) in zip(said, scores)]
+            scores = server.base.answer_logprobs(self.policy.name, prompts, said)
+            return [server.base.as_sample(ids, lp.tolist()) for ids, (lp, _) in zip(said, scores)]
 
     @printable
     def __repr__(self):
@@ -460,7 +452,7 @@ def _served_league(league, server: Server):
     served.members = [copy(m) for m in league.members]
     for member in served.members:
         member.league = served
-    served._load = lambda member: server.publish(league._load(member))
+    served.load_member = lambda member: server.publish(league.load_member(member))
     return served
 
 # %% ../../nbs/scale/server.ipynb #1d040928

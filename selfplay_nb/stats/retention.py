@@ -167,7 +167,7 @@ def perplexity(
     start = _start(base)
     texts = [base.completion_ids(passage, finished=False) for passage in passages]
     _check_fit(texts, base.context_length - len(start), base.context_length)
-    logprobs = [scores for scores, _ in base._score(policy.name, [start] * len(texts), texts)]
+    logprobs = [scores for scores, _ in base.answer_logprobs(policy.name, [start] * len(texts), texts)]
     return Perplexity([-float(x.sum()) for x in logprobs], [len(x) for x in logprobs])
 
 # %% ../../nbs/stats/retention.ipynb #7419495b
@@ -442,7 +442,7 @@ def lm_eval_model(
     prefix = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
 
     def score(contexts, answers):
-        found = base._score(policy.name, contexts, answers)
+        found = base.answer_logprobs(policy.name, contexts, answers)
         return [(float(logprobs.sum()), bool(greedy.all())) for logprobs, greedy in found]
 
     def of_whole_text(text):

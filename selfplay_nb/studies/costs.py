@@ -456,7 +456,8 @@ def reached(rows=32):
     yield
     texts = [base.encode(q) for q in asked]
     tokens = sum(map(len, texts)) - (rows - 1) * len(os.path.commonprefix(texts))  # a common beginning once
-    reading = _best(lambda: base._score("student", [t[:-1] for t in texts], [t[-1:] for t in texts]), 3)
+    most, last = [t[:-1] for t in texts], [t[-1:] for t in texts]
+    reading = _best(lambda: base.answer_logprobs("student", most, last), 3)
     result = dpo(policy, pairs, Policy(base, "base"), per_device_train_batch_size=rows)
     trained = tokens + sum(len(base.completion_ids(text)) for both in said for text in both)
     training = result.history[-1]["train_runtime"]
