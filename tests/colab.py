@@ -2,13 +2,16 @@
 
 `resolve` sets up what a Colab runtime has (of torch a stand-in that is only metadata), lets pip do what the
 install cell asks for, and says which versions changed. `run` sets up the same versions with a torch for CPUs
-and runs pages in a kernel that believes to be in Colab, install cell included, with an empty cache.
+and runs pages in a kernel that believes to be in Colab, install cell included, with an empty cache:
+`colab.py run` seven of them, `colab.py run all` each (two hours), `colab.py run nbs/games/play` this one.
+Pages with other extras than the ones before get an environment of their own.
 
 Two Pythons, since a torch for CPUs is not to be had for each; make's PYTHON313 and PYTHON311 name them.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -103,12 +106,23 @@ NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
 """
 
 
-def pages() -> int:
+def extras_of(page: str) -> str:
+    "Those that its install cell asks for, such as `games`."
+    found = re.search(r"selfplay_nb\[(.+?)\] @", (ROOT / f"{page}.ipynb").read_text())
+    return found[1] if found else ""
+
+
+def every_page() -> list[str]:
+    "In reading order."
+    chapters = re.findall(r"- file: (\S+)", (ROOT / "nbs" / "_toc.yml").read_text())
+    return ["index", *(f"nbs/{chapter}" for chapter in chapters)]
+
+
+def pages(*asked) -> int:
     "Run pages, each alone in an empty folder, in a kernel that believes to be in Colab."
-    python = fresh("run")
+    names = every_page() if asked == ("all",) else list(asked) or PAGES
     torch = next(x for x in (ROOT / "constraints.txt").read_text().split() if x.startswith("torch=="))
-    pip(python, "install", "-q", torch, *THERE)
-    failed = 0
+    failed = []
     with tempfile.TemporaryDirectory() as d:
         home = Path(d)
         startup = home / "ipython" / "profile_default" / "startup"
@@ -122,24 +136,38 @@ def pages() -> int:
             "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
             "SELFPLAY_NB_CACHE": str(home / "cache"),
         }
-        handler = partial(SimpleHTTPRequestHandler, directory=ROOT / "nbs")
+        handler = partial(Quiet, directory=ROOT / "nbs")
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for page in PAGES:
-            empty = home / page.replace("/", "_")
-            empty.mkdir()
-            (empty / "page.ipynb").write_bytes((ROOT / f"{page}.ipynb").read_bytes())
-            began = time.perf_counter()
-            command = [str(python), "-c", ASK, "page.ipynb", f"http://127.0.0.1:{server.server_port}"]
-            done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
-            minutes = (time.perf_counter() - began) / 60
-            outcome = "FAILED" if done.returncode else "passed"
-            print(f"{page:34} {minutes:5.1f} minutes  {outcome}", flush=True)
-            if done.returncode:
-                failed += 1
-                print(done.stderr[-3000:])
-    return failed
+        at = f"http://127.0.0.1:{server.server_port}"
+        for extras in dict.fromkeys(map(extras_of, names)):
+            python = fresh(f"run_{extras}")
+            pip(python, "install", "-q", torch, *THERE)
+            failed += [p for p in names if extras_of(p) == extras and not passes(p, python, home, env, at)]
+    print(f"{len(names) - len(failed)} of {len(names)} pages passed", *failed, flush=True)
+    return len(failed)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def passes(page: str, python: Path, home: Path, env: dict, at: str) -> bool:
+    "Run a page in an empty folder; its line of the table."
+    empty = home / page.replace("/", "_")
+    empty.mkdir()
+    (empty / "page.ipynb").write_bytes((ROOT / f"{page}.ipynb").read_bytes())
+    began = time.perf_counter()
+    command = [str(python), "-c", ASK, "page.ipynb", at]
+    done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+    minutes = (time.perf_counter() - began) / 60
+    outcome = "FAILED" if done.returncode else "passed"
+    print(f"{page:34} {minutes:5.1f} minutes  {outcome}", flush=True)
+    if done.returncode:
+        print(done.stderr[-3000:], flush=True)
+    return not done.returncode
 
 
 if __name__ == "__main__":
-    sys.exit({"resolve": resolve, "run": pages}[sys.argv[1]]())
+    sys.exit({"resolve": resolve, "run": pages}[sys.argv[1]](*sys.argv[2:]))
