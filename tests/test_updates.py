@@ -501,6 +501,16 @@ def test_two_processes_make_the_steps_of_one(policy, tiny_folder, tmp_path):
             torch.testing.assert_close(state[k], w, rtol=0, atol=1e-5)
 
 
+def test_processes_that_do_not_know_of_one_another_are_refused(policy, monkeypatch):
+    "As under torchrun on a CPU, if a script has made a plain `PartialState()` first."
+    sft(policy, ROWS_OF_TWO[:2])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = policy.state()
+    with pytest.raises(RuntimeError, match=r"2 processes were started.*PartialState\(cpu=True\)"):
+        sft(policy, ROWS_OF_TWO[:2])
+    assert all(torch.equal(w, before[k]) for k, w in policy.state().items())
+
+
 @pytest.mark.parametrize("loss", ["sppo", "sigmoid"])
 def test_a_single_step_in_half_precision_learns(tiny_folder, loss):
     "A scale of the gradients that is too large at first is halved until the step can be taken."

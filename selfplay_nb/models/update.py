@@ -10,6 +10,7 @@ __all__ = ['TILE', 'PAIR_LOSSES', 'OPTIMIZERS', 'MOMENTS', 'TRL', 'COMMON', 'DPO
 
 # %% ../../nbs/models/update.ipynb #ca37624f
 import math
+import os
 import random
 import tempfile
 import time
@@ -550,7 +551,16 @@ def _add_up(base: Base, weights, loss, step, size: int, scaler) -> tuple[dict, i
 
 # %% ../../nbs/models/update.ipynb #025a539b
 def _processes(base: Base) -> PartialState:
-    return PartialState(cpu=base.device.type == "cpu")
+    "Those that run this update together. Raises `RuntimeError` if they do not know of one another."
+    state = PartialState(cpu=base.device.type == "cpu")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and state.num_processes == 1:
+        raise RuntimeError(
+            f"{started} processes were started, and each would make the whole update by itself. On a CPU"
+            " accelerate joins them if the first PartialState of a process is PartialState(cpu=True); to let"
+            " each work alone, take WORLD_SIZE out of its environment."
+        )
+    return state
 
 # %% ../../nbs/models/update.ipynb #e344990f
 def _halved(size: int, rows: int) -> int:
