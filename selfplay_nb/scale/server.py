@@ -91,47 +91,55 @@ class _Place:
         except ValueError as e:
             raise _Again(str(e)) from None
 
-    def adapters(self, what: str, **fields):
-        "Load or unload an adapter. SGLang has these two paths above the version."
-        at = "../" if self.sglang else ""
-        self.endpoint.request(f"{at}{what}_lora_adapter", fields)
+# %% ../../nbs/scale/server.ipynb #fee37a50
+@patch
+def adapters(self: _Place, what: str, **fields):
+    "Load or unload an adapter. SGLang has these two paths above the version."
+    at = "../" if self.sglang else ""
+    self.endpoint.request(f"{at}{what}_lora_adapter", fields)
 
-    def load(self, name: str, folder: Path):
-        "Raises `EndpointError` with the server's words if it refuses."
+# %% ../../nbs/scale/server.ipynb #68489bf3
+@patch
+def load(self: _Place, name: str, folder: Path):
+    "Raises `EndpointError` with the server's words if it refuses."
+    try:
+        self.adapters("load", lora_name=name, lora_path=str(folder))
+    except _Refused as e:
+        if "already" not in str(e):
+            why = f"{self.url} does not load the adapter in {folder}: {e}. {NEEDED}."
+            raise EndpointError(why) from None
+    self.loaded.add(name)
+
+# %% ../../nbs/scale/server.ipynb #10b7a85b
+@patch
+def unload(self: _Place, name: str):
+    "What a server does not know, or cannot unload, does no harm: nobody asks for it again."
+    self.loaded.discard(name)
+    try:
+        self.adapters("unload", lora_name=name)
+    except (EndpointError, _Again):
+        pass
+
+# %% ../../nbs/scale/server.ipynb #58729608
+@patch
+def complete(self: _Place, name: str, folder: Path, fields: dict, stopped) -> dict:
+    "The only choice of an answer; the adapter is loaded first if it has to be."
+    own = name == self.model
+    model = f"{self.model}:{name}" if self.sglang and not own else name
+    lacks = lambda: not own and name not in self.loaded
+    with self.turns.turn(lacks, partial(self.load, name, folder)):
         try:
-            self.adapters("load", lora_name=name, lora_path=str(folder))
+            data = self.ask("completions", {"model": model, **fields}, stopped)
         except _Refused as e:
-            if "already" not in str(e):
-                why = f"{self.url} does not load the adapter in {folder}: {e}. {NEEDED}."
-                raise EndpointError(why) from None
-        self.loaded.add(name)
-
-    def unload(self, name: str):
-        "What a server does not know, or cannot unload, does no harm: nobody asks for it again."
-        self.loaded.discard(name)
-        try:
-            self.adapters("unload", lora_name=name)
-        except (EndpointError, _Again):
-            pass
-
-    def complete(self, name: str, folder: Path, fields: dict, stopped) -> dict:
-        "The only choice of an answer; the adapter is loaded first if it has to be."
-        own = name == self.model
-        model = f"{self.model}:{name}" if self.sglang and not own else name
-        lacks = lambda: not own and name not in self.loaded
-        with self.turns.turn(lacks, partial(self.load, name, folder)):
-            try:
-                data = self.ask("completions", {"model": model, **fields}, stopped)
-            except _Refused as e:
-                if e.status not in (400, 404) or own or name not in str(e):
-                    raise
-                self.loaded.discard(name)
-                raise _Unloaded(str(e)) from None
-        try:
-            [choice] = data["choices"]
-            return dict(choice)
-        except (ValueError, KeyError, TypeError):
-            raise _Again("the reply is no single answer") from None
+            if e.status not in (400, 404) or own or name not in str(e):
+                raise
+            self.loaded.discard(name)
+            raise _Unloaded(str(e)) from None
+    try:
+        [choice] = data["choices"]
+        return dict(choice)
+    except (ValueError, KeyError, TypeError):
+        raise _Again("the reply is no single answer") from None
 
 # %% ../../nbs/scale/server.ipynb #3d85d544
 ADAPTER = r"selfplay-[0-9a-f]{16}"  # names of published adapters
@@ -183,52 +191,60 @@ class Server:
             self._check(place, model)
         self._try_adapter(r)
 
-    def publish(
-        self,
-        policy: Policy,  # as it is now
-    ) -> "ServedPolicy":  # it as it was then
-        "A player that answers from the servers. Raises `ValueError` for a policy on another base."
-        if policy.base is not self.base:
-            raise ValueError(f"{policy!r} is not on the servers' base: expected one on {self.base!r}.")
-        if policy.name == "base":
-            return ServedPolicy(self, policy, "")
-        name = self._name_of(policy)
-        if not (self.folder / name).exists():
-            policy.save(self.folder / name)  # beside it, and renamed: no server sees half of it
-            _readable(self.folder / name)
-        self._players[name] = None
-        self._players.move_to_end(name)
-        return ServedPolicy(self, policy, name)
-
-    def tidy(self, keep: int | None = None):
-        """Unload all but the adapters that were published last, and remove their folders.
-
-        Call it when nobody is asking, as `Served` does between rounds.
-        """
-        keep = self.keep if keep is None else keep
-        stay = list(self._players)[-keep:] if keep else []
-        for folder in self.folder.iterdir():
-            if folder.name in stay or not re.fullmatch(ADAPTER, folder.name):
-                continue
-            for place in self.places:
-                place.unload(folder.name)
-            shutil.rmtree(folder)
-            self._players.pop(folder.name, None)
-
-    def close(self):
-        "Unload all adapters, and end the connections."
-        self.tidy(0)
-        for place in self.places:
-            place.endpoint.close()
-
-    def _name_of(self, policy: Policy) -> str:
-        "A name that belongs to these weights alone, in this folder alone."
-        return f"selfplay-{content_sum([str(self.folder), policy.weights_sum()])}"
-
     @printable
     def __repr__(self):
         urls = ", ".join(place.url for place in self.places)
         return f"Server({urls}: {len(self._players)} adapters of {Path(self.base.name).name})"
+
+# %% ../../nbs/scale/server.ipynb #98e7cbd6
+@patch
+def publish(
+    self: Server,
+    policy: Policy,  # as it is now
+) -> "ServedPolicy":  # it as it was then
+    "A player that answers from the servers. Raises `ValueError` for a policy on another base."
+    if policy.base is not self.base:
+        raise ValueError(f"{policy!r} is not on the servers' base: expected one on {self.base!r}.")
+    if policy.name == "base":
+        return ServedPolicy(self, policy, "")
+    name = self._name_of(policy)
+    if not (self.folder / name).exists():
+        policy.save(self.folder / name)  # beside it, and renamed: no server sees half of it
+        _readable(self.folder / name)
+    self._players[name] = None
+    self._players.move_to_end(name)
+    return ServedPolicy(self, policy, name)
+
+# %% ../../nbs/scale/server.ipynb #101c54ae
+@patch
+def tidy(self: Server, keep: int | None = None):
+    """Unload all but the adapters that were published last, and remove their folders.
+
+    Call it when nobody is asking, as `Served` does between rounds.
+    """
+    keep = self.keep if keep is None else keep
+    stay = list(self._players)[-keep:] if keep else []
+    for folder in self.folder.iterdir():
+        if folder.name in stay or not re.fullmatch(ADAPTER, folder.name):
+            continue
+        for place in self.places:
+            place.unload(folder.name)
+        shutil.rmtree(folder)
+        self._players.pop(folder.name, None)
+
+# %% ../../nbs/scale/server.ipynb #3ff4ce17
+@patch
+def close(self: Server):
+    "Unload all adapters, and end the connections."
+    self.tidy(0)
+    for place in self.places:
+        place.endpoint.close()
+
+# %% ../../nbs/scale/server.ipynb #ba8490df
+@patch
+def _name_of(self: Server, policy: Policy) -> str:
+    "A name that belongs to these weights alone, in this folder alone."
+    return f"selfplay-{content_sum([str(self.folder), policy.weights_sum()])}"
 
 # %% ../../nbs/scale/server.ipynb #2e9e366a
 @patch

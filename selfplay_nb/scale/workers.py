@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 # %% ../../nbs/scale/workers.ipynb #3dcd9dfc
 import psutil
+from fastcore.basics import patch
 
 from ..core.checkpoint import content_sum, is_users, weights_sum
 from ..core.checks import number, printable, whole
@@ -307,144 +308,6 @@ class Workers:
             self.close()
             raise
 
-    def _check_room(self, cpus: int, gpus: float, patience: float = 5.0):
-        "Raise `ValueError` if Ray would wait for a place that nobody leaves."
-        wanted = {"CPU": self.count * cpus, "GPU": self.count * gpus}
-        until = time.monotonic() + patience  # places of processes that ended are free a little later
-        while True:
-            free = _ray().available_resources()
-            lacks = [k for k, n in wanted.items() if n > free.get(k, 0)]
-            if not lacks:
-                return
-            if time.monotonic() > until:
-                kind, there = lacks[0], free.get(lacks[0], 0)
-                raise ValueError(
-                    f"{self.count} workers ask Ray for {wanted[kind]:g} {kind}s, and {there:g} are free: take"
-                    " fewer, a smaller share (gpus=), or close other workers."
-                )
-            time.sleep(0.1)
-
-    def _warn_of_memory(self, base: Base):
-        free, need = psutil.virtual_memory().available, self.count * _bytes_of(base)
-        if base.device.type == "cpu" and need > free:
-            warnings.warn(
-                f"{self.count} workers with {Path(base.name).name} need about {need / 1e9:.1f} GB, and"
-                f" {free / 1e9:.1f} GB are free: take {max(1, int(free / _bytes_of(base)))}.",
-                stacklevel=3,
-            )
-
-    def _begin(self, base: Base, **options) -> list:
-        ray = _ray()
-        keep = "chat", "max_batch_tokens", "max_train_tokens", "unpack_rows"
-        settings = base.settings | {k: getattr(base, k) for k in keep} | dict(device=base.device.type)
-        make = ray.remote(_Worker).options(max_restarts=-1, **options).remote
-        actors = [make(base.name, settings, self.threads, self.sum) for _ in range(self.count)]
-        wrong = next(filter(None, ray.get([a.ready.remote() for a in actors])), "")
-        if wrong:
-            raise ValueError(f"the workers loaded {base.name!r} as the base is loaded, and {wrong}")
-        return actors
-
-    def pack(
-        self,
-        x,  # anything
-        what: str,  # it is, for the error
-        store: dict | None = None,  # sums of adapters to what Ray keeps of them; grows
-    ) -> Packed:
-        "`x` for a worker. Raises `ValueError` for what cannot be sent, naming it."
-        try:
-            data, policies = _pack(x, self.on)
-        except Exception as e:  # whatever a user's own object raises
-            raise ValueError(
-                f"{what} cannot be sent to workers ({type(e).__name__}: {e}). Give a function, or an object"
-                " that holds data alone: files, locks and connections are opened when it is called."
-            ) from e
-        store = {} if store is None else store
-        return Packed(data, {name: self._put(policy, store) for name, policy in policies.items()})
-
-    def _put(self, policy: Policy, store: dict) -> tuple:
-        total = policy.weights_sum()
-        if total not in store:
-            store[total] = _ray().put((policy.base.peft.peft_config[policy.name], policy.state()))
-        return total, store[total]
-
-    def do(
-        self,
-        job: Callable,  # a function of a module: `job(**shared, **own) -> dict` that JSON can hold
-        shared: Packed,  # a dict
-        units: list[Packed],  # a dict each
-        keys: list[str],  # one for each unit: all that its result depends on
-        told=None,  # called as `told(result, is it new?)` as they come
-    ) -> list[dict]:  # in the order of the units
-        """Do units, those that are kept excepted; each is kept when it is finished.
-
-        An error in one ends it, when those that are under way are finished and kept. Raises that error, and
-        `RuntimeError` if a unit lost its process too often.
-        """
-        if not self.actors:
-            raise RuntimeError("these workers are closed: make new ones.")
-        found = self._found(keys)
-        told = told or (lambda made, new: None)
-        for made in found.values():
-            told(made, False)
-        left = [i for i, k in enumerate(keys) if k not in found]
-        for i, made in self._results(job, shared, units, keys, left):
-            found[keys[i]] = made
-            told(made, True)
-        return [found[k] for k in keys]
-
-    def key(self, *parts) -> str:  # 32 hexadecimal digits
-        "A key of a result that depends on `parts`, by content, and on the base and its threads."
-        return content_sum([self.sum, self.threads, *parts])
-
-    def _found(self, keys: list[str]) -> dict:
-        "Results that are kept, by their keys; of two for one key the first."
-        wanted, found = self.known & set(keys), {}
-        for row in self.ledger.rows() if wanted else ():
-            if row["key"] in wanted:
-                found.setdefault(row["key"], row["made"])
-        self.used["kept"] += len(found)
-        return found
-
-    def _results(self, job, shared: Packed, units: list[Packed], keys: list[str], todo):
-        "Yield number and result of units as they finish, each when it is kept."
-        ray = _ray()
-        at, idle, busy, lost = ray.put(shared), list(self.actors), {}, Counter()
-        todo, failed = deque(todo), None
-        while busy or (todo and not failed):
-            while todo and idle and not failed:
-                actor, i = idle.pop(), todo.popleft()
-                # known when it is up again, if it is being replaced; the unit waits for that
-                up = actor.ready.options(max_task_retries=-1).remote()
-                busy[actor.do.remote(up, job, at, units[i])] = actor, i
-            [ref], _ = ray.wait(list(busy), num_returns=1)
-            actor, i = busy.pop(ref)
-            idle.append(actor)
-            try:
-                made = json.loads(ray.get(ref))
-            except ray.exceptions.RayActorError as e:
-                lost[i] += 1
-                todo.appendleft(i)
-                if lost[i] > self.again:
-                    failed = failed or e
-            except ray.exceptions.RayError as e:
-                failed = failed or e
-            else:
-                self._keep(keys[i], made)
-                yield i, made
-        if isinstance(failed, ray.exceptions.RayTaskError):
-            raise failed.cause or failed  # the error as it would be in this process
-        if failed:
-            raise RuntimeError(
-                f"a unit lost its process more than {self.again} times, and was given up: {failed} Is there"
-                " memory enough? What was finished is kept, if `kept` names a file."
-            ) from failed
-
-    def _keep(self, key: str, made: dict):
-        self.used["done"] += 1
-        if self.ledger is not None and key not in self.known:
-            self.ledger.append([dict(key=key, made=made)])
-            self.known.add(key)
-
     def close(self):
         "End the processes, and Ray if it was started for them."
         ray, actors, self.actors = _ray(), self.actors, []
@@ -467,6 +330,164 @@ class Workers:
             f"Workers({self.count} with {Path(self.on.name).name}, threads: {self.threads}; units:"
             f" {self.used['done']} done, {self.used['kept']} kept from before{closed})"
         )
+
+# %% ../../nbs/scale/workers.ipynb #c89ad2a8
+@patch
+def _check_room(self: Workers, cpus: int, gpus: float, patience: float = 5.0):
+    "Raise `ValueError` if Ray would wait for a place that nobody leaves."
+    wanted = {"CPU": self.count * cpus, "GPU": self.count * gpus}
+    until = time.monotonic() + patience  # places of processes that ended are free a little later
+    while True:
+        free = _ray().available_resources()
+        lacks = [k for k, n in wanted.items() if n > free.get(k, 0)]
+        if not lacks:
+            return
+        if time.monotonic() > until:
+            kind, there = lacks[0], free.get(lacks[0], 0)
+            raise ValueError(
+                f"{self.count} workers ask Ray for {wanted[kind]:g} {kind}s, and {there:g} are free: take"
+                " fewer, a smaller share (gpus=), or close other workers."
+            )
+        time.sleep(0.1)
+
+# %% ../../nbs/scale/workers.ipynb #e1356eb7
+@patch
+def _warn_of_memory(self: Workers, base: Base):
+    free, need = psutil.virtual_memory().available, self.count * _bytes_of(base)
+    if base.device.type == "cpu" and need > free:
+        warnings.warn(
+            f"{self.count} workers with {Path(base.name).name} need about {need / 1e9:.1f} GB, and"
+            f" {free / 1e9:.1f} GB are free: take {max(1, int(free / _bytes_of(base)))}.",
+            stacklevel=3,
+        )
+
+# %% ../../nbs/scale/workers.ipynb #d460126f
+@patch
+def _begin(self: Workers, base: Base, **options) -> list:
+    ray = _ray()
+    keep = "chat", "max_batch_tokens", "max_train_tokens", "unpack_rows"
+    settings = base.settings | {k: getattr(base, k) for k in keep} | dict(device=base.device.type)
+    make = ray.remote(_Worker).options(max_restarts=-1, **options).remote
+    actors = [make(base.name, settings, self.threads, self.sum) for _ in range(self.count)]
+    wrong = next(filter(None, ray.get([a.ready.remote() for a in actors])), "")
+    if wrong:
+        raise ValueError(f"the workers loaded {base.name!r} as the base is loaded, and {wrong}")
+    return actors
+
+# %% ../../nbs/scale/workers.ipynb #3ece78db
+@patch
+def pack(
+    self: Workers,
+    x,  # anything
+    what: str,  # it is, for the error
+    store: dict | None = None,  # sums of adapters to what Ray keeps of them; grows
+) -> Packed:
+    "`x` for a worker. Raises `ValueError` for what cannot be sent, naming it."
+    try:
+        data, policies = _pack(x, self.on)
+    except Exception as e:  # whatever a user's own object raises
+        raise ValueError(
+            f"{what} cannot be sent to workers ({type(e).__name__}: {e}). Give a function, or an object"
+            " that holds data alone: files, locks and connections are opened when it is called."
+        ) from e
+    store = {} if store is None else store
+    return Packed(data, {name: self._put(policy, store) for name, policy in policies.items()})
+
+# %% ../../nbs/scale/workers.ipynb #f0369be1
+@patch
+def _put(self: Workers, policy: Policy, store: dict) -> tuple:
+    total = policy.weights_sum()
+    if total not in store:
+        store[total] = _ray().put((policy.base.peft.peft_config[policy.name], policy.state()))
+    return total, store[total]
+
+# %% ../../nbs/scale/workers.ipynb #5fead3c6
+@patch
+def do(
+    self: Workers,
+    job: Callable,  # a function of a module: `job(**shared, **own) -> dict` that JSON can hold
+    shared: Packed,  # a dict
+    units: list[Packed],  # a dict each
+    keys: list[str],  # one for each unit: all that its result depends on
+    told=None,  # called as `told(result, is it new?)` as they come
+) -> list[dict]:  # in the order of the units
+    """Do units, those that are kept excepted; each is kept when it is finished.
+
+    An error in one ends it, when those that are under way are finished and kept. Raises that error, and
+    `RuntimeError` if a unit lost its process too often.
+    """
+    if not self.actors:
+        raise RuntimeError("these workers are closed: make new ones.")
+    found = self._found(keys)
+    told = told or (lambda made, new: None)
+    for made in found.values():
+        told(made, False)
+    left = [i for i, k in enumerate(keys) if k not in found]
+    for i, made in self._results(job, shared, units, keys, left):
+        found[keys[i]] = made
+        told(made, True)
+    return [found[k] for k in keys]
+
+# %% ../../nbs/scale/workers.ipynb #5d0b5988
+@patch
+def key(self: Workers, *parts) -> str:  # 32 hexadecimal digits
+    "A key of a result that depends on `parts`, by content, and on the base and its threads."
+    return content_sum([self.sum, self.threads, *parts])
+
+# %% ../../nbs/scale/workers.ipynb #3986e6d6
+@patch
+def _found(self: Workers, keys: list[str]) -> dict:
+    "Results that are kept, by their keys; of two for one key the first."
+    wanted, found = self.known & set(keys), {}
+    for row in self.ledger.rows() if wanted else ():
+        if row["key"] in wanted:
+            found.setdefault(row["key"], row["made"])
+    self.used["kept"] += len(found)
+    return found
+
+# %% ../../nbs/scale/workers.ipynb #5edee945
+@patch
+def _results(self: Workers, job, shared: Packed, units: list[Packed], keys: list[str], todo):
+    "Yield number and result of units as they finish, each when it is kept."
+    ray = _ray()
+    at, idle, busy, lost = ray.put(shared), list(self.actors), {}, Counter()
+    todo, failed = deque(todo), None
+    while busy or (todo and not failed):
+        while todo and idle and not failed:
+            actor, i = idle.pop(), todo.popleft()
+            # known when it is up again, if it is being replaced; the unit waits for that
+            up = actor.ready.options(max_task_retries=-1).remote()
+            busy[actor.do.remote(up, job, at, units[i])] = actor, i
+        [ref], _ = ray.wait(list(busy), num_returns=1)
+        actor, i = busy.pop(ref)
+        idle.append(actor)
+        try:
+            made = json.loads(ray.get(ref))
+        except ray.exceptions.RayActorError as e:
+            lost[i] += 1
+            todo.appendleft(i)
+            if lost[i] > self.again:
+                failed = failed or e
+        except ray.exceptions.RayError as e:
+            failed = failed or e
+        else:
+            self._keep(keys[i], made)
+            yield i, made
+    if isinstance(failed, ray.exceptions.RayTaskError):
+        raise failed.cause or failed  # the error as it would be in this process
+    if failed:
+        raise RuntimeError(
+            f"a unit lost its process more than {self.again} times, and was given up: {failed} Is there"
+            " memory enough? What was finished is kept, if `kept` names a file."
+        ) from failed
+
+# %% ../../nbs/scale/workers.ipynb #0504fdd5
+@patch
+def _keep(self: Workers, key: str, made: dict):
+    self.used["done"] += 1
+    if self.ledger is not None and key not in self.known:
+        self.ledger.append([dict(key=key, made=made)])
+        self.known.add(key)
 
 # %% ../../nbs/scale/workers.ipynb #ef6a9d0c
 class Spread:
@@ -513,38 +534,42 @@ class Spread:
         speed = tokens[0] / (time.perf_counter() - began)
         return joined([Experience(**m["made"]) for m in made], [len(u.problems) for u in units], speed)
 
-    def _shared(self, run, store: dict) -> tuple[Packed, str]:
-        "What all units share, and a sum of it."
-        task = getattr(run, "task", None)
-        game = task if isinstance(task, GameTask) else None
-        config = game and SimpleNamespace(judge=run.config.judge, seed=run.config.seed)
-        parts = dict(reward=run.reward, asks=run.asks, task=game)
-        settings = dict(sampling=run.sampling, round=run.round, role=run.role, config=config)
-        players = dict(student=run.student, reference=run.reference)
-        given = dict(run=parts | settings | players, collector=self.collector)
-        try:
-            shared = self.workers.pack(given, "the run", store)
-        except ValueError:
-            for name, part in parts.items():  # which of them is it?
-                self.workers.pack(part, f"the run's {name} {name_of(part)}")
-            raise
-        names = [p.name for p in players.values()]
-        return shared, self.workers.key(parts | settings, self.collector, names, _sums(shared))
-
-    def _own(self, run, unit: Unit, about: str, store: dict) -> tuple[Packed, str]:
-        "What a unit has for itself, and its key."
-        opponent = None
-        if run.league:
-            drawn = run.league.sample_opponent(role=run.role)
-            opponent = PolicySnapshot(drawn.name, drawn.role, drawn.player)
-        given = dict(problems=unit.problems, number=unit.seed, opponent=opponent)
-        packed = self.workers.pack(given, "a unit's problems, or its opponent,", store)
-        who = opponent and [opponent.name, None if packed.adapters else opponent.player]
-        return packed, self.workers.key(about, unit, who, sorted(_sums(packed).values()))
-
     @printable
     def __repr__(self):
         return f"Spread({name_of(self.collector)}, {self.size} problems a unit, {self.workers!r})"
+
+# %% ../../nbs/scale/workers.ipynb #76fe5f82
+@patch
+def _shared(self: Spread, run, store: dict) -> tuple[Packed, str]:
+    "What all units share, and a sum of it."
+    task = getattr(run, "task", None)
+    game = task if isinstance(task, GameTask) else None
+    config = game and SimpleNamespace(judge=run.config.judge, seed=run.config.seed)
+    parts = dict(reward=run.reward, asks=run.asks, task=game)
+    settings = dict(sampling=run.sampling, round=run.round, role=run.role, config=config)
+    players = dict(student=run.student, reference=run.reference)
+    given = dict(run=parts | settings | players, collector=self.collector)
+    try:
+        shared = self.workers.pack(given, "the run", store)
+    except ValueError:
+        for name, part in parts.items():  # which of them is it?
+            self.workers.pack(part, f"the run's {name} {name_of(part)}")
+        raise
+    names = [p.name for p in players.values()]
+    return shared, self.workers.key(parts | settings, self.collector, names, _sums(shared))
+
+# %% ../../nbs/scale/workers.ipynb #354f6b1f
+@patch
+def _own(self: Spread, run, unit: Unit, about: str, store: dict) -> tuple[Packed, str]:
+    "What a unit has for itself, and its key."
+    opponent = None
+    if run.league:
+        drawn = run.league.sample_opponent(role=run.role)
+        opponent = PolicySnapshot(drawn.name, drawn.role, drawn.player)
+    given = dict(problems=unit.problems, number=unit.seed, opponent=opponent)
+    packed = self.workers.pack(given, "a unit's problems, or its opponent,", store)
+    who = opponent and [opponent.name, None if packed.adapters else opponent.player]
+    return packed, self.workers.key(about, unit, who, sorted(_sums(packed).values()))
 
 # %% ../../nbs/scale/workers.ipynb #c7e6a1f3
 def _sums(packed: Packed) -> dict:
