@@ -93,6 +93,7 @@ def resolve() -> int:
 
 ASK = """
 import re, sys
+from datetime import datetime
 import nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], 4)
@@ -103,6 +104,17 @@ for cell in notebook.cells:  # what a GPU alone can do, and what is marked as lo
     here = rf'fetch_data(\\1, source="{sys.argv[2]}")'
     cell.source = re.sub(r"fetch_data\\(([^)]*?),?\\s*\\)", here, cell.source)
 NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
+
+
+def seconds(cell):
+    at = cell.metadata.get("execution", {})
+    began, ended = at.get("iopub.status.busy"), at.get("iopub.status.idle")
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds() if ended else 0.0
+
+
+for cell in sorted((c for c in notebook.cells if "%pip" not in c.source), key=seconds)[:-4:-1]:
+    first = next((line for line in cell.source.splitlines() if line[:1] not in ("", "#")), "")
+    print(f"{seconds(cell):42.0f} s  {first[:60]}")
 """
 
 
@@ -154,7 +166,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def passes(page: str, python: Path, home: Path, env: dict, at: str) -> bool:
-    "Run a page in an empty folder; its line of the table."
+    "Run a page in an empty folder; its line of the table, and its three longest cells."
     empty = home / page.replace("/", "_")
     empty.mkdir()
     (empty / "page.ipynb").write_bytes((ROOT / f"{page}.ipynb").read_bytes())
@@ -164,8 +176,7 @@ def passes(page: str, python: Path, home: Path, env: dict, at: str) -> bool:
     minutes = (time.perf_counter() - began) / 60
     outcome = "FAILED" if done.returncode else "passed"
     print(f"{page:34} {minutes:5.1f} minutes  {outcome}", flush=True)
-    if done.returncode:
-        print(done.stderr[-3000:], flush=True)
+    print(done.stderr[-3000:] if done.returncode else done.stdout.rstrip(), flush=True)
     return not done.returncode
 
 
