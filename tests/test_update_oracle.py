@@ -20,7 +20,7 @@ from selfplay_nb.loop.pipeline import RLHFOrchestrator
 from selfplay_nb.models import update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.reward_model import RewardModel
-from selfplay_nb.models.update import dpo, reinforce, sft
+from selfplay_nb.models.update import SMOOTHED, dpo, reinforce, sft
 
 sppo = partial(dpo, loss_type="sppo", loss_weights=None, beta=0.1)
 
@@ -375,7 +375,7 @@ def held_against_plain(
             beta=BETA,
             loss_type=[*terms],
             loss_weights=[*terms.values()],
-            label_smoothing=SMOOTH,
+            label_smoothing=SMOOTH if SMOOTHED & terms.keys() else 0.0,
             **settings,
         )
     taken = rows_in_steps(kind, seen.steps, rows, chat)

@@ -131,7 +131,7 @@ def test_what_the_reference_said_is_a_number(policy):
 
 def test_a_frozen_policy_is_refused_before_anything_is_computed(policy, monkeypatch):
     fixed = policy.snapshot("fixed")
-    monkeypatch.setattr(type(policy.base), "_score", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(type(policy.base), "answer_logprobs", lambda *args: pytest.fail("computed"))
     for update in (
         lambda: dpo(fixed, [ROW], policy),
         lambda: reinforce(fixed, [ROW], reference=policy, kl=1.0),
@@ -265,7 +265,7 @@ def test_the_balance_of_experts_can_be_asked_of_trl(mixture):
 def test_a_bad_setting_is_named_before_anything_is_computed(policy, update, settings, said, monkeypatch):
     monkeypatch.setattr(update_module, "token_logprobs", lambda *args: pytest.fail("computed"))
     if "progress" not in settings:
-        monkeypatch.setattr(type(policy.base), "_score", lambda *args: pytest.fail("computed"))
+        monkeypatch.setattr(type(policy.base), "answer_logprobs", lambda *args: pytest.fail("computed"))
     call = dict(
         dpo=lambda **more: dpo(policy, [ROW], Policy(policy.base, "base"), **more),
         sft=lambda **more: sft(policy, [ROW], **more),
@@ -293,6 +293,7 @@ def test_a_bad_setting_is_named_before_anything_is_computed(policy, update, sett
             "label_smoothing is 0.0: expected a finite number above 0",
         ),
         (dict(loss_type="robust", loss_weights=None, label_smoothing=0.5), "label_smoothing is 0.5"),
+        (dict(label_smoothing=0.1), "label_smoothing is 0.1, and .*'sigmoid'.* does not use it"),
         (dict(ld_alpha=0.5), "unknown setting 'ld_alpha'.*trl"),
         (
             dict(beta=0.1, backend="trl", betta=1),
@@ -303,6 +304,22 @@ def test_a_bad_setting_is_named_before_anything_is_computed(policy, update, sett
 def test_a_bad_loss_on_pairs_is_named(policy, settings, said):
     with pytest.raises(ValueError, match=said):
         dpo(policy, [ROW], Policy(policy.base, "base"), **settings)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_a_loss_that_sorts_a_step_needs_it_whole(tiny_folder, loss):
+    rows = [dict(prompt="a b c", chosen=f"{k} yes", rejected=f"{k} no") for k in range(4)]
+    settings = dict(loss_type=loss, loss_weights=None, per_device_train_batch_size=4)
+    for room, fits in (10_000, True), (40, False):
+        base = Base.load(tiny_folder, dtype=torch.float32, device="cpu", max_train_tokens=room)
+        policy = Policy(base, "student")
+        before = policy.state()
+        if fits:
+            dpo(policy, rows, Policy(base, "base"), **settings)
+        else:
+            with pytest.raises(ValueError, match=f"{loss} compares all 4 pairs of a step, of which"):
+                dpo(policy, rows, Policy(base, "base"), **settings)
+        assert fits != all(torch.equal(w, before[k]) for k, w in policy.state().items())
 
 
 def test_the_rate_follows_its_schedule(policy):

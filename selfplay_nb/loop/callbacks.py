@@ -244,7 +244,7 @@ after</h2>{transcripts}<h2>Configuration</h2><table>{settings}</table>"""
 
 # %% ../../nbs/loop/callbacks.ipynb #03fe0380
 def memory_mb() -> float:
-    "Of this process: memory of the GPU that PyTorch has taken, or what is resident."
+    "Memory of this process in MB: what PyTorch has allocated on the GPU; without one, what is resident."
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e6
@@ -329,7 +329,7 @@ def _beat(self: Live, trainer, force=False, paused=False):
 def process_begun(pid: int) -> float | None:
     """When a process began, in seconds of the system's clock; None if there is none.
 
-    A number may be given to another process later.
+    A process id may be given to another process later; with this time it can be told from it.
     """
     import psutil
 
@@ -379,7 +379,7 @@ def check_wish(settings):
 
 # %% ../../nbs/loop/callbacks.ipynb #1e19b78f
 def read_control(run_dir: str | Path) -> dict:
-    "The wishes that stand in a run's folder; what is no wish is none."
+    "The requests in a run's `control.json`; {} if there is none that can be read."
     try:
         wishes = json.loads((Path(run_dir) / "control.json").read_text())
     except (OSError, ValueError, RecursionError):

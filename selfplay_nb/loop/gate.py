@@ -35,7 +35,7 @@ class SequentialGate:
         self.win_rate, self.max_prompts, self.batch = win_rate, max_prompts, batch
 
     def test_of(self, run) -> SPRT:
-        "The test of a run's next gate, which may err more seldom than the one before."
+        "The sequential test of a run's next gate; each is allowed fewer errors than the one before."
         k = 1 + sum("gate" in m for m in run.history)
         return SPRT(self.win_rate - 0.1, self.win_rate + 0.1, alpha=0.05 / (k * (k + 1)))
 

@@ -35,7 +35,7 @@ class Experience:
     scores: list[list[float]] = field(default_factory=list)  # of the student's matches, by prompt
     # why there are few rows, and which setting would change that
     advice: str = ""
-    # are the pairs' log-probabilities those of the reference, if the student is still what that is?
+    # may log-probabilities kept from sampling stand for the reference's, as long as the student equals it?
     by_reference: bool = False
 
     def __add__(self, other: "Experience") -> "Experience":

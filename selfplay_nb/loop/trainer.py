@@ -384,7 +384,7 @@ def sampling(self: SelfPlayTrainer) -> dict:
 # %% ../../nbs/loop/trainer.ipynb #63e4bc0e
 @patch(as_prop=True)
 def role(self: SelfPlayTrainer) -> str:
-    "Of the learner whose turn it is."
+    "The role of the learner whose turn it is."
     return self.learner.role if self.learner else "main"
 
 # %% ../../nbs/loop/trainer.ipynb #ddbeb993
@@ -1009,7 +1009,7 @@ def _new_learner(self: SelfPlayTrainer, role: str) -> Learner:
 
 # %% ../../nbs/loop/trainer.ipynb #c4f7ad9c
 def _names(role: str) -> tuple[str, str]:
-    "Of a learner's adapters."
+    "The names of a learner's two adapters."
     return ("student", "reference") if role == "main" else (role, f"{role}_reference")
 
 # %% ../../nbs/loop/trainer.ipynb #0629c403

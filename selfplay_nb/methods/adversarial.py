@@ -132,7 +132,7 @@ class Screened:
         return f"{name}: {self.kind} ({100 * self.kinds[self.kind]:.0f} %), right {self.success}"
 
 # %% ../../nbs/methods/adversarial.ipynb #c65c4f68
-def informative(screened: list[Screened]) -> list[Screened]:  # prompts
+def informative(screened: list[Screened]) -> list[Screened]:  # the same, sorted
     """Most informative first: by uncertainty 4p(1-p), among equals by expected margin, else in the given
     order.
     """

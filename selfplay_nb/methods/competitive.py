@@ -89,7 +89,7 @@ class Preferences(list):
         scores: list,  # for each prompt P(the policy wins) of its judged matches
         dropped: Counter,  # decided matches that could not become a pair, by reason
         answers: list,  # for each prompt the policy's answers
-        rewards: list,  # and their rewards (with a judge: the share of their matches that they win)
+        rewards: list,  # and their rewards (with a judge: their mean verdict, P(answer wins))
         tokens_per_second: float = 0.0,
         n_tokens: int = 0,
     ):
@@ -243,7 +243,7 @@ def _nothing_to_prefer(texts: set) -> str:
 
 # %% ../../nbs/methods/competitive.ipynb #27a4d270
 def _by_judge(judge, prompts, ours, theirs, columns):
-    "As `_by_reward`, by asking about every match; an answer's reward is the share of matches that it wins."
+    "As `_by_reward`, by asking about every match; an answer's reward is the mean of its verdicts."
     for name in columns:
         if name in ("a", "b"):
             raise ValueError(

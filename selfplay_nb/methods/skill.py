@@ -130,8 +130,8 @@ def by_grade(
 
 # %% ../../nbs/methods/skill.ipynb #b8b877da
 def by_rating(
-    ratings: dict[str, float],
-    n_levels: int = 3,  # player to rating
+    ratings: dict[str, float],  # player to rating
+    n_levels: int = 3,  # equal shares of the ranks
 ) -> dict[str, int]:  # player to level, 0 the lowest
     """Levels of players by their rank among all; equal ratings share their level.
 
@@ -273,8 +273,8 @@ def collect(
 
 # %% ../../nbs/methods/skill.ipynb #57f61fbf
 def shuffled(
-    rows: list[dict],
-    seed: int = 0,  # of `skill_rows`
+    rows: list[dict],  # of `skill_rows`
+    seed: int = 0,  # of the dealing
 ) -> SkillRows:  # the same answers and as many of each level, but not together
     "Rows whose levels were dealt out anew, evenly among the rows of each level: a control."
     known = tuple(dict.fromkeys(r["level"] for r in rows))

@@ -38,7 +38,7 @@ def nucleus(
     probs: torch.Tensor,  # (B, V)
     top_p: float,  # the share that is kept
 ) -> torch.Tensor:  # (B, V)
-    "`probs` with 0 outside of the smallest set of tokens that has `top_p` of them (Holtzman et al., 2020)."
+    "`probs`, 0 outside the smallest set of tokens that together have `top_p` (Holtzman et al., 2020)."
     p, order = probs.sort(-1, descending=True)
     likelier = p.cumsum(-1) - p
     drop = (likelier >= top_p).gather(-1, order.argsort(-1))  # back in the order of the vocabulary

@@ -352,7 +352,7 @@ CANARIES = {
 # %% ../../nbs/scoring/judge.ipynb #f6f0a0a3
 @dataclass
 class Check:
-    "How canaries fared against real answers under a judge."
+    "How attack answers (canaries) fared against real answers under a judge."
 
     judge: str
     rates: dict[str, Rate]  # each canary's win rate against real answers
@@ -363,7 +363,7 @@ class Check:
         return [name for name, r in self.rates.items() if not (r.n and r.interval[1] < 0.5)]
 
     def require(self):
-        "A gate: raise `ValueError` unless every canary loses for certain."
+        "A gate: raise `ValueError` unless every canary is shown to lose."
         if self.beaten_by:
             raise ValueError(
                 f"judge {self.judge!r} is refused: {', '.join(self.beaten_by)} not shown to lose against real"
@@ -387,7 +387,7 @@ def check(
     canaries: dict = CANARIES,  # name to `(prompt, answer) -> canary`
     **columns,  # lists of n values for the judge
 ) -> Check:
-    "Play each canary against the real answers."
+    "Play each attack answer against the real answers."
     if not canaries:
         raise ValueError("no canaries: expected a dict of name to function.")
     rates = {}

@@ -82,8 +82,8 @@ def format_reward(pattern: str):  # a regular expression for the whole answer
 def is_judge(x) -> bool:
     """Is `x` a judge, with `compare`, and not a reward?
 
-    What can be called scores single answers: it is a reward, even if it can compare too. Unless it says
-    itself what it is, by an attribute `judges`, True or False.
+    Something that can be called scores single answers: it counts as a reward, even if it can compare too.
+    An attribute `judges`, True or False, overrides this.
     """
     return bool(getattr(x, "judges", hasattr(x, "compare") and not callable(x)))
 

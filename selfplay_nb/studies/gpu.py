@@ -296,7 +296,7 @@ MEMBERS = 8
 
 # %% ../../nbs/studies/gpu.ipynb #98141e2b
 def league_step(bench: Bench) -> str:
-    "Eight snapshots join a league, and each answers."
+    "Eight snapshots join a league, and each member answers, the base too."
     from selfplay_nb.methods.league import LeagueTraining
 
     with tempfile.TemporaryDirectory() as d:
