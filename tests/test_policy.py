@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -710,6 +712,53 @@ def test_a_deleted_policy_says_so(policy):
     other.delete()
     with pytest.raises(ValueError, match="unknown adapter 'other'"):
         other.generate("a")
+
+
+def test_the_bare_base_answers_after_its_last_adapter_was_deleted(policy):
+    "PEFT goes on naming the deleted one as active, also when another is added."
+    base = policy.base
+    before = Policy(base, "base").logprobs(["a"], ["b"])
+    policy.delete()
+    assert torch.equal(Policy(base, "base").logprobs(["a"], ["b"]), before)
+    Policy(base, "another")
+    assert torch.equal(Policy(base, "base").logprobs(["a"], ["b"]), before)
+
+
+FIRST = """
+import os, sys
+import torch
+from selfplay_nb import Base, Policy
+
+torch.set_num_threads(1)
+policy = Policy(Base.load(sys.argv[1], dtype=torch.float32, device="cpu"), "student")
+calls = dict(
+    sample=lambda: policy.sample("a", max_new_tokens=2),
+    generate=lambda: policy.generate("a", max_new_tokens=2),
+    logprobs=lambda: policy.logprobs(["a"], ["b"]),
+    snapshot=lambda: policy.snapshot("other"),
+    save=lambda: policy.save(sys.argv[2]),
+    weights_sum=lambda: policy.weights_sum(),
+    repr=lambda: repr(policy),
+    by_name=lambda: policy.base.policy("student"),
+    delete=lambda: policy.delete(),
+)
+for name, call in calls.items():
+    if not (child := os.fork()):
+        try:
+            call()
+            os._exit(0)
+        except BaseException as e:
+            print(name, repr(e), flush=True)
+            os._exit(1)
+    assert not os.waitpid(child, 0)[1], name
+"""
+
+
+def test_each_method_may_be_the_first_that_is_called(tiny_folder, tmp_path):
+    "What it needs is imported when it is needed: nothing else has been used in this process before."
+    command = [sys.executable, "-c", FIRST, str(tiny_folder), str(tmp_path / "saved")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_a_tokenizer_without_chat_template(tmp_path):

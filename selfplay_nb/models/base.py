@@ -293,6 +293,22 @@ def encode(self: Base, prompt) -> list[int]:  # a string or a list of messages
     found = [t for t in self.control if t in said]
     return self._spelled(messages, said, found) if found else self._render(messages, tokenize=True)
 
+# %% ../../nbs/models/base.ipynb #48996abf
+@patch
+def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
+    "Token ids of `prompts`, each checked to leave `room` tokens of the context."
+    encoded = [self.encode(p) for p in prompts]
+    for i, ids in enumerate(encoded):
+        if len(ids) + room > self.context_length:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens and {room} more are asked for, but the context of"
+                f" {self.name} is {self.context_length} tokens. Shorten the prompt"
+                f" ({str(prompts[i])[:40]!r}…) or max_new_tokens."
+            )
+        if not ids:
+            raise ValueError(f"prompt {i} is empty: {prompts[i]!r} gives no tokens.")
+    return encoded
+
 # %% ../../nbs/models/base.ipynb #f28925fb
 @patch
 def _spelled(self: Base, messages, said: str, found: list[str]) -> list[int]:
@@ -841,6 +857,8 @@ def add_adapter(
                 f"PEFT cannot put this adapter on this model ({type(e).__name__}: {e}): expected settings"
                 " that fit its layers."
             ) from e
+    if self.peft.active_adapter not in self.adapters:  # one that was deleted when there was no other
+        self.peft.set_adapter(name)
     self.peft.requires_grad_(False).eval()
 
 # %% ../../nbs/models/base.ipynb #e924a68f

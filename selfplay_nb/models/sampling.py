@@ -672,22 +672,6 @@ def _seeds(seed, n: int) -> list[int]:
         raise ValueError(f"{len(seeds)} seeds for {n} prompts: expected one number, or one for each.")
     return [whole("a seed", s, 0) for s in seeds]
 
-# %% ../../nbs/models/sampling.ipynb #48996abf
-@patch
-def _encode_all(self: Base, prompts, room: int) -> list[list[int]]:
-    "Token ids of `prompts`, each checked to leave `room` tokens of the context."
-    encoded = [self.encode(p) for p in prompts]
-    for i, ids in enumerate(encoded):
-        if len(ids) + room > self.context_length:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and {room} more are asked for, but the context of"
-                f" {self.name} is {self.context_length} tokens. Shorten the prompt"
-                f" ({str(prompts[i])[:40]!r}…) or max_new_tokens."
-            )
-        if not ids:
-            raise ValueError(f"prompt {i} is empty: {prompts[i]!r} gives no tokens.")
-    return encoded
-
 # %% ../../nbs/models/sampling.ipynb #84c4faec
 @patch
 def as_sample(
