@@ -317,7 +317,7 @@ def _run_stage(run, name: str, given: dict, made):
 
 # %% ../nbs/cli.ipynb #4a3cb21d
 def learning(
-    seeds: list[int],  # one run with the rule and one with coins for each
+    seeds: list[int],  # one run with the rule and one with random rewards for each
     folder: str | Path,  # of the runs
     out: str | Path,  # a JSONL file: one line a round and run
     **config,  # fields of `SelfPlayConfig`
@@ -331,7 +331,7 @@ def learning(
     base, rows, fair = None, [], {}
     if Path(out).exists():
         _read_learning(out)  # somebody else's file? Better known now
-    for judge in "rule", "coin":
+    for judge in "rule", "random":
         for seed in seeds:
             c = SelfPlayConfig(
                 **dict(run_dir=f"{folder}/{judge}_{seed}", seed=seed, judge=judge)
@@ -347,7 +347,7 @@ def learning(
             print(summary(c.run_dir))
             change = compare(load_evaluation(c.run_dir, 0), load_evaluation(c.run_dir, history[-1]["round"]))
             pairs = sum(m.get("pairs", 0) for m in history) / max(1, c.n_rounds * c.prompts_per_round)
-            # coins hardly tie: the control trains on as many pairs, not on more
+            # random rewards hardly tie: the control trains on as many pairs, not on more
             fair.setdefault(seed, {"pairs_per_prompt": max(1, round(pairs))})
             rows += [{"judge": judge, "seed": seed, **m} for m in history]
             rows[-1] |= {"gained": change.gained, "lost": change.lost}

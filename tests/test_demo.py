@@ -31,6 +31,23 @@ def test_demo(tiny, tmp_path, capsys):
     assert (tmp_path / "demo" / "rule" / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_experiment_behind_the_learning_curve(tiny_folder, tmp_path):
+    "With the rule and with random rewards, each seed; what is finished is not played again."
+    out = tmp_path / "rows.jsonl"
+    settings = dict(SMALL, model_name=str(tiny_folder), seeds=[0, 1], folder=tmp_path, out=out)
+    cli.learning(**settings)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["judge"], r["seed"], r["round"]) for r in rows] == [
+        (judge, seed, n) for judge in ("rule", "random") for seed in (0, 1) for n in (0, 1)
+    ]
+    assert all({"gained", "lost"} <= set(r) for r in rows if r["round"] == 1)
+    for judge in "rule", "random":
+        assert json.loads((tmp_path / f"{judge}_0" / "config.json").read_text())["judge"] == judge
+    before = out.read_bytes()
+    cli.learning(**settings)
+    assert out.read_bytes() == before
+
+
 def test_the_estimate_counts_what_a_run_does():
     speed = dict(sampled=1.0, greedy=10.0, pair=100.0)
     config = SelfPlayConfig(
