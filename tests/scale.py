@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -272,14 +272,16 @@ def noise(like, g):
 def run(served: Running, base, work: Path, seeds: list[int], local: bool):
     "The demo's rounds, sampled by the server and learned from here, each beside its control."
     from selfplay_nb.cli import DEMO
+    from selfplay_nb.loop.callbacks import load_evaluation
     from selfplay_nb.loop.rounds import Compete
     from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
     from selfplay_nb.scale.server import Served, Server
+    from selfplay_nb.scoring.evaluation import compare
 
     rows = [r for r in rows_of() if r["part"] == "run" and r["seed"] not in seeds]
     for seed in seeds:
         fair = {}
-        for where, judge in [("vLLM", "rule"), ("vLLM", "random")] + [("here", "rule")] * local:
+        for where, judge in product(["vLLM", "here"][: 1 + local], ["rule", "random"]):
             folder = work / f"{where}_{judge}_{seed}"
             extra = fair if judge == "random" else {}
             config = SelfPlayConfig(str(folder / "run"), seed=seed, judge=judge, **DEMO | extra)
@@ -294,6 +296,9 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
             keys = "round", "accuracy", "win_rate", "pairs", "reward", "loss", "tokens_per_second", "seconds"
             of = dict(where=where, judge=judge, seed=seed)
             rows += [of | {k: m[k] for k in keys if k in m} for m in history]
+            start, end = (load_evaluation(config.run_dir, history[k]["round"]) for k in (0, -1))
+            change = compare(start, end)
+            rows[-1] |= dict(gained=change.gained, lost=change.lost)
             if server:
                 server.close()
             write("run", rows, served)
