@@ -102,7 +102,7 @@ for cell in notebook.cells:  # what a GPU alone can do, and what is marked as lo
         cell.source = ""
     # stored results are fetched from this tree, and not from the forge
     here = rf'fetch_data(\\1, source="{sys.argv[2]}")'
-    cell.source = re.sub(r"fetch_data\\(([^)]*?),?\\s*\\)", here, cell.source)
+    cell.source = re.sub(r"(?<!def )fetch_data\\(([^)]*?),?\\s*\\)", here, cell.source)
 NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
 
 
