@@ -475,7 +475,8 @@ def demo(
 BEFORE = """
 A model of 135 million weights adds numbers. For {rounds} rounds it answers sums beside an earlier
 copy of itself. A rule prefers the better answers, and the model learns from these preferences.
-Then the same again with random preferences: the control, which must not learn.
+Then the same again with random preferences: the control. What it gains, such as ending its
+answers before they are cut off, is not due to the rule; what the run gains beyond it is.
 
 On this machine both take about {minutes:.0f} minutes. (Measured in {seconds:.0f} s: {sampled:.2f} s
 an answer, {pair:.2f} s a pair.)"""

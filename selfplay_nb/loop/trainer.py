@@ -75,7 +75,7 @@ class SelfPlayConfig:
     shots: int = 0  # solved examples in front of each of its problems, at most two
     game: str = ""  # instead of the arithmetic task: a game, as `as_game` knows it
     illegal: str = "lose"  # of a game: an illegal move loses, or a "random" legal one is played, or "retry"
-    judge: str = "rule"  # "rule": the task's reward; "random": a control that must not learn
+    judge: str = "rule"  # "rule": the task's reward; "random": a control, whose reward says nothing
     method: str = "dpo"  # how to learn: one of `rounds.METHODS`
     n_rounds: int = 12  # rounds of self-play
     prompts_per_round: int = 32  # fresh prompts each round; of a game, starts that are played in both seats
