@@ -31,13 +31,7 @@ TORCH = "2.11.0"
 MAY_CHANGE = {"datasets", "pyarrow"}  # as the install cells say
 PAGES = """index nbs/methods/competitive nbs/methods/refinement nbs/views/refinement_stepper
 nbs/methods/league nbs/games/play nbs/loop/pipeline""".split()
-STARTUP = """import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
-for name in "google", "google.colab":
-    sys.modules.setdefault(name, module_from_spec(ModuleSpec(name, None, is_package=True)))
-sys.modules["google"].colab = sys.modules["google.colab"]
-"""
+STARTUP = "import google.colab\n"
 
 
 def run(*command, **more):
@@ -140,6 +134,9 @@ def pages(*asked) -> int:
         startup = home / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
         (startup / "colab.py").write_text(STARTUP)
+        # `google` is a namespace: what packages have in it (protobuf) stays
+        (home / "site" / "google" / "colab").mkdir(parents=True)
+        (home / "site" / "google" / "colab" / "__init__.py").touch()
         # the cells install from the forge: git is told that it is here
         forge = "https://github.com/selfplay-nb/selfplay_nb"
         (home / "gitconfig").write_text(f'[url "{ROOT}"]\n insteadOf = {forge}\n')
@@ -147,6 +144,7 @@ def pages(*asked) -> int:
             "IPYTHONDIR": str(home / "ipython"),
             "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
             "SELFPLAY_NB_CACHE": str(home / "cache"),
+            "PYTHONPATH": str(home / "site"),
         }
         handler = partial(Quiet, directory=ROOT / "nbs")
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

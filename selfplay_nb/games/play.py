@@ -609,7 +609,7 @@ def _spiel():
     try:
         import pyspiel
     except ImportError as e:
-        raise ImportError('OpenSpiel is missing: pip install "selfplay_nb[games]"') from e
+        raise ImportError(f'OpenSpiel is missing ({e}): pip install "selfplay_nb[games]"') from e
     return pyspiel
 
 # %% ../../nbs/games/play.ipynb #cfb83b5a
@@ -934,7 +934,7 @@ class TextArenaGame:
         try:
             import textarena
         except ImportError as e:
-            raise ImportError('TextArena is missing: pip install "selfplay_nb[games]"') from e
+            raise ImportError(f'TextArena is missing ({e}): pip install "selfplay_nb[games]"') from e
         known = textarena.envs.registration.ENV_REGISTRY
         if env_id not in known:
             near = difflib.get_close_matches(env_id, known) or "none"

@@ -143,7 +143,7 @@ def _ray():
     try:
         import ray
     except ImportError as e:
-        raise ImportError('Ray is missing: pip install "selfplay_nb[scale]"') from e
+        raise ImportError(f'Ray is missing ({e}): pip install "selfplay_nb[scale]"') from e
     return ray
 
 # %% ../../nbs/scale/workers.ipynb #ff440402
