@@ -280,7 +280,7 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
 
     rows = [r for r in rows_of() if r["part"] == "run" and r["seed"] not in seeds]
     for seed in seeds:
-        fair = {}
+        fair, ends = {}, {}
         for where, judge in product(["vLLM", "here"][: 1 + local], ["rule", "random"]):
             folder = work / f"{where}_{judge}_{seed}"
             extra = fair if judge == "random" else {}
@@ -299,6 +299,10 @@ def run(served: Running, base, work: Path, seeds: list[int], local: bool):
             start, end = (load_evaluation(config.run_dir, history[k]["round"]) for k in (0, -1))
             change = compare(start, end)
             rows[-1] |= dict(gained=change.gained, lost=change.lost)
+            ends[where, judge] = end
+            if judge == "random":  # the same problems: right with the rule alone, and with the control alone
+                change = compare(end, ends[where, "rule"])
+                rows[-1] |= dict(rule_alone=change.gained, control_alone=change.lost)
             if server:
                 server.close()
             write("run", rows, served)
