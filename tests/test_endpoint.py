@@ -4,6 +4,7 @@ import copy
 import gzip
 import http.server
 import json
+import math
 import multiprocessing
 import pickle
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from selfplay_nb.core.players import answers_of
 from selfplay_nb.scale.endpoint import Endpoint, EndpointError, OutOfBudget, _seconds, read_reply
+from selfplay_nb.scoring.judge import ModelJudge
 
 KEY = "sk-very-secret"
 
@@ -466,3 +468,73 @@ def test_a_damaged_cache_is_named(tmp_path):
     file.write_text(json.dumps(dict(key="a", reply=dict(text="b", colour="red"))) + "\n")
     with pytest.raises(ValueError, match="kept.jsonl holds a row that is no reply"):
         Endpoint("http://x/v1", "m", cache=file)
+
+
+def lists(asked, *listed):
+    "A reply with the likeliest first tokens."
+    top = [dict(token=token, logprob=lp) for token, lp in listed]
+    return good(asked, logprobs=dict(content=[dict(token="A", logprob=-1.0, top_logprobs=top)]))
+
+
+def test_labels_have_the_probabilities_of_all_their_spellings(serve):
+    listed = ("A", -1.0), (" A", -2.0), ("B", -3.0), ("Both", -0.5), ("\n", -9.0)
+    player = Endpoint(serve(lambda n, asked: lists(asked, *listed)).url, "m")
+    [row] = player.label_logprobs("Which?", ["A", "B", "C"])
+    assert row == pytest.approx([math.log(math.exp(-1) + math.exp(-2)), -3.0, -9.0])
+    asked = player.label_logprobs(["Which?", "Who?"], ["X", "Y"])
+    assert all(math.isnan(x) for row in asked for x in row) and len(asked) == 2
+
+
+def test_labels_are_asked_for_as_they_have_to_be_and_kept(serve, tmp_path):
+    server = serve(lambda n, asked: lists(asked, ("A", -0.1), ("B", -2.5)))
+    player = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
+    first = player.label_logprobs(["Which?"], ["A", "B"])
+    wanted = dict(max_tokens=1, temperature=1.0, logprobs=True, top_logprobs=20)
+    assert wanted.items() <= server.asked[0].items()
+    again = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
+    assert again.label_logprobs(["Which?"], ["A", "B"]) == first == [pytest.approx([-0.1, -2.5])]
+    assert len(server.asked) == 1
+    player.generate("Which?", max_new_tokens=1)
+    assert len(server.asked) == 2, "an answer is something else than a verdict"
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        good,
+        lambda asked: good(asked, logprobs=None),
+        lambda asked: good(asked, logprobs={"content": []}),
+        lambda asked: good(asked, logprobs={"content": [{"top_logprobs": []}]}),
+        lambda asked: lists(asked, ("A", None)),
+        lambda asked: lists(asked, ("A", float("nan"))),
+    ],
+)
+def test_a_server_without_log_probabilities_is_no_judge(serve, does):
+    player = Endpoint(serve(lambda n, asked: does(asked)).url, "m", retries=0)
+    with pytest.raises(EndpointError, match="m at http.* does not list the likeliest first tokens"):
+        player.label_logprobs("Which?", ["A", "B"])
+
+
+def test_a_server_that_refuses_log_probabilities_says_so(serve):
+    refused = dict(status=400, body=b"logprobs is not supported")
+    player = Endpoint(serve(lambda n, asked: refused if "logprobs" in asked else good(asked)).url, "m")
+    with pytest.raises(EndpointError, match="logprobs is not supported"):
+        player.label_logprobs("Which?", ["A", "B"])
+    assert player.generate("a").startswith("A ")
+
+
+def test_a_judge_behind_a_server(serve):
+    "It prefers the answer that says yes, and a little what stands first."
+
+    def plan(n, asked):
+        text = asked["messages"][-1]["content"]
+        lead = 0.5 + 2 * (1 if text.index("yes") < text.index("no,") else -1)
+        return lists(asked, ("A", -3 + lead), (" B", -3.0))
+
+    judge = ModelJudge(Endpoint(serve(plan).url, "m"))
+    verdicts = judge.compare(["Which?"] * 2, ["yes, it is", "no, it is"], ["no, it is", "yes, it is"])
+    right = (1 / (1 + math.exp(-2.5)) + 1 / (1 + math.exp(-1.5))) / 2
+    assert list(verdicts) == pytest.approx([right, 1 - right])
+    unsure = ModelJudge(Endpoint(serve(lambda n, asked: lists(asked, ("Well", -0.1))).url, "m"))
+    [p] = unsure.compare(["Which?"], ["yes"], ["no"])
+    assert math.isnan(p)

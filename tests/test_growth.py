@@ -392,7 +392,8 @@ NO_READERS = {
     ),
     "hands texts to a model or a judge, which has its context as a limit": (
         """
-        endpoint.Endpoint.generate endpoint.Endpoint.sample server.probe server.ServedPolicy.sample
+        endpoint.Endpoint.generate endpoint.Endpoint.sample endpoint.Endpoint.label_logprobs
+        server.probe server.ServedPolicy.sample
         workers.SpreadPlayer.sample workers.sample_unit
         competitive.CompetitiveSelfPlay.train_step constitutional.ConstitutionalReviser.revise
         constitutional.ai_feedback league.train_step base.encode base.completion_ids policy.logprobs

@@ -186,7 +186,8 @@ class ModelJudge(Judge):
 
     def __init__(
         self,
-        # with `logprobs(prompts, completions, finished=...)`, as a `Policy` has it
+        # with `logprobs(prompts, completions, finished=...)`, as a `Policy` has it, or with
+        # `label_logprobs(prompts, labels)`, as an `Endpoint` has it
         policy,
         rubric: str = RUBRIC,  # what better means
         template: str = TEMPLATE,  # with the fields rubric, prompt, a and b
@@ -195,7 +196,7 @@ class ModelJudge(Judge):
         control_length: bool = False,  # take out of the verdicts what the difference in length predicts
         max_chars: int = 2000,  # of an answer and of the question; the middle of longer ones is left out
     ):
-        if not hasattr(policy, "logprobs"):
+        if not any(callable(getattr(policy, name, None)) for name in ("logprobs", "label_logprobs")):
             raise ValueError(f"{type(policy).__name__} has no logprobs: the verdict is read from them.")
         self.policy = policy
         self.rubric = rubric
@@ -220,10 +221,16 @@ class ModelJudge(Judge):
     def _first_wins(self, prompts, first, second) -> np.ndarray:
         "(n,) P(the answer that stands first wins), for matches in this order."
         asked = [self.render(p, x, y) for p, x, y in zip(prompts, first, second)]
+        lp = self._of_labels(asked)
+        return 1 / (1 + np.exp(lp[:, 1] - lp[:, 0]))
+
+    def _of_labels(self, asked: list[str]) -> np.ndarray:
+        "(n, 2) log-probabilities of the two labels."
+        if hasattr(self.policy, "label_logprobs"):
+            return np.asarray(self.policy.label_logprobs(asked, self.labels), float).reshape(-1, 2)
         each_label = [q for q in asked for _ in self.labels], [label for _ in asked for label in self.labels]
         lp = self.policy.logprobs(*each_label, finished=False)
-        lp = np.asarray(lp.tolist() if hasattr(lp, "tolist") else lp, float).reshape(-1, 2)
-        return 1 / (1 + np.exp(lp[:, 1] - lp[:, 0]))
+        return np.asarray(lp.tolist() if hasattr(lp, "tolist") else lp, float).reshape(-1, 2)
 
     def _compare(self, prompts, a, b, **columns):
         if self.both_orders:
