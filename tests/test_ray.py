@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -478,3 +479,25 @@ def test_nothing_is_sent_home_and_nobody_else_is_listened_to(crowd):
         listening = [c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"]
         assert listening and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     assert "Workers(4" in repr(crowd) and "threads: 1" in repr(crowd)
+
+
+def test_the_page_shows_a_configuration_that_accelerate_reads(tmp_path, monkeypatch):
+    "FSDP2 needs GPUs; what it would be told there is known without them."
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    page = json.loads((Path(__file__).parents[1] / "nbs" / "scale" / "workers.ipynb").read_text())
+    text = "\n".join("".join(c["source"]) for c in page["cells"] if c["cell_type"] == "markdown")
+    [block] = re.findall(r"```yaml\n(compute_environment.*?)```", text, re.S)
+    (tmp_path / "fsdp.yaml").write_text(block)
+    given = launch_command_parser().parse_args(["--config_file", str(tmp_path / "fsdp.yaml"), "update.py"])
+    given, *_ = _validate_launch_command(given)
+    assert (given.num_processes, given.mixed_precision, given.use_fsdp) == (4, "bf16", True)
+    for name, value in prepare_multi_gpu_env(given).items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and plugin.activation_checkpointing
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
