@@ -455,7 +455,7 @@ def demo(
     print(BEFORE.format(rounds=config.n_rounds, minutes=minutes, **speed), flush=True)
     print("\nWith the rule:", flush=True)
     learned = _demo_run(folder / "rule", base, fresh, **rule)
-    print("\nThe control, with random rewards:", flush=True)
+    print("\nThe control, with random rewards (its reward and its win rate are chance):", flush=True)
     made = sum(m.get("pairs", 0) for m in learned) / (config.n_rounds * config.prompts_per_round)
     fair = dict(judge="random", pairs_per_prompt=max(1, round(made)))  # random rewards hardly tie
     control = _demo_run(folder / "control", base, fresh, **rule | fair)
@@ -500,11 +500,23 @@ def compared(folder: Path, learned: list[dict], control: list[dict]) -> str:
     evaluations = [
         load_evaluation(folder / name, n) for name, n in (("rule", 0), ("control", last), ("rule", last))
     ]
-    names = "before", "after, random rewards", "after, rule"
-    lines = [f"{name:22} {evaluation.accuracy}" for name, evaluation in zip(names, evaluations)]
-    verdict = f"on the same sums, rule against random rewards: {compare(evaluations[1], evaluations[2])}"
-    where = f"The curves are in {folder / 'curve.png'}, each run's report in its report.html."
-    return "\n".join(["Right answers, with their 95 % interval:", *lines, verdict, where])
+    names = "before", "after random rewards", "after the rule"
+    cut = [sum(row["truncated"] for row in evaluation.rows) for evaluation in evaluations]
+    lines = [f"{name:22} {e.accuracy}, {n} cut off" for name, e, n in zip(names, evaluations, cut)]
+    change = compare(evaluations[1], evaluations[2])
+    verdict = [
+        f"On the same sums, rule against random rewards: {change} (p = {change.p:.2g}). Gained are right",
+        "with the rule alone, lost with random rewards alone.",
+    ]
+    said = ["Three of the sums, and what was said " + " | ".join(names) + ":"]
+    for before, *after in list(zip(*(evaluation.rows for evaluation in evaluations)))[:3]:
+        answers = " | ".join(repr(row["answer"]) for row in (before, *after))
+        said.append(f"  {before['prompt'][-1]['content']}  {answers}")
+    where = [
+        f"The curves are in {folder / 'curve.png'}, each run's report in its report.html. More rounds go",
+        "further: --long (make demo LONG=1).",
+    ]
+    return "\n".join(["Right answers, with their 95 % interval:", *lines, *verdict, *said, *where])
 
 # %% ../nbs/cli.ipynb #123b4440
 def _setting(text: str):

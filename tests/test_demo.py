@@ -25,7 +25,9 @@ def test_demo(tiny, tmp_path, capsys):
     assert differ <= {"run_dir", "judge", "pairs_per_prompt", "identity"}
     assert (tmp_path / "demo" / "curve.png").stat().st_size > 5000
     rows = re.findall(r"(\d+\.\d) % \[\s*(\d+\.\d), +(\d+\.\d)\] \(n=8\)", told)
-    assert len(rows) == 3 and "rule against random rewards" in told
+    assert len(rows) == 3 and "rule against random rewards" in told and re.search(r"\(p = \d", told)
+    assert len(re.findall(r"(?m)^  \d+ \+ \d+ =  '.*' \| '.*' \| '.*'$", told)) == 3
+    assert len(re.findall(r"\d+ cut off", told)) == 3
     before = (tmp_path / "demo" / "rule" / "metrics.jsonl").read_bytes()
     assert cli.demo(tmp_path / "demo", base=tiny, **SMALL) == told, "finished runs are not played again"
     assert (tmp_path / "demo" / "rule" / "metrics.jsonl").read_bytes() == before
