@@ -227,9 +227,10 @@ def _has(file: Path) -> bool:
 # %% ../nbs/cli.ipynb #3491f729
 def export(
     run_dir: str | Path,  # of a run
-    folder: str | Path,  # a new folder for the adapter
+    folder: str | Path,  # a new folder
+    merge: bool = False,  # into whole weights: a plain Transformers model; else the adapter alone
 ) -> str:  # which round's it is
-    """Copy the best adapter of a run (without one, the last).
+    """Copy the best adapter of a run (without one, the last), or write its merged model.
 
     Raises `ValueError` for a folder that is no run, and for one that is there already.
     """
@@ -238,14 +239,27 @@ def export(
 
     if Path(folder).exists():
         raise ValueError(f"{folder} is there already: give a new folder.")
-    run_record(Path(run_dir), KIND)
+    record = run_record(Path(run_dir), KIND)
     found = newest_whole(Path(run_dir) / "checkpoints")
     if found is None:
         raise ValueError(f"{run_dir} has no whole checkpoint: expected the folder of a run.")
     best = json.loads((found / "state.json").read_text())["marks"].get("best")
     source = found.parent / f"round_{best:03d}" if best is not None else found
-    shutil.copytree(source / "student", folder)
+    if merge:
+        _merge(record, source / "student", folder)
+    else:
+        shutil.copytree(source / "student", folder)
     return source.name
+
+# %% ../nbs/cli.ipynb #47618ef2
+def _merge(record: dict, adapter: Path, folder: str | Path):
+    "An adapter on the base of the run with this record, as one model."
+    from selfplay_nb.loop.trainer import SelfPlayConfig, load_base
+    from selfplay_nb.models.policy import Policy, write_model
+
+    names = {f.name for f in dataclasses.fields(SelfPlayConfig)}
+    base = load_base(SelfPlayConfig(**{k: v for k, v in record.items() if k in names}))
+    write_model(base, folder, policy=Policy.load(base, adapter, "exported"))
 
 # %% ../nbs/cli.ipynb #4cc3aae2
 _OWN = "prompts", "reward", "judge", "verifier", "task", "held_out"
@@ -678,10 +692,13 @@ def main(argv=None):
     p.add_argument("file")
     p.add_argument("--fresh", action="store_true", help="begin anew: forget the stages in the folder")
     p.set_defaults(do=lambda a: print(run_pipeline(a.file, a.fresh)))
-    p = commands.add_parser("export", help="copy the best adapter of a run, as a PEFT folder")
+    p = commands.add_parser("export", help="copy the best adapter of a run, as a PEFT folder, or merged")
     p.add_argument("run_dir")
     p.add_argument("folder")
-    p.set_defaults(do=lambda a: print(f"The adapter of {export(a.run_dir, a.folder)} is in {a.folder}."))
+    p.add_argument("--merge", action="store_true", help="into whole weights: a plain Transformers model")
+    p.set_defaults(
+        do=lambda a: print(f"The policy of {export(a.run_dir, a.folder, a.merge)} is in {a.folder}.")
+    )
     p = commands.add_parser("learning", help="seeds and controls: the experiment behind the learning curve")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--folder", default="runs/learning")

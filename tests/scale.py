@@ -338,8 +338,7 @@ def main():
         set_up(args.env)
     if not set(args.parts) - {"setup"}:
         return
-    from selfplay_nb.models.policy import Base
-    from selfplay_nb.scale.server import write_model
+    from selfplay_nb.models.policy import Base, write_model
 
     base = Base.load()
     # as we compute: without instructions for it, bfloat16 takes vLLM several times as long as float32

@@ -37,9 +37,8 @@ from selfplay_nb.methods.league import LeagueTraining
 from selfplay_nb.methods.refinement import IterativeRefiner, Trace, Traces, Version
 from selfplay_nb.models import base as model
 from selfplay_nb.models import update
-from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.policy import Base, Policy, write_model
 from selfplay_nb.models.reward_model import RewardModel
-from selfplay_nb.scale import server
 from selfplay_nb.scoring.human import HumanRatings
 from selfplay_nb.studies import doctor, gpu
 from selfplay_nb.views.constitution_card import ConstitutionCard
@@ -271,7 +270,7 @@ WRITERS = {
     "callbacks.take_control": lambda made, at: callbacks.take_control(at),
     "base.tiny_model_folder": lambda made, at: model.tiny_model_folder(at),
     "base.convert_gguf": lambda made, at: model.convert_gguf(Path("none.gguf"), at),
-    "server.write_model": lambda made, at: server.write_model(made.base, at),
+    "policy.write_model": lambda made, at: write_model(made.base, at),
 }
 NO_FILES = {  # names that sound like it
     "doctor.fetch_data": "only where no file of that name is, see test_first_cells.py",

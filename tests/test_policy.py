@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import selfplay_nb.models.sampling as sampling_module
 import selfplay_nb.models.update as update_module
 from selfplay_nb.core.players import Scripted, answers_of
 from selfplay_nb.models.base import tiny_model_folder
-from selfplay_nb.models.policy import Base, Policy
+from selfplay_nb.models.policy import Base, Policy, write_model
 from selfplay_nb.models.sampling import lay_out, pack
 from selfplay_nb.models.update import dpo, reinforce, sft
 
@@ -722,6 +723,44 @@ def test_the_bare_base_answers_after_its_last_adapter_was_deleted(policy):
     assert torch.equal(Policy(base, "base").logprobs(["a"], ["b"]), before)
     Policy(base, "another")
     assert torch.equal(Policy(base, "base").logprobs(["a"], ["b"]), before)
+
+
+def noisy(base, name, **settings):
+    policy, g = Policy(base, name, r=4, **settings), torch.Generator().manual_seed(0)
+    policy.load_state({k: w + 0.2 * torch.randn(w.shape, generator=g) for k, w in policy.state().items()})
+    return policy
+
+
+def test_the_base_and_a_policy_as_plain_models(policy, tmp_path):
+    "Out of the four bits, and with the adapter's product; read by Transformers alone."
+    base, other = policy.base, noisy(policy.base, "other")
+    prompts, answers = ["1 + 1 =", "a b c"], ["two", "d"]
+    known = {"base": Policy(base, "base"), "other": other}
+    here = {name: p.logprobs(prompts, answers) for name, p in known.items()}
+    assert (here["base"] - here["other"]).abs().min() > 0.1
+    for name, p in known.items():
+        folder = write_model(base, tmp_path / name, "float32", p)
+        whole = Base.load(folder, load_in_4bit=False, dtype="float32", device="cpu")
+        assert torch.allclose(Policy(whole, "base").logprobs(prompts, answers), here[name], atol=1e-3)
+        assert whole.encode("1 + 1 =") == base.encode("1 + 1 =") and whole.eos_ids == base.eos_ids
+        assert not list(tmp_path.glob("tmp*"))
+    assert base.adapters == ["student", "other"], "they stay where they are"
+    ids = torch.tensor([base.encode("1 + 1 =") + base.completion_ids("two")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
+    with torch.no_grad(), base.running("other") as ours:
+        assert torch.allclose(model(ids).logits, ours(ids).logits, atol=1e-3)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_model_is_written_to_new_folders_alone(policy, tiny_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("y")
+    with pytest.raises(ValueError, match="not empty and is left as it is"):
+        write_model(policy.base, tmp_path / "mine")
+    stranger = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="is on another base"):
+        write_model(stranger, tmp_path / "new", policy=policy)
+    assert not (tmp_path / "new").exists()
 
 
 FIRST = """

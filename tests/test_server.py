@@ -17,7 +17,7 @@ from selfplay_nb.models.base import tiny_model_folder
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.scale import server as module
 from selfplay_nb.scale.endpoint import EndpointError
-from selfplay_nb.scale.server import Served, Server, write_model
+from selfplay_nb.scale.server import Served, Server
 
 WORDS = "river bridge coffee window garden piano train bread".split()
 PROMPTS = [f"Describe a {word}." for word in WORDS]
@@ -298,18 +298,6 @@ def test_bad_arguments(serve, tiny, tmp_path):
     stranger = Base.load(tiny.name, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="not on the servers' base"):
         server.publish(Policy(stranger, "p"))
-
-
-def test_the_base_as_it_computes_here(tiny, tmp_path):
-    policies(tiny, 1)
-    whole = Base.load(write_model(tiny, tmp_path / "model", "float32"), load_in_4bit=False, dtype="float32")
-    prompts, answers = PROMPTS[:3], ["one", "two", "three"]
-    ours, theirs = (Policy(b, "base").logprobs(prompts, answers) for b in (tiny, whole))
-    assert torch.allclose(ours, theirs, atol=1e-3)
-    assert whole.encode(PROMPTS[0]) == tiny.encode(PROMPTS[0])
-    assert whole.eos_ids == tiny.eos_ids
-    with pytest.raises(ValueError, match="not empty and is left as it is"):
-        write_model(tiny, tmp_path / "model")
 
 
 # runs

@@ -30,7 +30,7 @@ from selfplay_nb.loop.run_evaluation import arena
 from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.game_training import Sticks
-from selfplay_nb.models.policy import Base
+from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.models.update import dpo
 from selfplay_nb.scoring.evaluation import versus
 
@@ -260,6 +260,12 @@ def test_the_same_from_the_command_line(tmp_path, tiny_folder, monkeypatch, caps
             main([*common, *wrong])
     with pytest.raises(SystemExit, match="is there already"):
         main(["export", "run", "exported"])
+    main(["export", "run", "merged", "--merge"])
+    merged = Policy(Base.load("merged", load_in_4bit=False, dtype="float32", device="cpu"), "base")
+    alone = Policy.load(Base.load(str(tiny_folder), device="cpu", dtype="float32"), "exported")
+    asked = ["a", "b"], ["yes", "no"]
+    # in bfloat16, as it is written
+    assert torch.allclose(merged.logprobs(*asked), alone.logprobs(*asked), atol=0.3)
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
