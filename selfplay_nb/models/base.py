@@ -849,6 +849,11 @@ def add_adapter(
                 self.peft.add_adapter(name, config)
             else:
                 self.peft = get_peft_model(self.model, config, adapter_name=name)
+            if any(n.endswith(f".lora_embedding_A.{name}") for n, _ in self.model.named_parameters()):
+                raise ValueError(
+                    f"the adapter {name!r} is on embeddings, which no update here trains: expected"
+                    " target_modules that are linear layers."
+                )
         except Exception as e:
             self._remove(name)  # what there is of it
             if isinstance(e, ValueError) or out_of_memory(e):

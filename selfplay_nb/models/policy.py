@@ -444,20 +444,20 @@ def write_model(
     """The base as it computes here, as a plain Transformers folder: weights in four bits are unpacked.
 
     Raises `ValueError` for a folder that holds anything, a policy on another base, and an adapter that is
-    no sum of products (DoRA).
+    more than products beside linear layers: with DoRA, or on a head that shares the embeddings' weights.
     """
     import torch
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and is left as it is: expected a new folder.")
-    added = {} if policy is None or policy.name == "base" else _products(base, policy)
+    adapted = {} if policy is None or policy.name == "base" else _adapted(base, policy)
     weights = {}
-    for name, w in base.model.named_parameters():
-        if ".lora_" not in name:
-            plain = name.replace(".base_layer", "")
-            whole = _unpacked(w) + added[plain] if plain in added else _unpacked(w)
-            weights[plain] = whole.to("cpu", getattr(torch, dtype)).contiguous()
+    for name, w in _plain_weights(base).items():
+        whole = _unpacked(w)
+        if name in adapted:
+            whole = whole + adapted[name].get_delta_weight(policy.name).detach()
+        weights[name] = whole.to("cpu", getattr(torch, dtype)).contiguous()
     return _write_model(base, folder, dtype, weights)
 
 # %% ../../nbs/models/policy.ipynb #aff697d4
@@ -469,20 +469,28 @@ def _unpacked(w):
     return dequantize_4bit(w.data, packed) if packed else w.data
 
 
-def _products(base: Base, policy: Policy) -> dict:
-    "What a policy's adapter adds to the weights, by their names."
+def _plain_weights(base: Base) -> dict:
+    "The base's own weights under Transformers' names; those that are shared stand there once."
+    own = {n: w for n, w in base.model.named_parameters() if ".lora_" not in n}
+    return {n.replace(".base_layer", ""): w for n, w in own.items()}
+
+
+def _adapted(base: Base, policy: Policy) -> dict:
+    "The layers that a policy's adapter changes, by the names of their weights."
     from peft.tuners.lora.layer import LoraLayer
 
     if policy.base is not base:
         raise ValueError(f"{policy!r} is on another base than {base!r}.")
-    if base.peft.peft_config[policy.name].use_dora:
-        raise ValueError("an adapter with use_dora=True also scales the weights: merge it with PEFT.")
-    layers = {name: m for name, m in base.model.named_modules() if isinstance(m, LoraLayer)}
-    return {
-        f"{name}.weight": m.get_delta_weight(policy.name).detach()
-        for name, m in layers.items()
-        if policy.name in m.lora_A
-    }
+    modules = base.model.named_modules()
+    layers = {f"{n}.weight": m for n, m in modules if isinstance(m, LoraLayer) and policy.name in m.lora_A}
+    more = [k for k in policy.state() if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
+    more += sorted(set(layers) - set(_plain_weights(base)))
+    if more:
+        raise ValueError(
+            f"the adapter {policy.name!r} is more than products beside linear layers: {', '.join(more):.200}."
+            " Merge it with PEFT's merge_and_unload, on weights that are not in four bits."
+        )
+    return layers
 
 # %% ../../nbs/models/policy.ipynb #14583a3a
 def _write_model(base: Base, folder: Path, dtype: str, weights: dict) -> Path:

@@ -954,6 +954,7 @@ def _by_trl(policy: Policy, rows, settings, optimizer, dropped, progress, refere
             f"nothing to train on: expected at least one good row; dropped {dict(dropped) or 'none'}."
         )
     base, start = policy.base, time.perf_counter()
+    _processes(base)  # or each would train alone
     config, trainer = (trl.DPOConfig, trl.DPOTrainer) if reference else (trl.SFTConfig, trl.SFTTrainer)
     kind, data = base.model.dtype, Dataset.from_list(rows)
     formats = dict(use_cpu=base.device.type == "cpu", bf16=kind == torch.bfloat16, fp16=kind == torch.float16)
