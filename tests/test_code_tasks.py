@@ -321,6 +321,20 @@ def test_split_never_overlaps():
             FunctionTask(**bad)
 
 
+@pytest.mark.parametrize("n_tests", [1, 6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_other_parameter_passes_the_tests(family, n_tests):
+    reference, parameters = FAMILIES[family][3], FAMILIES[family][-1]
+    for k in parameters:
+        names = {}
+        exec(FunctionTask(n_tests=n_tests)._problem(family, k)["tests"], names)
+        names["check"](reference(k))
+        for other in parameters:
+            if other != k:
+                with pytest.raises(AssertionError):
+                    names["check"](reference(other))
+
+
 def test_rewards_in_trls_form():
     task = FunctionTask(style="completion", tier="process", seconds=10.0)
     p = FunctionTask(families=("plus",), style="completion").problems("train", 1)[0]

@@ -197,12 +197,15 @@ def run_notebook(notebook, log):
     with open(log, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    from nbdev.test import test_nb as run
+    import nbdev.test
 
+    from tests.smaller import Smaller
+
+    nbdev.test.NBProcessor = Smaller
     os.chdir(notebook.parent)
     gc.freeze()
     try:
-        right = run(notebook, skip_flags=["notest", "gpu", "slow"])[0]
+        right = nbdev.test.test_nb(notebook, skip_flags=["notest", "gpu", "slow"])[0]
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not
     sys.exit(not right)

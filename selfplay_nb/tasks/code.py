@@ -386,12 +386,18 @@ FAMILIES = {
 }
 
 # %% ../../nbs/tasks/code.ipynb #c21d8229
-def _asserts_for(reference, draw, n: int, rng: random.Random) -> str:
-    "A `check(candidate)` of n different asserts, with arguments drawn at random."
-    asserts = {}
-    while len(asserts) < n:
-        given = [d(rng) for d in draw]
-        asserts[f"    assert candidate({', '.join(map(repr, given))}) == {reference(*given)!r}"] = None
+def _asserts_for(reference, others, draw, n: int, rng: random.Random) -> str:
+    """A `check(candidate)` of n different asserts, with arguments drawn at random, until none of the functions
+    `others` passes all of them.
+    """
+    passes_too = True
+    while passes_too:
+        drawn = {}
+        while len(drawn) < n:
+            given = [d(rng) for d in draw]
+            drawn[", ".join(map(repr, given))] = given
+        passes_too = any(all(f(*x) == reference(*x) for x in drawn.values()) for f in others)
+    asserts = [f"    assert candidate({text}) == {reference(*x)!r}" for text, x in drawn.items()]
     return "def check(candidate):\n" + "\n".join(asserts) + "\n"
 
 # %% ../../nbs/tasks/code.ipynb #ac0524e6
@@ -448,9 +454,10 @@ class FunctionTask(_CodeTask):
         return "functions"
 
     def _problem(self, family, k):
-        name, args, what, reference, draw, _ = FAMILIES[family]
+        name, args, what, reference, draw, parameters = FAMILIES[family]
         name, what = name.format(k=k), what.format(k=k)
-        tests = _asserts_for(reference(k), draw, self.n_tests, random.Random(f"{family} {k}"))
+        others = [reference(other) for other in parameters if other != k]
+        tests = _asserts_for(reference(k), others, draw, self.n_tests, random.Random(f"{family} {k}"))
         signature = f'def {name}({args}):\n    """Return {what}."""\n'
         ask = f"Write a Python function `{name}({args})` that returns {what}. Answer with the code only."
         prompt = [{"role": "user", "content": ask}] if self.style == "chat" else signature
