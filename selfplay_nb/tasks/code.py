@@ -387,8 +387,8 @@ FAMILIES = {
 
 # %% ../../nbs/tasks/code.ipynb #c21d8229
 def _asserts_for(reference, others, draw, n: int, rng: random.Random) -> str:
-    """A `check(candidate)` of n different asserts, with arguments drawn at random, until none of the functions
-    `others` passes all of them.
+    """A `check(candidate)` of n different asserts, with arguments drawn at random until each of the functions
+    `others` fails.
     """
     passes_too = True
     while passes_too:
