@@ -36,6 +36,8 @@ models/reward_model: task.problems("train", 192) -> task.problems("train", 64)
 models/reward_model: task.problems("held-out", 80) -> task.problems("held-out", 24)
 models/update: steps=5 -> steps=2
 models/update: for a in range(16)] -> for a in range(8)]
+scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 4)
+scoring/judge: task.problems("held-out", 16, seed=1) -> task.problems("held-out", 8, seed=1)
 """
 
 
