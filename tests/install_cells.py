@@ -43,7 +43,12 @@ DATA = {  # page: files of the repository that its cells read
     "studies/costs": ["studies/costs.jsonl"],
     "studies/doctor": ["studies/doctor.jsonl"],
     "studies/failures": ["studies/failures.jsonl"],
-    "studies/gain": ["studies/gain.jsonl", "studies/gain_pipeline.jsonl", "studies/gain_quarter.jsonl"],
+    "studies/gain": [
+        "studies/gain.jsonl",
+        "studies/gain_pipeline.jsonl",
+        "studies/gain_quarter.jsonl",
+        "studies/gain_words.jsonl",
+    ],
     "studies/games": ["studies/games.jsonl"],
     "studies/league": ["studies/league.jsonl"],
     "studies/learning": ["studies/learning.jsonl", "studies/learning_ungated.jsonl"],

@@ -38,6 +38,16 @@ models/update: steps=5 -> steps=2
 models/update: for a in range(16)] -> for a in range(8)]
 scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 4)
 scoring/judge: task.problems("held-out", 16, seed=1) -> task.problems("held-out", 8, seed=1)
+stats/diversity: for _ in range(3): -> for _ in range(1):
+studies/costs: rows=8, new=16 -> rows=2, new=4
+studies/costs: for k in range(2) for arm -> for k in range(1) for arm
+studies/failures: prompts_per_round=12, n_samples=8 -> prompts_per_round=6, n_samples=8
+studies/failures: eval_size=24 -> eval_size=8
+tasks/task: else 50 -> else 8
+views/monitor: prompts_per_round=8, n_samples=4 -> prompts_per_round=4, n_samples=4
+views/monitor: eval_size=24 -> eval_size=8
+views/steps: prompts_per_round=8, eval_size=20 -> prompts_per_round=4, eval_size=8
+index: problems = task.problems("train", 4) -> problems = task.problems("train", 2)
 """
 
 
