@@ -10,16 +10,19 @@ NBS = Path(__file__).parents[1] / "nbs"
 # page: what stands there -> what is run
 SMALLER = """
 core/protocols: eval_every=1, -> eval_size=8,
+core/protocols: max_new_tokens=12 -> max_new_tokens=6
 core/protocols: warm_up=64 -> warm_up=16
 core/protocols: prompts_per_round=8, eval_size=8 -> prompts_per_round=4, eval_size=4
 games/debate: model], 4, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=24
 games/debate: model], 2, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=24
 loop/collectors: trainer.draw(0)[:8] -> trainer.draw(0)[:4]
+loop/collectors: max_new_tokens=12 -> max_new_tokens=8
 loop/collectors: n_proposals=12 -> n_proposals=6
 loop/game_rounds: prompts_per_round=12 -> prompts_per_round=4
 loop/pipeline: n_games=64 -> n_games=32
 loop/pipeline: test = task.problems("held-out", 40) -> test = task.problems("held-out", 12)
 loop/rounds: prompts_per_round=4, n_samples=4 -> prompts_per_round=2, n_samples=4
+loop/rounds: max_new_tokens=12 -> max_new_tokens=8
 loop/trainer: prompts_per_round=8 -> prompts_per_round=4
 loop/trainer: eval_size=24 -> eval_size=8
 loop/trainer: gate_prompts=32 -> gate_prompts=8
@@ -38,6 +41,7 @@ models/update: steps=5 -> steps=2
 models/update: for a in range(16)] -> for a in range(8)]
 scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 4)
 scoring/judge: task.problems("held-out", 16, seed=1) -> task.problems("held-out", 8, seed=1)
+stats/diversity: max_new_tokens=12 -> max_new_tokens=6
 stats/diversity: for _ in range(3): -> for _ in range(1):
 studies/costs: rows=8, new=16 -> rows=2, new=4
 studies/costs: for k in range(2) for arm -> for k in range(1) for arm
