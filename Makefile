@@ -33,7 +33,6 @@ gpu: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 floor: .venv/bin/python
@@ -83,12 +82,12 @@ readme: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt tests/extras.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/extras.txt
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r tests/extras.txt
 	touch $@ .venv/run
 
 clean:

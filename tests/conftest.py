@@ -1,4 +1,7 @@
 import gc
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else each name that is asked for is tried for half a minute
 
 import pytest
 
@@ -25,8 +28,8 @@ def tiny(tiny_folder):
     return Base.load(tiny_folder, dtype=torch.float32, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def real():
+@pytest.fixture(scope="session")
+def loaded():
     "The real small model in NF4, float32 compute, so that tolerances mean the same on every machine."
     import torch
 
@@ -34,13 +37,19 @@ def real():
 
 
 @pytest.fixture
+def real(loaded):
+    "The real small model; adapters are removed after the test."
+    yield loaded
+    for name in list(loaded.adapters):
+        Policy.resident(loaded, name).delete()
+
+
+@pytest.fixture
 def student(real):
-    "A student on the real model with non-zero weights; removed after the test."
+    "A student on the real model with non-zero weights."
     import torch
 
     policy = Policy(real, "student", seed=0)
     g = torch.Generator().manual_seed(1)
     policy.load_state({k: v + 0.02 * torch.randn(v.shape, generator=g) for k, v in policy.state().items()})
-    yield policy
-    for name in list(real.adapters):
-        Policy.resident(real, name).delete()
+    return policy

@@ -19,6 +19,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import course
 
+from tests.smaller import shortened, smaller
+
 SESSIONS = course.sessions()
 NAMES = [f.stem for f in SESSIONS]
 each_session = pytest.mark.parametrize("file", SESSIONS, ids=NAMES)
@@ -662,28 +664,16 @@ def test_three_wrong_answers_are_planted(file, number):
     assert sum(p.values[:2] == (file.stem[:2], number) for p in PLANTED) >= 3
 
 
-# The same cells with fewer samples, so that each notebook runs in less than a minute.
-SMALLER = {
-    "PROMPTS = 16": "PROMPTS = 3",
-    "HELD_OUT = 100": "HELD_OUT = 4",
-    "TOKENS = 24": "TOKENS = 14",
-    "steps=12": "steps=2",
-    '"train", 12, seed=3': '"train", 4, seed=3',
-}
+def test_what_is_shortened_is_there():
+    sources = [cell.source for file in SESSIONS for cell in code_of(read(file))]
+    for old in smaller("course") | smaller("student"):
+        assert any(old in source for source in sources), f"{old} is gone: change tests/smaller.py"
 
 
-# of a student's notebook, whose exercises are empty: it only has to run
-SMALLEST = {
-    "PROMPTS = 16": "PROMPTS = 2",
-    "HELD_OUT = 100": "HELD_OUT = 2",
-    "TOKENS = 24": "TOKENS = 10",
-    "steps=12": "steps=1",
-    '"train", 12, seed=3': '"train", 2, seed=3',
-}
-
-
-def failures(file, log, sizes):
-    "Run all code cells of a notebook as Jupyter does; write which failed, and how, to `log`."
+def failures(file, log, name):
+    """Run all code cells of a notebook as Jupyter does, with fewer samples; write which failed, and how, to
+    `log`.
+    """
     os.chdir(file.parent)
     os.environ["MPLBACKEND"] = "agg"
     from IPython.core.interactiveshell import InteractiveShell
@@ -693,23 +683,21 @@ def failures(file, log, sizes):
     for cell in code_of(read(file)):
         if re.search(r"^#\| *(notest|slow|gpu)", cell.source, re.M):
             continue
-        source = cell.source
-        for old, new in sizes.items():
-            source = source.replace(old, new)
-        result = shell.run_cell(source)
+        result = shell.run_cell(shortened(cell.source, name))
         if error := result.error_before_exec or result.error_in_exec:
-            failed.append((course.marks(cell).get("grade_id", source[:60]), type(error).__name__, str(error)))
+            name_of_cell = course.marks(cell).get("grade_id", cell.source[:60])
+            failed.append((name_of_cell, type(error).__name__, str(error)))
     log.write_text(json.dumps(failed))
 
 
-def failed_cells(notebook, folder: Path, sizes=SMALLER) -> list:
+def failed_cells(notebook, folder: Path, name="course") -> list:
     "Run a notebook in a process of its own, beside the stored results that it reads."
     nbformat.write(notebook, folder / "page.ipynb")
     for stored in course.data(notebook):
         (folder / stored.name).write_bytes(stored.read_bytes())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
-    process = context.Process(target=failures, args=(folder / "page.ipynb", folder / "log", sizes))
+    process = context.Process(target=failures, args=(folder / "page.ipynb", folder / "log", name))
     process.start()
     process.join()
     return json.loads((folder / "log").read_text())
@@ -721,9 +709,12 @@ def test_a_solution_notebook_runs(file, tmp_path):
 
 
 @each_session
-def test_a_student_notebook_fails_at_its_exercises_alone(file, tmp_path):
-    "From the first cell to the last, with the exercises left as they are."
-    failed = failed_cells(course.student(read(file)), tmp_path, SMALLEST)
+def test_a_student_notebook_fails_at_its_exercises_alone(file, tmp_path, tiny_folder):
+    "From the first cell to the last, with the exercises left as they are; on a random model, for its pace."
+    notebook = course.student(read(file))
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("Base.load()", f"Base.load({str(tiny_folder)!r})")
+    failed = failed_cells(notebook, tmp_path, "student")
     assert [(name, kind) for name, kind, _ in failed] == [
         (f"s{file.stem[:2]}-e{k}-check", "NotImplementedError") for k in (1, 2, 3)
     ], failed

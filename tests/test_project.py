@@ -64,6 +64,11 @@ def test_readme_is_made_from_the_index(copy):
     assert (ROOT / "README.md").read_text() == (copy / "README.md").read_text(), "run: make readme"
 
 
+def test_types():
+    done = subprocess.run([Path(sys.executable).parent / "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "pandas", "datasets", "matplotlib", "scipy"}
 LOOKED_UP = f"""
 import pydoc, sys

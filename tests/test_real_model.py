@@ -18,8 +18,8 @@ PROMPTS = [
     "Write one short sentence about the sea and the wind that blows over it.",
 ]
 ANSWERS = ["An apple.", "12 + 30 = 42", "The wind moves over the sea."]
-PAIRS = [dict(prompt=f"{a} + 1 =", chosen=str(a + 1), rejected=f"{a} is a number") for a in range(12)]
-PLAIN = dict(loss_type=["sigmoid"], loss_weights=None, per_device_train_batch_size=12)
+PAIRS = [dict(prompt=f"{a} + 1 =", chosen=str(a + 1), rejected=f"{a} is a number") for a in range(4)]
+PLAIN = dict(loss_type=["sigmoid"], loss_weights=None, per_device_train_batch_size=4)
 
 
 def gradients(base, policy):
@@ -36,24 +36,34 @@ def gradients(base, policy):
     return out
 
 
-def test_generate_then_train_gives_the_gradients_of_a_fresh_model(real, student):
-    student.generate(PROMPTS, max_new_tokens=4)
+@pytest.fixture(scope="module")
+def fresh():
+    "A base that has never generated."
+    return Base.load(dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def twin(fresh, student):
+    "The student, on the fresh base."
+    policy = Policy(fresh, "student", seed=1)
+    policy.load_state(student.state())
+    yield policy
+    for name in list(fresh.adapters):
+        Policy.resident(fresh, name).delete()
+
+
+def test_generate_then_train_gives_the_gradients_of_a_fresh_model(real, student, fresh, twin):
+    student.generate(PROMPTS, max_new_tokens=2)
     used = gradients(real, student)
-    fresh = Base.load(dtype=torch.float32, device="cpu")
-    twin = Policy(fresh, "student", seed=1)
-    twin.load_state(student.state())
     untouched = gradients(fresh, twin)
     assert used.keys() == untouched.keys() and len(used) == 2 * 7 * 30
     assert all(g.abs().max() > 0 for n, g in used.items() if "lora_B" in n)
     assert all(torch.equal(used[n], untouched[n]) for n in used)
 
 
-def test_update_after_generation_equals_update_of_a_fresh_model(real, student):
+def test_update_after_generation_equals_update_of_a_fresh_model(student, twin):
     start = student.snapshot("start")
-    student.generate(PROMPTS, max_new_tokens=4)
-    fresh = Base.load(dtype=torch.float32, device="cpu")
-    twin = Policy(fresh, "student", seed=1)
-    twin.load_state(student.state())
+    student.generate(PROMPTS, max_new_tokens=2)
     dpo(student, PAIRS, start, **PLAIN)
     dpo(twin, PAIRS, twin.snapshot("start"), **PLAIN)
     assert all(
@@ -125,26 +135,26 @@ def test_logprobs_agree_with_trl(student):
 
 
 def test_same_seed_same_samples_alone_and_in_company(student):
-    settings = dict(n_samples=3, max_new_tokens=8, temperature=0.8, seed=7)
+    settings = dict(n_samples=2, max_new_tokens=6, temperature=0.8, seed=7)
     first = student.sample(PROMPTS, **settings)
     again = student.sample(PROMPTS, **settings)
     assert [[x.token_ids for x in row] for row in first] == [[x.token_ids for x in row] for row in again]
     alone = [student.sample(p, **settings)[0] for p in PROMPTS]
     assert first.texts == [[x.text for x in row] for row in alone]
     assert student.sample(PROMPTS, **settings | {"seed": 8}).texts != first.texts
-    repeated = student.sample([PROMPTS[0]] * 3, **settings | {"n_samples": 1})
+    repeated = student.sample([PROMPTS[0]] * 2, **settings | {"n_samples": 1})
     assert [row[0].text for row in repeated] == first.texts[0]
 
 
 def test_recorded_logprobs_are_those_of_scoring(student):
-    s = student.sample(PROMPTS, n_samples=2, max_new_tokens=6, seed=0)
+    s = student.sample(PROMPTS, n_samples=2, max_new_tokens=4, seed=0)
     scored = student.logprobs([p for p in PROMPTS for _ in range(2)], [x.token_ids for row in s for x in row])
     assert scored.tolist() == pytest.approx([sum(x.logprobs) for row in s for x in row], abs=1e-3)
 
 
 def test_saved_adapter_loads_with_plain_peft_and_answers_the_same(student, tmp_path):
     dpo(student, PAIRS, student.snapshot("start"), learning_rate=1e-3)
-    ours = student.generate(PROMPTS, temperature=0, max_new_tokens=12)
+    ours = student.generate(PROMPTS, temperature=0, max_new_tokens=6)
     student.save(tmp_path / "adapter")
     model, tokenizer = load_model(dtype=torch.float32, device="cpu")
     plain = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
@@ -155,5 +165,5 @@ def test_saved_adapter_loads_with_plain_peft_and_answers_the_same(student, tmp_p
             return_tensors="pt",
             return_dict=True,
         )
-        out = plain.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+        out = plain.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
         assert tokenizer.decode(out, skip_special_tokens=True) == answer

@@ -207,8 +207,6 @@ def test_the_real_model_keeps_what_a_copy_keeps_and_loses_what_noise_destroys(re
     )
     assert copy.before.probe.accuracy.value > 0.6
     assert retention(copy.before, noisy(real, "noisy", 0.5), **few).verdict == "lost"
-    for name in list(real.adapters):
-        Policy.resident(real, name).delete()
 
 
 # lm-eval

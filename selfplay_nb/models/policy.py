@@ -451,9 +451,9 @@ def write_model(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and is left as it is: expected a new folder.")
-    adapted = {} if policy is None or policy.name == "base" else _adapted(base, policy)
-    weights = {}
-    for name, w in _plain_weights(base).items():
+    own, weights = _plain_weights(base), {}
+    adapted = {} if policy is None or policy.name == "base" else _adapted(base, policy, own)
+    for name, w in own.items():
         whole = _unpacked(w)
         if name in adapted:
             whole = whole + adapted[name].get_delta_weight(policy.name).detach()
@@ -475,8 +475,8 @@ def _plain_weights(base: Base) -> dict:
     return {n.replace(".base_layer", ""): w for n, w in own.items()}
 
 
-def _adapted(base: Base, policy: Policy) -> dict:
-    "The layers that a policy's adapter changes, by the names of their weights."
+def _adapted(base: Base, policy: Policy, own: dict) -> dict:
+    "The layers that a policy's adapter changes, by the names of their weights, which are all in `own`."
     from peft.tuners.lora.layer import LoraLayer
 
     if policy.base is not base:
@@ -484,7 +484,7 @@ def _adapted(base: Base, policy: Policy) -> dict:
     modules = base.model.named_modules()
     layers = {f"{n}.weight": m for n, m in modules if isinstance(m, LoraLayer) and policy.name in m.lora_A}
     more = [k for k in policy.state() if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
-    more += sorted(set(layers) - set(_plain_weights(base)))
+    more += sorted(set(layers) - set(own))
     if more:
         raise ValueError(
             f"the adapter {policy.name!r} is more than products beside linear layers: {', '.join(more):.200}."
