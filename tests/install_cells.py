@@ -45,6 +45,7 @@ DATA = {  # page: files of the repository that its cells read
     "studies/failures": ["studies/failures.jsonl"],
     "studies/gain": [
         "studies/gain.jsonl",
+        "studies/gain_did.jsonl",
         "studies/gain_pipeline.jsonl",
         "studies/gain_quarter.jsonl",
         "studies/gain_words.jsonl",

@@ -10,11 +10,11 @@ NBS = Path(__file__).parents[1] / "nbs"
 # page: what stands there -> what is run. "course" is all sessions, and "student" their notebooks for
 # students, whose exercises are empty: they only have to run.
 SMALLER = """
-course: PROMPTS = 16 -> PROMPTS = 3
-course: HELD_OUT = 100 -> HELD_OUT = 4
-course: TOKENS = 24 -> TOKENS = 14
+course: PROMPTS = 16 -> PROMPTS = 2
+course: HELD_OUT = 100 -> HELD_OUT = 3
+course: TOKENS = 24 -> TOKENS = 12
 course: steps=12 -> steps=2
-course: "train", 12, seed=3 -> "train", 4, seed=3
+course: "train", 12, seed=3 -> "train", 3, seed=3
 student: PROMPTS = 16 -> PROMPTS = 2
 student: HELD_OUT = 100 -> HELD_OUT = 2
 student: TOKENS = 24 -> TOKENS = 10

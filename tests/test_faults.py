@@ -580,20 +580,20 @@ def test_vitals_of_a_new_policy(tiny):
 def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
     "On the real model, in the number format of the machine."
     real = Base.load(device="cpu")
-    problems = ArithmeticTask(2).problems("train", 8)
+    problems = ArithmeticTask(2).problems("train", 6)
     prompts, start = [p["prompt"] for p in problems], None
 
     def after(completions, **settings):
         nonlocal start
         student = Policy(real, "student")
-        start = start or vitals(student, prompts, 4, 8)
+        start = start or vitals(student, prompts, 4, 6)
         update.sft(student, [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)], **settings)
-        now = vitals(student, prompts, 4, 8)
+        now = vitals(student, prompts, 4, 6)
         student.delete()
         return now
 
     learns = after([str(p["answer"]) for p in problems], num_train_epochs=4)
-    breaks = after(["17"] * 8, learning_rate=4e-3, num_train_epochs=8)
+    breaks = after(["17"] * 6, learning_rate=4e-3, num_train_epochs=8)
     assert alarms(learns, start) == [] and learns.kl.low > 0
     assert any("collapsed" in a and "17" in a for a in alarms(breaks, start)) and any(
         "forgetting" in a for a in alarms(breaks, start)

@@ -128,6 +128,7 @@ def plot_metrics(
     )
     ax.fill_between(x, low, high, alpha=0.2, color=line.get_color())
     ax.set(xlabel="round of self-play", ylabel=f"{measure}, %", ylim=(0, 100))
+    ax.locator_params(axis="x", integer=True)
     ax.grid(alpha=0.3)
     return ax
 
