@@ -31,23 +31,26 @@ loop/collectors: max_new_tokens=12 -> max_new_tokens=8
 loop/collectors: n_proposals=12 -> n_proposals=6
 loop/game_rounds: prompts_per_round=12 -> prompts_per_round=4
 loop/pipeline: n_games=64 -> n_games=32
-loop/pipeline: task.problems("train", 64, seed=2) -> task.problems("train", 24, seed=2)
 loop/pipeline: eval_size=40, validation_size=40 -> eval_size=24, validation_size=16
 loop/pipeline: test = task.problems("held-out", 40) -> test = task.problems("held-out", 12)
 loop/rounds: prompts_per_round=4, n_samples=4 -> prompts_per_round=2, n_samples=4
 loop/rounds: max_new_tokens=12 -> max_new_tokens=8
 loop/trainer: task.problems("train", 8, seed=step) -> task.problems("train", 4, seed=step)
 loop/trainer: n_samples=4, max_new_tokens=12 -> n_samples=4, max_new_tokens=8
+loop/trainer: for step in range(2): -> for step in range(1):
 loop/trainer: shots=2 -> shots=1
 loop/trainer: prompts_per_round=8 -> prompts_per_round=4
-loop/trainer: eval_size=24 -> eval_size=8
+loop/trainer: eval_size=24 -> eval_size=4
 loop/trainer: gate_prompts=32 -> gate_prompts=8
-loop/vitals: problems("train", 12) -> problems("train", 6)
+loop/vitals: problems("train", 12) -> problems("train", 4)
+loop/vitals: prompts, max_new_tokens=8 -> prompts, max_new_tokens=5
 loop/vitals: num_train_epochs=8 -> num_train_epochs=4
-methods/adversarial: task.problems("train", 24) -> task.problems("train", 8)
+methods/adversarial: task.problems("train", 24) -> task.problems("train", 6)
+methods/adversarial: max_new_tokens=16, threshold=0.1 -> max_new_tokens=10, threshold=0.1
 methods/competitive: problems = task.problems("train", 8) -> problems = task.problems("train", 4)
 methods/competitive: n_samples=8, max_new_tokens=16 -> n_samples=6, max_new_tokens=12
-methods/constitutional: max_new_tokens=40 -> max_new_tokens=16
+methods/constitutional: max_new_tokens=40 -> max_new_tokens=12
+methods/constitutional: n_pairs=2 -> n_pairs=1
 methods/refinement: max_new_tokens=48 -> max_new_tokens=16
 methods/refinement: few = problems("train", 3) -> few = problems("train", 2)
 methods/skill: task.problems("held-out", 40) -> task.problems("held-out", 6)
@@ -63,17 +66,22 @@ models/update: steps=5 -> steps=2
 models/update: for a in range(16)] -> for a in range(6)]
 scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 4)
 scoring/judge: task.problems("held-out", 16, seed=1) -> task.problems("held-out", 8, seed=1)
+scoring/judge: "null answer", "thought process", "injected verdict", "very long" -> "null answer", "very long"
 scoring/judge: questions[:6], right[:6] -> questions[:2], right[:2]
+scoring/evaluation: task.problems("held-out", 50) -> task.problems("held-out", 16)
 stats/diversity: max_new_tokens=12 -> max_new_tokens=6
 stats/diversity: for _ in range(3): -> for _ in range(1):
 stats/diversity: problems("train", 8) -> problems("train", 4)
+stats/retention: = PASSAGES, -> = PASSAGES[:12],
 stats/retention: problems("train", 8) -> problems("train", 4)
 stats/retention: shuffled[:8] -> shuffled[:4]
+studies/costs: prompts(32), 1, 8, -> prompts(4), 1, 2,
+studies/costs: prompts(32), 1, 16, -> prompts(4), 1, 4,
 studies/costs: rows=8, new=16 -> rows=2, new=4
 studies/costs: for k in range(2) for arm -> for k in range(1) for arm
 studies/failures: n_rounds=3, -> n_rounds=2,
 studies/failures: prompts_per_round=12, n_samples=8 -> prompts_per_round=4, n_samples=4
-studies/failures: eval_size=24 -> eval_size=8
+studies/failures: eval_size=24 -> eval_size=4
 tasks/task: else 50 -> else 8
 views/monitor: prompts_per_round=8, n_samples=4 -> prompts_per_round=4, n_samples=4
 views/monitor: eval_size=24 -> eval_size=8

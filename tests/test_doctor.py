@@ -196,8 +196,8 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(rank=8, league=0, batch=16, context=256),
-        dict(rank=64, league=4, batch=16, context=128),
+        dict(rank=8, league=0, batch=8, context=256),
+        dict(rank=64, league=4, batch=8, context=128),
     ],
 )
 def test_measured_peaks(settings):

@@ -25,6 +25,7 @@ from selfplay_nb.methods.refinement import IterativeRefiner
 from selfplay_nb.models import sampling, update
 from selfplay_nb.models.policy import Base, Policy
 from selfplay_nb.scoring.reward import Guarded, exact_number, score
+from selfplay_nb.stats.retention import PASSAGES
 from selfplay_nb.tasks.task import ArithmeticTask
 
 SMALL = dict(
@@ -586,9 +587,9 @@ def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
     def after(completions, **settings):
         nonlocal start
         student = Policy(real, "student")
-        start = start or vitals(student, prompts, 4, 6)
+        start = start or vitals(student, prompts, 4, 6, passages=PASSAGES[:12])
         update.sft(student, [dict(prompt=p, completion=c) for p, c in zip(prompts, completions)], **settings)
-        now = vitals(student, prompts, 4, 6)
+        now = vitals(student, prompts, 4, 6, passages=PASSAGES[:12])
         student.delete()
         return now
 
