@@ -224,8 +224,8 @@ class Deadly:
 
 
 # each costs some seconds: a worker loads its base again
-POINTS = "2 step 5,0 before,4 after,8 step 1,0 step 0,0 after,2 step 29,4 before,6 step 10,8 before"
-POINTS = POINTS.split(",")[: int(os.environ.get("KILL_POINTS", 1))]
+POINTS = "0 before,2 step 5,4 after,8 step 1,0 step 0,0 after,2 step 29,4 before,6 step 10,8 before"
+POINTS = POINTS.split(",")[: int(os.environ.get("KILL_POINTS", 2))]
 
 
 def test_a_worker_killed_at_many_points_costs_nothing_and_doubles_nothing(crowd, base, tmp_path):
