@@ -1,5 +1,7 @@
 "Checkpoints are whole or not there; damage is found; a killed run ends as one that was not."
 
+import ast
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +12,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+import selfplay_nb
 from selfplay_nb.core import checkpoint
 from selfplay_nb.core.checkpoint import (
     content,
@@ -30,8 +34,11 @@ from selfplay_nb.core.checkpoint import (
     write_record,
     writing,
 )
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
+from selfplay_nb.methods.constitutional import ConstitutionalRewardWrapper, Principle
+from selfplay_nb.models.policy import Base
 from selfplay_nb.scoring.reward import WeightedReward, as_reward, exact_number, near_number
-from selfplay_nb.tasks.task import ArithmeticTask
+from selfplay_nb.tasks.task import ArithmeticTask, as_task
 
 HERE = Path(__file__).parent
 
@@ -456,3 +463,117 @@ def test_signals_interrupt(name):
             signal.raise_signal(number)
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+def test_other_training_prompts_are_another_run(tmp_path, tiny_folder):
+    held = [f"Say {k}." for k in range(4)]
+    config = SelfPlayConfig(
+        str(tmp_path / "run"),
+        n_rounds=1,
+        prompts_per_round=2,
+        n_samples=2,
+        max_new_tokens=4,
+        eval_size=4,
+        gate=False,
+    )
+
+    def begin(words, **more):
+        base = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
+        task = as_task([f"Describe a {w}." for w in words], lambda p, a: float(len(a)), held_out=held)
+        changed = dataclasses.replace(config, **more)
+        return SelfPlayTrainer(changed, base, task, callbacks=[]).train()
+
+    begin(["coffee", "table", "river"])
+    begin(["coffee", "table", "river"], n_rounds=2)  # the same goes on
+    with pytest.raises(ValueError, match="holds a run with another configuration"):
+        begin(["snow", "table", "river"], n_rounds=3)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, tiny_folder):
+    "Its record has no word for the training prompts, neither in the run nor in the task."
+
+    class Stream:
+        "A task whose training problems are others each time."
+
+        reward = verifier = staticmethod(lambda prompts, completions, **columns: [1.0] * len(prompts))
+
+        def problems(self, split, n, seed=0):
+            k = 0 if split == "held-out" else next(counter)
+            return [dict(prompt=f"{split} {k} {i}") for i in range(n)]
+
+    counter = iter(range(1000))
+    small = dict(prompts_per_round=2, n_samples=2, max_new_tokens=4, eval_size=4, gate=False)
+    told = as_task(["One?", "Two?", "Three?"], lambda p, a: float(len(a)), held_out=["Four?"])
+    for name, task in ("own", told), ("stream", Stream()):
+        folder = tmp_path / name
+        begin = lambda n: SelfPlayTrainer(
+            SelfPlayConfig(str(folder), n_rounds=n, **small),
+            Base.load(tiny_folder, dtype=torch.float32, device="cpu"),
+            task,
+            callbacks=[],
+        ).train()
+        begin(1)
+        record = json.loads((folder / "config.json").read_text())
+        record["identity"].pop("trained_on")
+        if name == "own":
+            assert record["identity"]["task"].pop("splits")
+        (folder / "config.json").write_text(json.dumps(record))
+        assert len(begin(2)) == 3
+
+
+def test_another_constitution_is_another_reward():
+    def made(base, text="Be kind", weight=0.2, pattern="kind"):
+        return content(ConstitutionalRewardWrapper(base, [Principle(text, weight, pattern=pattern)]))
+
+    first = made(len)
+    assert first == made(len)
+    assert first != made(min)
+    assert first != made(len, text="Be honest")
+    assert first != made(len, weight=0.7)
+    assert first != made(len, pattern="good")
+
+
+class Wanted:
+    "Keeps its argument under another name."
+
+    def __init__(self, words):
+        self.wanted = words
+
+    def __call__(self, prompts, completions, **columns):
+        return [float(any(w in c for w in self.wanted)) for c in completions]
+
+
+class Told(Wanted):
+    made_of = ("wanted",)
+
+
+def test_an_argument_that_is_kept_elsewhere_is_said():
+    with pytest.warns(UserWarning, match="Wanted keeps its argument 'words' under no attribute"):
+        content(Wanted(["a"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert content(Told(["a"])) != content(Told(["b"])) == content(Told(["b"]))
+
+
+# what has its arguments in something else: its name, its weights, or what it serves
+ELSEWHERE = {"OpenSpielGame", "RewardModel", "Fused", "Served"}
+COUNTS = {"problems", "__call__", "compare", "_compare", "start", "collect", "learn", "decide", "learn_from"}
+
+
+def test_the_library_keeps_what_its_classes_are_made_of():
+    "A constructor's argument is kept under its name, or after an underscore, or the class has `made_of`."
+    lost = []
+    for file in Path(selfplay_nb.__file__).parent.rglob("*.py"):
+        for c in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(c, ast.ClassDef) or c.name in ELSEWHERE:
+                continue
+            methods = {m.name: m for m in c.body if isinstance(m, ast.FunctionDef)}
+            says = any(isinstance(a, ast.Assign) and ast.unparse(a.targets[0]) == "made_of" for a in c.body)
+            if says or not COUNTS & methods.keys() or "__init__" not in methods:
+                continue
+            args = methods["__init__"].args
+            names = [a.arg for a in (*args.args[1:], *args.kwonlyargs, args.vararg, args.kwarg) if a]
+            inside = [n for n in ast.walk(methods["__init__"]) if isinstance(n, ast.Attribute)]
+            kept = {n.attr for n in inside if isinstance(n.ctx, ast.Store)}
+            lost += [(c.name, n) for n in names if n not in kept and f"_{n}" not in kept]
+    assert not lost

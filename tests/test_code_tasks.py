@@ -239,6 +239,20 @@ SIGNATURE = 'import math\n\ndef helper(x):\n    return x\n\n\ndef f(a, b):\n    
         ("def f(a, b):\n    return a + b\n\ud800 (", True),
         ("def f(a, b):\n    return a + b\ndef g():\n    return (\n", True),
         ("def f(a, b):\n    return a + b\nx = '''\n", True),
+        ("```python\nONE = 1\ndef f(a, b):\n    return a + b * ONE\n```", True),
+        ("ONE = 1\ndef f(a, b):\n    return a + b * ONE", True),
+        ("Here it is:\n\nONE: int = 1\nimport math\ndef f(a, b):\n    return a + b * ONE\n", True),
+        ("from collections.abc import Sequence\ndef f(a, b):\n    return Sequence and a + b", True),
+        ("```\ntry:\n    ONE = 1\nexcept ValueError:\n    pass\ndef f(a, b):\n    return a + b * ONE", True),
+        ("```\npython\ndef f(a, b):\n    return a + b\n```", True),
+        ("```python\nassert f(1, 2) == 3\n\ndef f(a, b):\n    return a + b\n```", True),
+        ("```python\nprint(f(1, 2))\ndef f(a, b):\n    return a + b\n```", True),
+        ("```python\na = int(input())\ndef f(a, b):\n    return a + b\n```", True),
+        ("result = f(1, 2)\ndef f(a, b):\n    return a + b", True),
+        ("total = a + b\ndef f(a, b):\n    return a + b", True),
+        ("```\nfrom math import *\nTWO = floor(2.5)\ndef f(a, b):\n    return a + b + TWO - 2\n```", True),
+        ("```\nimport random\nrandom.seed(1)\nX = [c for c in 'ab']\ndef f(a, b):\n    return a + b", True),
+        ("So x = 5 as before.\ndef f(a, b):\n    return a + b", True),
         ("```\nI would add them\n```", False),
         ("```python\n```\n```", False),
         ("```python\n    return a + b\n```", True),
@@ -263,6 +277,14 @@ def test_extraction(answer, found):
         exec(code, space)
         assert space["f"](2, 3) == 5
         assert code.count("def helper") == 1 and code.startswith("import math")
+
+
+def test_imports_from_the_future_come_first():
+    said = "from __future__ import annotations\ndef f(a: X, b):\n    return a + b"
+    code = extract_code(said, SIGNATURE, "f")
+    space = {}
+    exec(code, space)
+    assert space["f"](2, 3) == 5 and code.index("__future__") < code.index("import math")
 
 
 def test_references_pass_and_mutants_fail():

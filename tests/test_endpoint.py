@@ -228,6 +228,15 @@ def test_what_a_server_does_not_know_is_said_once_and_left_out(serve):
     assert sum("seed" in asked for asked in server.asked) == 1
 
 
+def test_a_server_that_wants_max_completion_tokens_gets_it(serve):
+    told = b'{"error": "Unsupported parameter: max_tokens. Use max_completion_tokens instead."}'
+    refuses = dict(status=400, body=told)
+    server = serve(lambda n, asked: refuses if "max_tokens" in asked else good(asked))
+    with pytest.warns(UserWarning, match="asked with 'max_completion_tokens'"):
+        Endpoint(server.url, "m", concurrency=1).generate(["a", "b"], max_new_tokens=7)
+    assert [asked.get("max_completion_tokens") for asked in server.asked] == [None, 7, 7]
+
+
 def test_log_probabilities(serve):
     server = serve(lambda n, asked: good(asked, logprobs={"content": [{"logprob": -0.5}, {"logprob": -1}]}))
     [[reply]] = Endpoint(server.url, "m", logprobs=True).sample(["a"])

@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from selfplay_nb.games.play import Played, RandomPlayer, Transcript, Turn, play
-from selfplay_nb.methods.game_training import SeatBaseline, advantages, position_pairs
+from selfplay_nb.methods.game_training import SeatBaseline, Sticks, advantages, position_pairs
 
 
 class Pick:
@@ -187,9 +187,9 @@ def test_surprise_is_paid():
         0,
     ]
     odd = game("z", [-9.0])
-    odd.turns[0].legal = False  # nonsense is always a surprise
+    odd.turns[0].legal = False  # nonsense is always a surprise, and lost: 0 less the other's 0.5
     assert advantages(Played([game("x", [-1.0, -2.0]), odd]), entropy=0.1)[1]["advantage"] == pytest.approx(
-        -0.3
+        -0.8
     )
 
 
@@ -213,7 +213,7 @@ def test_too_few_games_make_no_pair_and_a_cut_answer_is_never_chosen():
             "g",
             0,
             ["a", "b"],
-            turns=[Turn(0, "p", answer, None if cut else answer, not cut, truncated=cut, token_ids=ids)],
+            turns=[Turn(0, "p", answer, answer, truncated=cut, token_ids=ids)],
             outcome=[o, 1 - o],
         )
 
@@ -227,3 +227,24 @@ def test_too_few_games_make_no_pair_and_a_cut_answer_is_never_chosen():
     assert position_pairs(Played([game("x", 1.0), game("y", 0.0, cut=True)]), least=1)[0][0][
         "rejected_truncated"
     ]
+
+
+class Rude:
+    "Says hello half of the time, and plays well once it was told off."
+
+    name = "rude"
+
+    def act(self, state, rng):
+        return "hello" if rng.random() < 0.5 else max(state.legal, key=lambda m: (state.n - int(m)) % 4 == 0)
+
+
+@pytest.mark.parametrize("illegal", ["lose", "retry", "random"])
+def test_an_illegal_answer_is_never_preferred(illegal):
+    played = play(Sticks(5, 7), [Rude(), RandomPlayer()], 60, seed=1, illegal=illegal)
+    rows = advantages(played, "rude")
+    rude = [r["advantage"] for r in rows if r["completion"] == "hello"]
+    assert len(rude) > 20
+    assert mean(rude) < 0 < mean(r["advantage"] for r in rows if r["completion"] != "hello")
+    pairs, _ = position_pairs(played)
+    assert pairs and "hello" not in {p["chosen"] for p in pairs}
+    assert "hello" in {p["rejected"] for p in pairs}

@@ -186,6 +186,7 @@ READERS = {
     "answers.answer_in": answers.answer_in,
     "endpoint.read_reply": lambda t: endpoint.read_reply({"choices": [{"message": {"content": t}}]}),
     "answers.read_number": answers.read_number,
+    "answers.one_spelling": answers.one_spelling,
     "answers.last_number": answers.last_number,
     "answers.gold_numbers": lenient(lambda t: answers.gold_numbers([t])),
     "answers.denied": lambda t: answers.denied(t, len(t) // 2, len(t) // 2 + 1),
@@ -423,7 +424,7 @@ NO_READERS = {
         ratings.Games.add callbacks.Progress.on_progress callbacks.Live.on_progress pairs.write_whole
         trainer.warn rounds.answer_rows sampling.batches task.as_task trainer.progress collectors.named
         pipeline.StageRun.progress pipeline.StageRun.warn rounds.Run.progress rounds.Run.warn
-        workers.UnitRun.progress workers.UnitRun.warn
+        workers.UnitRun.progress workers.UnitRun.warn evaluation.game_row pipeline.check_stage
         """
     ),
 }

@@ -76,6 +76,16 @@ NUMBERS = {
     "٣٤": "34",
     "６８": "68",
     "68\u200b": "68",
+    "-(5)": "-5",
+    "-{5}": "-5",
+    r"-\text{5}": "-5",
+    r"-\(5\)": "-5",
+    "-**5**": "-5",
+    "−(3/4)": "-3/4",
+    "minus 5": "-5",
+    "negative 3/4": "-3/4",
+    r"90^\circ": "90",
+    r"90^{\circ}": "90",
 }
 
 
@@ -118,6 +128,35 @@ def test_a_number_is_read_alike_alone_in_an_answer_and_in_a_data_set(text):
         ("**Answer:**\n\n68", 68),
         ("Answer: 59 + 63 = 122", 122),
         ("It is 1,234.50!", "1234.5"),
+        ("We do not carry so 60 + 8 = 68.", 68),
+        ("If I'm not mistaken it is 68.", 68),
+        ("68 instead of 70", 68),
+        ("It is 68 rather than 70.", 68),
+        ("10 minus 5 is 5", 5),
+        ("It is minus 5", -5),
+        ("I get -(5)", -5),
+        (r"\boxed{12\text{ cm}^{2}}", 12),
+        (r"\boxed{2^{5}}", None),
+        (r"\boxed{2^{-5}}", None),
+        (r"\boxed{10^{3}}", None),
+        (r"\boxed{\sqrt{16}}", None),
+        (r"\boxed{\sqrt[3]{8}}", None),
+        (r"\boxed{5!}", None),
+        ("The total is 12 000.", None),
+        ("Answer: 12 000 people", None),
+        ("12 000", 12000),
+        ("In Class 3 120 students passed.", 120),
+        ("Team 1 scored 90 and team 2 100.", 100),
+        ("On May 5 120 people came.", 120),
+        ("The margin of error is plus or minus 3 percent.", "3/100"),
+        ("The 2 roots are plus/minus 3", 3),
+        ("It is the non-negative 5", 5),
+        ("12 apples minus 5", 5),
+        ("24 hours minus 5", 5),
+        ("x minus 3", 3),
+        ("x equals negative 3", -3),
+        ("x = minus 3", -3),
+        ("(minus 3)", -3),
         ("no idea", None),
         ("", None),
     ],
@@ -248,3 +287,22 @@ def test_near_is_graded_between_numbers_of_any_form():
 )
 def test_what_is_said_after_the_answer_is_told_apart(text, answer, rest):
     assert answer_and_rest(text) == (answer, rest) and answer_in(text) == answer
+
+
+@pytest.mark.parametrize("text", ["5-", "--5", "-(-5)", "5 -"])
+def test_signs_that_are_none_are_no_number(text):
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "mark", ["Answer: ", "Answer:\n", "**Answer:** ", "**Answer:**\n", "**Final Answer:** ", ""]
+)
+def test_a_board_keeps_its_first_squares(mark):
+    board = "_ _ _ Q\n_ Q _ _"
+    assert answer_in(mark + board, 2) == board
+
+
+def test_underscores_belong_to_an_answer():
+    said = "__init__", "_", "**x**", "_x"
+    assert [answer_in(f"Answer: {x}") for x in said] == ["__init__", "_", "x", "_x"]
+    assert answer_in("__Answer:__ x") == answer_in("*Answer: x*") == "x"

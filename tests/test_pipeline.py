@@ -564,7 +564,7 @@ def test_rows_of_a_killed_stage_do_not_stay(make):
     o.ledger.append([dict(prompt="p", chosen="a", rejected="b", round=2)])
     made = make()
     made.run_sft(SFT_DATA)
-    rows = made.run_self_play(16, n_samples=2)
+    rows = made.run_self_play(64, n_samples=2)
     assert rows and all(r["prompt"] != "p" for r in made.ledger.rows())
 
 

@@ -275,6 +275,13 @@ def test_formulas():
         ("x^2+5x+6", "(x+2)*(x+3)", 1),
         ("x^2", "x**2", 1),
         (r"\sqrt{2}", "sqrt(2)", 1),
+        (r"\sqrt{2}", "√2", 1),
+        (r"2\sqrt{3}", "2√3", 1),
+        ("x^2-5x-6", "x² – 5·x − 6", 1),
+        ("x^2-5x-6", "x^2 + 5x - 6", 0),
+        (r"\frac{7}{4}", r"\frac74", 1),
+        (r"\infty", "∞", 1),
+        (r"90^\circ", "90°", 1),
         ("2", "$2$", 1),
         ("1/3", "0.33", 0),
         ("x^2", "x^3", 0),
@@ -377,6 +384,7 @@ def faults(family):
     found = dict(
         seed=same,
         reference=graded([""] * n, right, **columns) == [1] * n == task.verifier([""] * n, right, **columns),
+        beside=task.verifier([""] * n, [f"Answer: {r['answer']}" for r in rows], **columns) == [1] * n,
         wrong=max(graded([""] * n, ["Answer: zzz wrong 99"] * n, **columns)) < 1,
         none=task.verifier([""] * n, ["no idea"] * n, **columns) == [0] * n,
         cut=graded([""] * n, right, **columns, truncated=[True] * n) == [0] * n,
@@ -390,6 +398,17 @@ def faults(family):
 def test_every_family():
     names = family_names()[0]
     assert len(names) >= 90 and {f: bad for f in names if (bad := faults(f))} == {}
+
+
+@gym
+@pytest.mark.parametrize("constant", ["0", "0.0", "0.5", "1"])
+def test_a_constant_does_not_pay(constant):
+    rows = ReasoningTask("coin_flip").problems("train", 40)
+    columns = {k: [r[k] for r in rows] for k in ("answer", "entry", "family")}
+    paid = graded([""] * 40, [f"Answer: {constant}"] * 40, **columns)
+    assert sum(paid) / 40 < 0.5
+    off = [abs(float(r["answer"]) - float(constant)) for r in rows]
+    assert all(p < 1 or error < 0.01 for p, error in zip(paid, off))
 
 
 @gym

@@ -81,8 +81,7 @@ def test_a_run_of_the_command_line(tmp_path, tiny_folder):
         assert (tmp_path / name / "report.html").exists() and [
             *(tmp_path / name / "checkpoints").glob("round_*")
         ]
-        if name != "SIGINT":
-            assert code == 128 + getattr(signal, name)
+        assert code == 128 + getattr(signal, name)
     last = {
         name: [
             line

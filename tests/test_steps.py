@@ -61,6 +61,12 @@ def test_a_league_grows_by_a_member_a_frame():
     assert "three" not in frames[0][1]
 
 
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "seconds": 0.0}\n{"round": 1, "sec')
+    assert [caption for caption, _ in run_frames(tmp_path)] == ["round 0"]
+
+
 def test_a_folder_without_metrics_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no metrics.jsonl"):
         run_frames(tmp_path)

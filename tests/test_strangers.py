@@ -23,7 +23,7 @@ from selfplay_nb.cli import main
 from selfplay_nb.core.pairs import Ledger
 from selfplay_nb.core.protocols import Game, Judge, Player, Task
 from selfplay_nb.games.play import RandomPlayer
-from selfplay_nb.loop.game_rounds import GameTask
+from selfplay_nb.loop.game_rounds import GameMoves, GameTask
 from selfplay_nb.loop.pipeline import RLHFOrchestrator
 from selfplay_nb.loop.rounds import Compete
 from selfplay_nb.loop.run_evaluation import arena
@@ -120,6 +120,11 @@ class TwicePlayed:
         return first + Compete(n_samples=4).collect(run, problems)
 
 
+def half(turns):
+    "What is expected of a move; the tiny model's are all illegal, so each is worse than that."
+    return [0.5] * len(turns)
+
+
 class Careful:
     takes = "pairs"
 
@@ -147,9 +152,18 @@ BROUGHT = {
     "squared losses": lambda: dict(task=as_task(PROMPTS, reward=variety), method="sppo"),
     "the best answers": lambda: dict(task=as_task(PROMPTS, reward=variety), method="sft"),
     "demonstrations": lambda: dict(task=as_task(DEMONSTRATIONS, reward=variety), method="spin"),
-    "a game": lambda: dict(task=GameTask(Short(), illegal="random"), method="reinforce", eval_size=8),
+    "a game": lambda: dict(
+        task=GameTask(Short(), illegal="random"),
+        collectors=[GameMoves(half)],
+        method="reinforce",
+        eval_size=8,
+    ),
     "a game and a league": lambda: dict(
-        task=GameTask(Short(), illegal="random"), opponents="league", method="reinforce", eval_size=8
+        task=GameTask(Short(), illegal="random"),
+        collectors=[GameMoves(half)],
+        opponents="league",
+        method="reinforce",
+        eval_size=8,
     ),
     "a league whose exploiters learn": lambda: dict(
         task=as_task(PROMPTS, reward=variety),
@@ -158,6 +172,7 @@ BROUGHT = {
     ),
     "a game and exploiters": lambda: dict(
         task=GameTask(Short(), illegal="random"),
+        collectors=[GameMoves(half)],
         opponents="league",
         learners="main, main_exploiter",
         method="reinforce",

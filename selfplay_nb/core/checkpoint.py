@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'SYSTEM', 'ENDINGS', 'LIBRARY', 'FORMAT', 'RECORD', 'file_sum', 'writing', 'verify', 'numbered',
            'newest_whole', 'discard', 'prune', 'locked', 'signals_interrupt', 'is_users', 'content', 'content_sum',
-           'weights_sum', 'brief', 'differences', 'write_record', 'read_record', 'run_record', 'forget_run',
+           'weights_sum', 'brief', 'differences', 'known_to', 'write_record', 'read_record', 'run_record', 'forget_run',
            'random_states', 'set_random_states']
 
 # %% ../../nbs/core/checkpoint.ipynb #792f2d81
@@ -362,18 +362,23 @@ def _sum_of(x) -> str:
     return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/checkpoint.ipynb #4925e8bb
+_STDLIB = os.path.dirname(os.__file__)
+
+
 def is_users(x) -> bool:
-    "Is a function or class the user's own, neither this library's nor a package's nor the language's?"
-    top = (getattr(x, "__module__", None) or "builtins").split(".")[0]
+    """Is a function, class or module the user's own, neither this library's nor a package's nor the
+    language's?
+    """
+    module = x.__name__ if isinstance(x, types.ModuleType) else getattr(x, "__module__", None)
+    top = (module or "builtins").split(".")[0]
     if top == "__main__":
         return True
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
-    return (
-        top != LIBRARY
-        and top not in sys.stdlib_module_names
-        and top not in sys.builtin_module_names
-        and "-packages" not in file
-    )
+    file = getattr(x, "__code__", sys.modules.get(top))
+    file = getattr(file, "co_filename", getattr(file, "__file__", None)) or ""
+    if top == LIBRARY or top in sys.builtin_module_names or "-packages" in file:
+        return False
+    # a file may have the name of a module of the language, such as code.py
+    return top not in sys.stdlib_module_names or not (file.startswith(("<", _STDLIB)) or not file)
 
 # %% ../../nbs/core/checkpoint.ipynb #fbfc1697
 def _code(code: types.CodeType, doc=None) -> list:
@@ -456,6 +461,9 @@ def _of_function(f, go) -> dict:
     used = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
     fixed = lambda n, v: isinstance(v, (*_PLAIN, float, tuple, frozenset, re.Pattern)) or n.isupper()
     own = lambda v: isinstance(v, (types.FunctionType, type)) and is_users(v)
+    modules = {n: v for n, v in used.items() if isinstance(v, types.ModuleType) and is_users(v)}
+    for name, module in modules.items():
+        used |= {f"{name}.{n}": v for n, v in vars(module).items() if n in _names(f.__code__)}
     calls = {n: go(v) for n, v in used.items() if fixed(n, v) or own(v)}
     defaults = [go(f.__defaults__), go(f.__kwdefaults__)]
     code = _sum_of([_code(f.__code__, f.__doc__), defaults, calls])
@@ -476,18 +484,34 @@ def _of_class(c, go) -> dict:
     bases = [go(k) for k in c.__mro__[1:] if not is_users(k) and k is not object]
     return {"class": c.__name__, "code": _sum_of([{k: v for k, v in code.items() if k not in hidden}, bases])}
 
+# %% ../../nbs/core/checkpoint.ipynb #8310aa03
+def _warn_of_lost(name: str, argument: str):
+    warnings.warn(
+        f"{name} keeps its argument {argument!r} under no attribute of that name. A run is recognized by what"
+        f" it is made of, and will go on with another {argument} unnoticed: keep it as self.{argument}, or"
+        " name the attributes that count in the class, as made_of = (\"this\", \"that\").",
+        stacklevel=2,
+    )
+
 # %% ../../nbs/core/checkpoint.ipynb #77ff867c
 def _of_object(x, go) -> dict:
+    """Its class, its constructor's arguments, if it keeps them under their names or after an underscore, and
+    the attributes that the class names in `made_of`.
+    """
     init, has = type(x).__init__, dict(getattr(x, "__dict__", {}))
+    more = {n: getattr(x, n) for n in getattr(type(x), "made_of", ())}
     if dataclasses.is_dataclass(x):
         has = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
     elif isinstance(init, types.FunctionType):
-        names = list(inspect.signature(init).parameters)[1:]
+        names = [n for n, p in inspect.signature(init).parameters.items() if p.kind < p.VAR_KEYWORD][1:]
         has = {n: has[k] for n in names for k in (n, f"_{n}") if k in has}
+        lost = [n for n in names if n not in has]
+        if lost and not more and is_users(type(x)):
+            _warn_of_lost(type(x).__name__, lost[0])
     known = dataclasses.is_dataclass(x) or type(x).__module__.split(".")[0] in (LIBRARY, "types")
     if not known and not is_users(type(x)):
         has = {}
-    return _of_class(type(x), go) | {k: go(v) for k, v in has.items()}
+    return _of_class(type(x), go) | {k: go(v) for k, v in (has | more).items()}
 
 # %% ../../nbs/core/checkpoint.ipynb #22de708a
 def weights_sum(model) -> str:  # a torch module
@@ -528,6 +552,13 @@ def differences(there: dict, now: dict) -> list[str]:
     return [
         f"{k}: {said(a, k)} there, {said(b, k)} now" for k in {**a, **b} if a.get(k, none) != b.get(k, none)
     ]
+
+# %% ../../nbs/core/checkpoint.ipynb #c730b89d
+def known_to(there, now):
+    "The record `now` without what an older version of this library did not write `there`."
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return now
+    return {k: known_to(there[k], v) for k, v in now.items() if k in there}
 
 # %% ../../nbs/core/checkpoint.ipynb #26a3073f
 FORMAT = 2

@@ -33,8 +33,15 @@ def _read_file(path: Path) -> list:
             f"{path} is no .jsonl or .parquet file: expected one of these, a list of rows, a datasets.Dataset"
             " or a hub name."
         )
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        number = content.count(b"\n", 0, e.start) + 1
+        told = f"{path}, line {number} is not UTF-8 ({e.reason}): save the file as UTF-8."
+        raise ValueError(told) from None
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for i, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -249,11 +256,13 @@ def load_rows(
     return [_as_row(i, raw, kind) for i, raw in enumerate(_read(data, split))]
 
 # %% ../../nbs/core/pairs.ipynb #6a56aa05
+_RAISED = re.compile("[⁰¹²³⁴-⁹]+")
 _SIGNS = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
 
 # %% ../../nbs/core/pairs.ipynb #bf0dd68d
 def _bare(text: str) -> str:
     "A text as questions are compared."
+    text = _RAISED.sub(r"^\g<0>", text)  # 2⁵ is not 25
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).casefold()
     if not text.isascii():
         text = "".join(c for c in text if unicodedata.category(c) != "Cf")

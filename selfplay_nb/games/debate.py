@@ -12,6 +12,7 @@ __all__ = ['TOTAL', 'HEAD', 'TOPICS', 'FACTS', 'SIDES', 'QUESTION', 'DEBATE_RUBR
 import copy
 import random
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -581,9 +582,12 @@ class Debate:
                 raise ValueError(f"the debate on {motion} is not over: {side} is to speak.")
         new = list({id(s.verdict): s for s in states if s.p_for is None}.values())
         if new:
-            self.verdicts = judge_debate(new, self.judge)
-            for s, p in zip(new, self.verdicts):
-                s.verdict.append(float(p))
+            self.verdicts = verdicts = judge_debate(new, self.judge)
+            for s, p in zip(new, verdicts):
+                s.verdict.append(0.5 if p != p else float(p))
+            if none := sum(p != p for p in verdicts):
+                told = f"{none} of {len(new)} debates were not judged: they count as drawn."
+                warnings.warn(told, stacklevel=2)
         return [s.outcome for s in states]
 
 # %% ../../nbs/games/debate.ipynb #cf4a0685
@@ -602,16 +606,20 @@ class Truth:
 
 # %% ../../nbs/games/debate.ipynb #9439b671
 def _found(debates, judge) -> list[float]:
-    "For each debate whether the judge finds the right side: 1, 0, or 0.5 where it is undecided."
+    """For each debate whether the judge finds the right side: 1, 0, 0.5 where it is undecided, NaN where it
+    abstains.
+    """
     found = []
     for debate, p in zip(debates, judge_debate(debates, judge)):
         p_right = p if debate.motion.right == "for" else 1 - p
-        found.append(0.5 if abs(p_right - 0.5) < 1e-9 else float(p_right > 0.5))
+        undecided = p_right != p_right or abs(p_right - 0.5) < 1e-9
+        found.append(min(p_right, 0.5) if undecided else float(p_right > 0.5))
     return found
 
 # %% ../../nbs/games/debate.ipynb #5d2f3309
 def truth(
-    debates: list[DebateState],  # on motions whose right side is known; others are left out
+    # on motions whose right side is known; others are left out, and those that the judge abstains from
+    debates: list[DebateState],
     judge,  # with `compare`
 ) -> Truth:
     "Whether debates help `judge` to find the right side. Raises `ValueError` if no motion has one."
@@ -621,6 +629,8 @@ def truth(
     silent = [DebateState(d.game, d.motion) for d in debates]
     alone, debated = {}, {}  # motion -> what was found, debate by debate
     for d, before, after in zip(debates, _found(silent, judge), _found(debates, judge)):
+        if before != before or after != after:
+            continue
         alone.setdefault(d.motion, []).append(before)
         debated.setdefault(d.motion, []).append(after)
     gain = [sum(debated[m]) - sum(alone[m]) for m in alone]

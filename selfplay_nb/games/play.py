@@ -924,6 +924,8 @@ def exploitability(
 class TextArenaGame:
     "A game of TextArena."
 
+    made_of = "name", "params"
+
     def __init__(
         self,
         env_id: str,  # such as "TicTacToe-v0"
@@ -939,7 +941,7 @@ class TextArenaGame:
         if env_id not in known:
             near = difflib.get_close_matches(env_id, known) or "none"
             raise ValueError(f"unknown game {env_id!r}; near: {near}.")
-        self.name, self.seats = env_id, seats
+        self.name, self.seats, self.params = env_id, seats, params
         self.make = lambda: textarena.make(env_id, **params)
 
     def start(self, seed) -> "TextArenaState":

@@ -10,13 +10,16 @@ import math
 from collections.abc import Callable
 
 from ..core.players import text_of
-from .rounds import Collector, Compete, Experience, Groups, Refine, Run, group_advantages
+from .rounds import Collector, Compete, Experience, Groups, Refine, Run
+from .rounds import group_advantages, makes_of
 from ..methods.adversarial import AdversarialFilter, ProposerReward
 from ..methods.skill import EmptyLevel, SkillConditioning, by_quantile
 
 # %% ../../nbs/loop/collectors.ipynb #9b4ab286
 class Screen:
     "Best against worst of the student's answers, on prompts that it neither always solves nor always fails."
+
+    makes = ("pairs",)
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class Screen:
 # %% ../../nbs/loop/collectors.ipynb #6302e9b5
 class Levels:
     "The student's answers, each to be imitated behind the token of its level (see `SkillConditioning`)."
+
+    makes = ("answers",)
 
     def __init__(
         self,
@@ -82,6 +87,8 @@ class Propose:
         right_from: float = 1.0,  # an answer with this reward or more is right
     ):
         self.ask, self.parse, self.then = ask, parse, then or Groups()
+        made = makes_of(self.then)
+        self.makes = None if made is None else ("answers", *made)
         self.n_proposals, self.n_samples, self.right_from = n_proposals, n_samples, right_from
 
     def collect(self, run: Run, problems: list[dict]) -> Experience:
@@ -138,6 +145,8 @@ class Shares:
         if not parts or bad:
             raise ValueError(f"shares {bad}: expected (collector, share) pairs with positive numbers.")
         self.parts = parts
+        made = [makes_of(collector) for collector, _ in parts]
+        self.makes = None if None in made else tuple(kind for some in made for kind in some)
 
     def collect(self, run: Run, problems: list[dict]) -> Experience:
         total = sum(share for _, share in self.parts)
@@ -165,7 +174,7 @@ def named(
     config,  # with `n_samples`, `pairs_per_prompt` and `refine_iterations`
 ) -> list[Collector]:
     "The collectors that a text names. Raises `ValueError` for an unknown name or a share that is no number."
-    parts = []
+    parts: list[tuple] = []
     for part in text.split(","):
         name, *share = part.split() or [""]
         if name not in COLLECTORS or len(share) > 1:

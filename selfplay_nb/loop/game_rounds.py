@@ -112,6 +112,8 @@ def games_of(run, players: list, problems: list[dict]) -> Played:
 class GameMoves(PlayGames):
     "Every move of the student with its advantage (see `advantages`)."
 
+    makes = ("answers",)
+
     def __init__(
         self,
         # as `advantages` takes it; by default the mean over the other games in the same position
@@ -136,6 +138,8 @@ class GamePairs(PlayGames):
     """Moves in the same position, of either player: the one whose games ended better is preferred (see
     `position_pairs`).
     """
+
+    makes = ("pairs",)
 
     def learn_from(self, run, games: Played) -> Experience:
         pairs, dropped = position_pairs(games, round=run.round + 1)

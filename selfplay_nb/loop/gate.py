@@ -55,7 +55,7 @@ class SequentialGate:
                 break
             seen |= set(map(question_key, problems))  # no game twice
             scores = run.arena.duel(run, problems, seed_of("games", run.config.seed, run.round, look))
-            sprt.add([s for row in scores for s in row if s != 0.5])
+            sprt.add([s for row in scores for s in row if s == s and s != 0.5])
             played += len(problems)
         if sprt.verdict == "undecided" and played < self.max_prompts:
             run.warn("gate", self.too_few(played))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'METHODS', 'Experience', 'Run', 'Collector', 'collect', 'Compete', 'Refine', 'abstains', 'group_advantages',
            'leave_one_out', 'Groups', 'group_rewards', 'answer_rows', 'Demonstrate', 'check_demonstrations', 'Method',
-           'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
+           'makes_of', 'check_fit', 'PairMethod', 'SFTMethod', 'GradientMethod', 'weighed', 'opponents_met']
 
 # %% ../../nbs/loop/rounds.ipynb #dae50e5f
 import math
@@ -101,7 +101,9 @@ class Run(Protocol):
 
 # %% ../../nbs/loop/rounds.ipynb #19deb3c0
 class Collector(Protocol):
-    "Where a round's experience comes from."
+    """Where a round's experience comes from. One that has `makes`, a tuple of "pairs" and "answers", is held
+    against what the method takes before a run begins.
+    """
 
     def collect(
         self,
@@ -122,6 +124,8 @@ def collect(
 # %% ../../nbs/loop/rounds.ipynb #be768603
 class Compete:
     "The student against its opponent on each problem (see `CompetitiveSelfPlay`)."
+
+    makes = ("pairs",)
 
     def __init__(
         self,
@@ -153,6 +157,8 @@ class Compete:
 # %% ../../nbs/loop/rounds.ipynb #3261d8cb
 class Refine:
     "The student's refinements of an answer to each problem (see `IterativeRefiner`)."
+
+    makes = ("pairs",)
 
     def __init__(
         self,
@@ -228,6 +234,8 @@ def _less_the_others(row: list[float | None]) -> list[float]:
 class Groups:
     "Several answers of the student to each problem, with an advantage over one another."
 
+    makes = ("answers",)
+
     def __init__(
         self,
         n_samples: int = 8,  # answers to each problem, at least two
@@ -292,6 +300,8 @@ def answer_rows(
 class Demonstrate:
     "The demonstration in the column `completion` of each problem is preferred to an answer of the student."
 
+    makes = ("pairs",)
+
     def collect(self, run, problems: list[dict]) -> Experience:
         run.stage("sampling")
         check_demonstrations(problems, "the method spin")
@@ -332,6 +342,35 @@ class Method(Protocol):
         experience: Experience,  # with at least one row of what it takes
     ):  # an `UpdateResult`
         ...
+
+# %% ../../nbs/loop/rounds.ipynb #9dacee65
+def makes_of(collector) -> tuple | None:
+    """What a collector says that it makes, None if it does not say. A class that collects in a way of its own
+    does not inherit what its parent says.
+    """
+    for holder in (collector, *type(collector).__mro__):
+        own = getattr(holder, "__dict__", {})
+        if "makes" in own:
+            return own["makes"]
+        if "collect" in own or "learn_from" in own:
+            return None
+    return None
+
+# %% ../../nbs/loop/rounds.ipynb #f902fb64
+def check_fit(collectors: list, method):
+    """Raise `ValueError` if nothing that the collectors make is what the method learns from. A collector that
+    does not say what it makes may make anything.
+    """
+    made = [makes_of(c) for c in collectors]
+    if None in made or method.takes not in ("pairs", "answers", "demonstrations"):
+        return
+    kinds = {kind for some in made for kind in some}
+    wanted = {"pairs", "answers"} if method.takes == "demonstrations" else {method.takes}
+    if not kinds & wanted:
+        raise ValueError(
+            f"the method learns from {method.takes}, and the collectors make {' and '.join(sorted(kinds))}:"
+            " take another method, or other collectors."
+        )
 
 # %% ../../nbs/loop/rounds.ipynb #ecc6102b
 LOSSES = {

@@ -39,15 +39,18 @@ class Prompts:
         "How many a round asks for, about."
         return 2 * config.prompts_per_round * config.n_samples
 
-    def check(self, run):
-        "Raises `ValueError` if there is to be a warm-up and the run's prompts bring no demonstrations."
-        if run.config.warm_up:
+    def check_rows(self, run):
+        "Raises `ValueError` if demonstrations are to be imitated and the run's prompts bring none."
+        if run.config.warm_up or run.config.method == "spin":
             self.demonstrations(run, 1)
+
+    def check(self, run):
+        "Nothing is left to be checked once the base is there."
 
     def demonstrations(self, run, n: int) -> list[dict]:
         "Rows with `prompt` and `completion`. Raises `ValueError` if the run's prompts bring none."
         rows = run.problems(n, run.seed("warm-up"))
-        check_demonstrations(rows, "the warm-up")
+        check_demonstrations(rows, "the warm-up" if run.config.warm_up else f"the method {run.config.method}")
         return [dict(prompt=p["prompt"], completion=p["completion"]) for p in rows]
 
     def collectors(self, config) -> list[Collector]:
@@ -76,7 +79,7 @@ class Prompts:
         if self.task.verifier:
             return evaluate(policy, run.eval_problems, self.task.verifier, **told), {}
         said = evaluate(policy, run.eval_problems, _nothing, **told)
-        return compared_with(run.first_evaluation or said, said, run.eval_problems, self.task.reward), {}
+        return compared_with(run.first_evaluation or said, said, run.eval_problems, run.examiner), {}
 
     def meet(self, run, problems: list[dict], seed: int):
         "Who joined the league last plays everybody in it whom it has not met."
@@ -99,21 +102,19 @@ def compared_with(
     problems: list[dict],  # with the judge's columns
     judge,  # a judge or a reward
 ) -> Evaluation:
-    """`after`, with P(its answer beats the one before) as how right each is; an answer that was cut off loses
-    against one that was not.
+    """`after`, with P(its answer beats the one before) as how right each is: one half for the same answer. An
+    answer that was cut off loses against one that was not.
     """
-    prompts, columns = columns_of(problems)
-    verdicts = as_judge(judge).compare(
-        prompts, [r["answer"] for r in after.rows], [r["answer"] for r in before.rows], **columns
-    )
-
-    def score(old, new, p):
-        if old["truncated"] or new["truncated"]:
-            return 0.5 + 0.5 * (old["truncated"] - new["truncated"])
-        return 0.5 if abstains(p) else float(p)
-
-    rows = zip(before.rows, after.rows, verdicts, strict=True)
-    return Evaluation([new | {"right": score(old, new, p)} for old, new, p in rows])
+    rows = list(zip(after.rows, before.rows, strict=True))
+    scores = [0.5 + 0.5 * (old["truncated"] - new["truncated"]) for new, old in rows]
+    whole = [not (new["truncated"] or old["truncated"]) for new, old in rows]
+    open_ones = [i for i, (new, old) in enumerate(rows) if whole[i] and new["answer"] != old["answer"]]
+    if open_ones:
+        prompts, columns = columns_of([problems[i] for i in open_ones])
+        new, old = zip(*[(rows[i][0]["answer"], rows[i][1]["answer"]) for i in open_ones])
+        for i, p in zip(open_ones, as_judge(judge).compare(prompts, list(new), list(old), **columns)):
+            scores[i] = 0.5 if abstains(p) else float(p)
+    return Evaluation([new | {"right": score} for (new, _), score in zip(rows, scores)])
 
 # %% ../../nbs/loop/run_evaluation.ipynb #214a0861
 class Matches:
@@ -137,6 +138,9 @@ class Matches:
     def units(self, config) -> int:
         "How many a round has: each start is played in both seats."
         return 2 * config.prompts_per_round
+
+    def check_rows(self, run):
+        "A game has no rows."
 
     def check(self, run):
         "Raises `ValueError` if a move is longer than what a player may say."

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -23,13 +22,16 @@ from time import perf_counter
 from fastcore.basics import patch
 
 from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_evaluation
+from ..core.checks import whole
 from selfplay_nb.core.checkpoint import (
     RECORD,
     brief,
     content,
+    content_sum,
     differences,
     discard,
     file_sum,
+    known_to,
     forget_run,
     locked,
     newest_whole,
@@ -52,13 +54,13 @@ from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
 from ..stats.rates import finite
 from ..scoring.reward import Guarded, check_columns, is_judge, random_reward
-from .collectors import named
+from .collectors import Levels, Screen, named
 from .run_evaluation import arena
 from ..games.play import ILLEGAL
-from .game_rounds import GameTask, as_game
+from .game_rounds import GameTask, PlayGames, as_game
 from .gate import SequentialGate
-from .rounds import METHODS, Experience, collect
-from ..tasks.task import ArithmeticTask, as_task
+from .rounds import METHODS, Compete, Experience, Refine, check_fit, collect
+from ..tasks.task import ArithmeticTask, as_task, check_rows
 from .vitals import Vitals, alarms, vitals
 
 # %% ../../nbs/loop/trainer.ipynb #0bf9f5da
@@ -183,7 +185,9 @@ class SelfPlayTrainer:
         self.parts = collectors, method, gate
         if collectors is None:
             collectors = named(config.collect, config) if config.collect else self.arena.collectors(config)
+            _check_collectors(config, collectors, self.task)
         self.collectors = list(collectors)
+        check_fit(self.collectors, self.method)
         self.eval_problems = self.task.problems("held-out", config.eval_size)
         columns = columns_of(self.eval_problems)[1]
         for scorer in filter(None, (self.task.reward, self.task.verifier)):
@@ -193,7 +197,9 @@ class SelfPlayTrainer:
         coin = random_reward(config.seed) if config.judge == "random" else None
         reward = self.task.reward and (coin or self.task.reward)
         self.reward = Guarded(reward, config.judge_timeout or None) if reward else None
-        self.referee = coin or self.task.verifier or self.task.reward
+        own = None if self.task.verifier else self.task.reward
+        self.examiner = Guarded(own, config.judge_timeout or None) if own else None
+        self.referee = coin or self.task.verifier or self.examiner
         self.callbacks = default_callbacks() if callbacks is None else callbacks
         self.base = base
         self.league = None
@@ -212,12 +218,6 @@ class SelfPlayTrainer:
         self.made_of = self.identity()
         if config.gate:
             self.task.problems("train", min(32, config.gate_prompts))
-        single = config.refine_iterations or re.search("refine|screen|levels", config.collect)
-        if single and is_judge(self.task.reward):
-            raise ValueError(
-                "refinement, screening and levels need a reward that scores single answers; this task's judge"
-                " compares two."
-            )
 
     def call(self, event: str, **kwargs):
         "Call `event` on every callback that has it."
@@ -235,6 +235,24 @@ def _task_of(config: SelfPlayConfig, task):
     if hasattr(task, "seats"):
         return GameTask(task, config.illegal)
     return task if isinstance(task, GameTask) else as_task(task)
+
+# %% ../../nbs/loop/trainer.ipynb #0dd02b55
+def _check_collectors(config: SelfPlayConfig, collectors: list, task):
+    "Raise `ValueError` if the configuration's own collectors have no use for its settings, or for the task."
+    parts = [part for c in collectors for part, _ in getattr(c, "parts", [(c, 1)])]
+    has = lambda *kinds: any(isinstance(part, kinds) for part in parts)
+    what = f"collect={config.collect!r}" if config.collect else f"method={config.method!r}"
+    if config.opponents != "reference" and not has(Compete, PlayGames):
+        raise ValueError(f"bad configuration: opponents={config.opponents!r}: {what} plays no opponent.")
+    if config.refine_iterations and not has(Refine):
+        raise ValueError(
+            f"bad configuration: refine_iterations={config.refine_iterations}: {what} refines nothing."
+        )
+    if has(Refine, Screen, Levels) and is_judge(task.reward):
+        raise ValueError(
+            "refinement, screening and levels need a reward that scores single answers; this task's judge"
+            " compares two."
+        )
 
 # %% ../../nbs/loop/trainer.ipynb #c3abbd47
 def method_of(config: SelfPlayConfig):
@@ -283,7 +301,8 @@ def train(
     Ctrl-C leaves a readable run.
     """
     self.prompts = self.pool = self.check_prompts(prompts)
-    total = self.config.n_rounds if n_iterations is None else n_iterations
+    self.arena.check_rows(self)
+    total = self.config.n_rounds if n_iterations is None else whole("n_iterations", n_iterations, 0)
     with self.running(total):
         if self.round == 0 and not self.history:
             self.warm_up()
@@ -431,15 +450,10 @@ def learn(self: SelfPlayTrainer, experience: Experience):
     "One update of the student; None, and a warning, if there was nothing to learn from."
     self.call("on_stage", stage="training")
     rows = getattr(experience, self.method.takes)
-    if len(experience) and not rows:
-        raise ValueError(
-            f"the method learns from {self.method.takes}, and the collectors made none: {experience!r}."
-        )
     result = self.method.learn(self, experience) if rows else None
     if result is None:
-        self.warn(
-            "pairs", f"no {self.method.takes[:-1]} to learn from: {experience.advice or 'none was made'}."
-        )
+        why = experience.advice or f"the collectors made {experience!r}"
+        self.warn("pairs", f"no {self.method.takes[:-1]} to learn from: {why}.")
         return None
     self.last_pair = {
         k: rows[-1].get(k)
@@ -458,7 +472,8 @@ def maybe_update_reference(self: SelfPlayTrainer) -> dict:
     if self.gate is None:
         self.update_reference()
         return {}
-    told = self.gate.decide(self)
+    with self.watched("the gate"):
+        told = self.gate.decide(self)
     if told["verdict"] not in ("accept", "reject", "undecided"):
         raise ValueError(
             f"the gate's verdict is {told['verdict']!r}: expected 'accept', 'reject' or 'undecided'."
@@ -539,7 +554,8 @@ def evaluate(self: SelfPlayTrainer, policy=None) -> Evaluation:
 def evaluate_all(self: SelfPlayTrainer, policy=None) -> tuple[Evaluation, dict]:
     "An evaluation, and further figures."
     self.call("on_stage", stage="evaluation")
-    return self.arena.evaluate(self, policy or self.student)
+    with self.watched("the evaluation"):
+        return self.arena.evaluate(self, policy or self.student)
 
 # %% ../../nbs/loop/trainer.ipynb #72a07597
 @patch(as_prop=True)
@@ -631,6 +647,8 @@ def play_base(
 # %% ../../nbs/loop/trainer.ipynb #cd724228
 def _wrong(f, v) -> str | None:
     lowest = 0 if f.name in ("seed", "shots", "n_rounds", "refine_iterations", "warm_up") else 1
+    if f.type is str and not (isinstance(v, (str, Path)) or v is None and f.default == ""):
+        return "a text"
     if f.type is bool and not isinstance(v, bool):
         return "True or False"
     if f.type is int and (not isinstance(v, int) or isinstance(v, bool) or v < lowest):
@@ -662,7 +680,8 @@ def check(self: SelfPlayConfig):
     ]
     if wrong:
         raise ValueError("bad configuration: " + ", ".join(wrong))
-    if not (self.compete or self.refine_iterations):
+    competes = not (self.collect or self.game or self.method in ("grpo", "reinforce", "spin"))
+    if competes and not (self.compete or self.refine_iterations):
         raise ValueError(
             "bad configuration: compete is False and refine_iterations 0: nothing to learn from."
         )
@@ -670,8 +689,6 @@ def check(self: SelfPlayConfig):
         raise ValueError(
             "bad configuration: n_samples=1: grpo compares an answer with others to the same prompt."
         )
-    if self.opponents != "reference" and self.method in ("grpo", "spin") and not self.game:
-        raise ValueError(f"bad configuration: opponents={self.opponents!r}: {self.method} plays no opponent.")
     roles = self.roles
     if roles[0] != "main" or len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
         raise ValueError(
@@ -725,6 +742,7 @@ def check_prompts(self: SelfPlayTrainer, prompts) -> list[dict] | None:
             " no evaluation of them: give SelfPlayTrainer(config, task=...) something with `problems`,"
             " `reward` and `verifier`."
         )
+    check_rows(rows, [scorer for scorer in (self.task.reward, self.task.verifier) if scorer])
     return rows
 
 # %% ../../nbs/loop/trainer.ipynb #f5ee9e07
@@ -750,6 +768,28 @@ def check_survivors(self: SelfPlayTrainer):
             " same call goes on. If the reward has to change, that is another run: choose another run_dir,"
             " or start anew."
         )
+
+# %% ../../nbs/loop/trainer.ipynb #49242152
+@patch
+@contextmanager
+def watched(self: SelfPlayTrainer, what: str):  # the gate, or the evaluation
+    """Warn if the judge failed on held-out answers meanwhile; raise `RuntimeError` if it did on too many."""
+    guard = self.examiner
+    if guard:
+        guard.reset()
+    yield
+    # a judge may abstain, as from a tie
+    failures = {why: n for why, n in guard.failures.items() if why != "no number"} if guard else {}
+    if not failures:
+        return
+    failed = sum(failures.values())
+    told = (
+        f"{what} after round {len(self.history)}: {guard.__name__!r} failed on {failed} of {guard.asked}"
+        f" matches ({failures}; first: {guard.first})"
+    )
+    if failed > self.config.max_unjudged * guard.asked:
+        raise RuntimeError(f"{told}. The checkpoint before stands; the same call goes on from there.")
+    self.warn(what, f"{told}; they count for neither side.")
 
 # %% ../../nbs/loop/trainer.ipynb #1dd7e232
 @patch
@@ -863,26 +903,28 @@ def card(self: SelfPlayTrainer) -> str:
         f"| {r} | {100 * a['value']:.1f} % | [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | {a['n']} |"
         for r, a in evaluations
     )
-    settings = "\n".join(f"- {k}: {v}" for k, v in dataclasses.asdict(self.config).items())
+    settings = dataclasses.asdict(self.config) | {"model_name": self.base.name}
     return _CARD.format(
         base=Path(self.base.name).name,
+        method=self.config.method,
+        measure=self.arena.measure,
         task=name_of(self.task),
         round=self.round,
         rows=rows,
-        settings=settings,
+        settings="\n".join(f"- {k}: {v}" for k, v in settings.items()),
     )
 
 # %% ../../nbs/loop/trainer.ipynb #976c5af9
 _CARD = """---
 base_model: {base}
 library_name: peft
-tags: [self-play, dpo, selfplay_nb]
+tags: [self-play, {method}, selfplay_nb]
 ---
 # {task}, round {round} of self-play
 
 A LoRA adapter trained by self-play. Held-out problems, greedy:
 
-| round | right | 95 % interval | n |
+| round | {measure} | 95 % interval | n |
 |---|---|---|---|
 {rows}
 
@@ -896,6 +938,14 @@ KIND = "rounds of self-play"
 # the same run may have others; the model is known by its weights
 _FREE = "run_dir", "model_name", "n_rounds", "keep", "start_from"
 
+# %% ../../nbs/loop/trainer.ipynb #35f61580
+@patch
+def sum_of_training_problems(self: SelfPlayTrainer) -> str | None:
+    "A sum over the task's first training problems; None if they are others each time."
+    drawn = [self.task.problems("train", self.given.prompts_per_round, 0) for _ in range(2)]
+    first, second = map(content_sum, drawn)
+    return first if first == second else None
+
 # %% ../../nbs/loop/trainer.ipynb #3d153eb4
 @patch
 def identity(self: SelfPlayTrainer) -> dict:
@@ -908,6 +958,7 @@ def identity(self: SelfPlayTrainer) -> dict:
         reward=self.reward and self.reward.reward,
         verifier=self.task.verifier,
         held_out=self.eval_problems,
+        trained_on=self.sum_of_training_problems(),
         update=COMMON | DEFAULTS[self.given.method],
     )
     if any(self.parts):
@@ -922,6 +973,9 @@ def same_run(self: SelfPlayTrainer, there: dict, now: dict):
     "Raise `ValueError` if what a folder says of its run differs from `now`."
     # a setting may be younger than the run
     young = {f.name: f.default for f in dataclasses.fields(SelfPlayConfig)}
+    if None in (there.get("trained_on"), now["trained_on"]):
+        there = there | {"trained_on": now["trained_on"]}
+    now = now | {k: known_to(there.get(k), now[k]) for k in ("task", "reward", "verifier")}
     differ = differences({k: there.get(k, young.get(k)) for k in {**there, **now}}, now)
     if differ:
         more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""

@@ -372,6 +372,7 @@ class ConstitutionalRewardWrapper(RewardJudge):
     """
 
     template = Template("prompt", "response", "principle")
+    made_of = "base_reward", "_checks"
 
     def __init__(
         self,
@@ -405,6 +406,11 @@ class ConstitutionalRewardWrapper(RewardJudge):
     @property
     def may_fail(self) -> bool:
         return getattr(self.base_reward, "may_fail", False)
+
+    @property
+    def _checks(self) -> list:
+        "The principles with all that they check."
+        return [[str(p), vars(p)] for p in self._principles]
 
     @property
     def constitution(self) -> Constitution:

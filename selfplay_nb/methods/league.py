@@ -26,6 +26,7 @@ from ..core.pairs import Ledger, question, write_whole
 from ..core.players import answers_of, columns_of
 from ..stats.rates import SPRT
 from ..stats.ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
+from ..scoring.evaluation import cut_decides, game_row
 from ..scoring.reward import is_judge, rewards_of, rows_of
 
 # %% ../../nbs/methods/league.ipynb #7aed7bb4
@@ -643,9 +644,16 @@ def _stream(seed: int, name: str) -> int:
 
 # %% ../../nbs/methods/league.ipynb #744b55bf
 def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
-    "For each pairing the scores of its first player; None or NaN where nobody could judge."
+    """For each pairing the scores of its first player, None or NaN where nobody could judge. A cut-off answer
+    loses against a whole one.
+    """
     decide = _judged if is_judge(judge) else _rewarded
-    return decide(judge, pairings, prompts, said, columns) if pairings else []
+    verdicts = decide(judge, pairings, prompts, said, columns) if pairings else []
+    decided = [list(map(cut_decides, said[a], said[b])) for a, b in pairings]
+    return [
+        [verdict if known is None else known for verdict, known in zip(*rows)]
+        for rows in zip(verdicts, decided)
+    ]
 
 # %% ../../nbs/methods/league.ipynb #6de08d13
 def _judged(judge, pairings, prompts, said, columns):
@@ -671,7 +679,7 @@ def _rewarded(reward, pairings, prompts, said, columns):
 def _game_rows(pairings, prompts, said, scores, seed: int) -> list[dict]:
     "The judged games as rows, prompt by prompt."
     return [
-        dict(a=a, b=b, prompt=p, answer_a=said[a][i].text, answer_b=said[b][i].text, score=row[i], seed=seed)
+        game_row(dict(a=a, b=b), p, said[a][i], said[b][i], row[i]) | dict(seed=seed)
         for i, p in enumerate(prompts)
         for (a, b), row in zip(pairings, scores)
         if row[i] is not None and row[i] == row[i]

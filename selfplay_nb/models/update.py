@@ -334,12 +334,14 @@ class Settings:
         whole("max_steps", self.max_steps, -1)
         whole("seed", self.seed, 0)
         one_of("optim", self.optim, OPTIMIZERS)
-        one_of(
-            "lr_scheduler_type",
-            str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)),
-            [kind.value for kind in SchedulerType],
-        )
+        kind = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        one_of("lr_scheduler_type", kind, [known.value for known in SchedulerType])
         one_of("gradient_checkpointing", self.gradient_checkpointing, [True, False])
+        if (self.warmup_steps or self.warmup_ratio) and kind in ("constant", "reduce_lr_on_plateau"):
+            raise ValueError(
+                f"lr_scheduler_type={kind!r} has no warm-up: take 'constant_with_warmup', or"
+                " neither warmup_steps nor warmup_ratio."
+            )
 
     @property
     def step_rows(self) -> int:
@@ -531,8 +533,8 @@ def _optimizer(weights, s: Settings, n_steps: int):
             weight_decay=s.weight_decay,
             fused=s.optim.endswith("fused"),
         )
-    warm = s.warmup_steps or s.warmup_ratio
-    warm = math.ceil(warm * n_steps) if warm < 1 else int(warm)
+    share = s.warmup_steps if 0 < s.warmup_steps < 1 else s.warmup_ratio
+    warm = int(s.warmup_steps) or math.ceil(share * n_steps)
     return made, get_scheduler(s.lr_scheduler_type, made, num_warmup_steps=warm, num_training_steps=n_steps)
 
 # %% ../../nbs/models/update.ipynb #3e8d413d

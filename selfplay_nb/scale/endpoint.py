@@ -259,6 +259,14 @@ def _of_labels(first: list, labels) -> list[float]:
     least = min(lp for _, lp in first)
     return [math.log(sum(map(math.exp, some))) if some else least for some in found]
 
+# %% ../../nbs/scale/endpoint.ipynb #19c5be70
+# fields that a server may refuse, and what becomes of a request then
+_OPTIONAL = {
+    "seed": "answers cannot be repeated but from the cache",
+    "logprobs": "there are none",
+    "max_tokens": "it is asked with 'max_completion_tokens'",
+}
+
 # %% ../../nbs/scale/endpoint.ipynb #d0e0e4ec
 class Endpoint:
     "A model behind an OpenAI-compatible server, as a player."
@@ -438,13 +446,15 @@ class Endpoint:
 
     def _attempt(self, request: dict, stopped: threading.Event) -> Reply:
         fields = {k: v for k, v in request.items() if k not in self._unable}
+        if "max_tokens" in self._unable:
+            fields["max_completion_tokens"] = request["max_tokens"]
         if self.logprobs and "logprobs" not in self._unable:
             fields["logprobs"] = True
         try:
             data = self._send(fields, stopped)
             reply = read_reply(data)
         except _Refused as e:
-            lacking = next((k for k in ("seed", "logprobs") if k in fields and e.lacks(k)), None)
+            lacking = next((k for k in _OPTIONAL if k in fields and e.lacks(k)), None)
             if not lacking or (lacking == "logprobs" and "top_logprobs" in fields):
                 raise
             self._cannot(lacking)
@@ -499,8 +509,8 @@ class Endpoint:
             if not again:
                 self._unable.add(what)
         if not known:
-            lost = "answers cannot be repeated but from the cache" if what == "seed" else "there are none"
-            warnings.warn(f"the server of {self.name} does not take {what!r}: {lost}.", stacklevel=2)
+            told = f"the server of {self.name} does not take {what!r}: {_OPTIONAL[what]}."
+            warnings.warn(told, stacklevel=2)
 
     def _check_budget(self):
         used = self.used["tokens"] + self.used["prompt tokens"]

@@ -33,7 +33,7 @@ from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
 from ..core.players import as_prompts, name_of, seed_of
 from ..loop.game_rounds import GameTask
-from ..loop.rounds import Collector, Experience
+from ..loop.rounds import Collector, Experience, makes_of
 from ..methods.league import LeagueTraining, PolicySnapshot
 from ..models.base import Base
 from ..models.policy import Policy
@@ -501,6 +501,7 @@ class Spread:
     ):
         "Raises `ValueError` for a collector that cannot be sent to workers."
         self.collector, self.workers, self.size = collector, workers, whole("size", size)
+        self.makes = makes_of(collector)
         workers.pack(collector, f"the collector {name_of(collector)}")
 
     def collect(

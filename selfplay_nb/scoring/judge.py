@@ -129,8 +129,20 @@ class RuleJudge(Judge):
 
     def _compare(self, prompts, a, b, **columns):
         taken = columns_for(self.rule, 3, columns, f"judge {self.name!r}")
-        verdict = lambda i, p, x, y: self.rule(p, x, y, **{k: v[i] for k, v in taken.items()})
-        return [verdict(i, p, text_of(x), text_of(y)) for i, (p, x, y) in enumerate(zip(prompts, a, b))]
+        rows = [{k: v[i] for k, v in taken.items()} for i in range(len(prompts))]
+        return [self._verdict(p, text_of(x), text_of(y), row) for p, x, y, row in zip(prompts, a, b, rows)]
+
+    def _verdict(self, prompt, a: str, b: str, columns: dict):
+        """What the rule says. Equal answers tie, and so do two of which it says True, or False, in both
+        orders.
+        """
+        if a == b:
+            return 0.5
+        said = self.rule(prompt, a, b, **columns)
+        if not isinstance(said, (bool, np.bool_)):
+            return said
+        other_way_round = self.rule(prompt, b, a, **columns)
+        return 0.5 if said == other_way_round else said
 
 # %% ../../nbs/scoring/judge.ipynb #29801682
 def as_judge(
@@ -414,7 +426,8 @@ class Panel(Judge):
 
     def _compare(self, prompts, a, b, **columns):
         members = {name: j.compare(prompts, a, b, **columns) for name, j in self.judges.items()}
-        said = [[p for p in match if p == p] for match in zip(*members.values())]
+        known = ([as_number(p) for p in match] for match in zip(*members.values()))
+        said = [[p for p in match if p == p] for match in known]
         return PanelVerdicts([sum(ps) / len(ps) if ps else math.nan for ps in said], members)
 
 # %% ../../nbs/scoring/judge.ipynb #aec1eb0b

@@ -605,6 +605,8 @@ def costs(
     if unknown := sorted(set(groups) - set(known)):
         raise ValueError(f"unknown groups {unknown}: expected some of {known}.")
     rows = read(out) if Path(out).exists() else []
+    if any(not {"group", "arm", "repeat"} <= r.keys() for r in rows):
+        raise ValueError(f"{out} holds something else than measurements: give another file.")
     done = {(r["group"], r["arm"], r["repeat"]) for r in rows}
     todo = [t for t in _plan(groups, repeats) if t[:3] not in done]
     pairs = measure(some_pairs)["pairs"] if any(t[0] in ("dpo", "parity") for t in todo) else None

@@ -133,6 +133,15 @@ def load(path: str | Path) -> Table:
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{path} holds no table of this check: {type(e).__name__}: {e}") from e
 
+# %% ../../nbs/studies/gpu.ipynb #317dcbe9
+def _check_out(out: Path):
+    "Raise `ValueError` if `save` would refuse to write there."
+    if out.suffix != ".json":
+        raise ValueError(f"{out}: expected the name of a .json file.")
+    for file, mine in (out, load), (out.with_suffix(".md"), _is_markdown_of_a_table):
+        if file.exists():
+            mine(file)
+
 # %% ../../nbs/studies/gpu.ipynb #77b631ef
 def _now(cuda: bool) -> float:  # bytes
     "Memory in use."
@@ -404,12 +413,13 @@ def gpu_check(
 ) -> Table:
     """Check models in NF4 on this machine. Needs no network.
 
-    Raises `ValueError` for a model that is not known.
+    Raises `ValueError` for a model that is not known, and for a file that holds something else.
     """
     import torch
 
     from selfplay_nb.models.base import default_device
 
+    _check_out(Path(out))
     device = device or default_device()
     formats = formats or FORMATS[device]
     shapes = models if isinstance(models, dict) else {str(m): shape_of(m) for m in models}

@@ -8,6 +8,7 @@ __all__ = ['LONGEST', 'TRIES', 'FAMILIES', 'Verdict', 'check_many', 'check_code'
 
 # %% ../../nbs/tasks/code.ipynb #c2640dd8
 import ast
+import builtins
 import ctypes
 import gzip
 import json
@@ -281,6 +282,57 @@ def _continuation(text: str) -> list[str]:
     outside = (i for i, line in enumerate(lines) if line.strip() and not line[0].isspace())
     return lines[: next(outside, len(lines))]
 
+# %% ../../nbs/tasks/code.ipynb #8ce546aa
+_STATEMENT = re.compile(r"^[ \t]*(?:import |from [\w.]+ import|def |class |@)", re.MULTILINE)
+_ASSIGNMENT = r"^[ \t]*(?:try:|[A-Za-z_]\w*(?: ?: ?\w+)? ?= ?\S)"
+_OR_ASSIGNMENT = re.compile(f"{_STATEMENT.pattern}|{_ASSIGNMENT}", re.MULTILINE)
+
+# %% ../../nbs/tasks/code.ipynb #37f021de
+def _beginnings(text: str, fenced: bool) -> list[int]:
+    "Where a program may begin, to be tried in turn: a fenced block has no words before it, plain text may."
+    begins = [pattern.search(text).start() for pattern in (_OR_ASSIGNMENT, _STATEMENT)]
+    return [0, *begins] if fenced else begins
+
+# %% ../../nbs/tasks/code.ipynb #386a3f17
+def _future_first(lines: list[str]) -> tuple[str, list[str]]:
+    "The `__future__` imports, which have to stand before the prompt's own; and all lines, those left empty."
+    future = [line + "\n" for line in lines if line.startswith("from __future__ import ")]
+    return "".join(future), ["" if line + "\n" in future else line for line in lines]
+
+# %% ../../nbs/tasks/code.ipynb #ac5672ff
+_DEFINES = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom
+
+
+def _names_of(node, kind) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+
+# %% ../../nbs/tasks/code.ipynb #60d9830c
+def _bound_by(node) -> set[str]:
+    "The names that a statement gives a meaning to."
+    names = _names_of(node, ast.Store) | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    for n in ast.walk(node):
+        if isinstance(n, _DEFINES[:3]):
+            names.add(n.name)
+        elif isinstance(n, _DEFINES[3:]):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in n.names}
+    return names
+
+# %% ../../nbs/tasks/code.ipynb #4272ded7
+def _without_uses(code: str, name: str) -> str:
+    """The program without the statements before the function that use it, or something that is not there yet,
+    or ask for input: examples, tests, a language's name on a line of its own.
+    """
+    tree, lines, bound = ast.parse(code), code.split("\n"), set(dir(builtins)) - {"input"}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            break
+        needs = _names_of(node, ast.Load) - _bound_by(node)
+        if isinstance(node, _DEFINES) or needs <= bound or "*" in bound:
+            bound |= _bound_by(node)
+        else:
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
+
 # %% ../../nbs/tasks/code.ipynb #5387e98d
 def extract_code(
     answer: str,  # what the model wrote
@@ -295,15 +347,14 @@ def extract_code(
     answer = answer[:LONGEST].encode("utf-8", "replace").decode().split("\0")[0]
     answer = answer.translate({0xA0: " ", 0x200B: None, 0xFEFF: None}).replace("\r\n", "\n").expandtabs(4)
     blocks = _blocks(answer, define)
-    for text in [b for b in blocks if define.search(b)][-1:] or blocks[:1] or [answer]:
-        if define.search(text):
-            begin = re.search(r"^[ \t]*(import |from \w+ import|def |class |@)", text, re.MULTILINE).start()
-            before, lines = _head(signature, entry_point), textwrap.dedent(text[begin:]).split("\n")
-        else:
-            before, lines = signature.rstrip() + "\n", _continuation(text)
-        code = _whole(before, lines, entry_point)
+    [text] = [b for b in blocks if define.search(b)][-1:] or blocks[:1] or [answer]
+    if not define.search(text):
+        return _whole(signature.rstrip() + "\n", _continuation(text), entry_point)
+    for begin in _beginnings(text, fenced=bool(blocks)):
+        future, lines = _future_first(textwrap.dedent(text[begin:]).split("\n"))
+        code = _whole(future + _head(signature, entry_point), lines, entry_point)
         if code is not None:
-            return code
+            return _without_uses(code, entry_point)
 
 # %% ../../nbs/tasks/code.ipynb #36617752
 def _codes(completions, signature, entry_point, truncated):

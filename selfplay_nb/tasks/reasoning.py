@@ -22,13 +22,14 @@ import subprocess
 import sys
 import threading
 import types
+import unicodedata
 from collections import defaultdict
 from contextlib import redirect_stdout, suppress
 from fractions import Fraction
 from functools import lru_cache
 from itertools import permutations, product
 
-from ..core.answers import answer_and_rest, answer_in, read_number
+from ..core.answers import answer_and_rest, answer_in, one_spelling, read_number
 from ..core.checks import printable, whole
 from ..core.players import seed_of, text_of
 from ..scoring.reward import WeightedReward, finished
@@ -431,11 +432,33 @@ def _told(completions, truncated, lines):
     cut = truncated or [False] * len(completions)
     return [None if t else answer_in(text_of(c), k) for c, t, k in zip(completions, cut, lines)]
 
+# %% ../../nbs/tasks/reasoning.ipynb #ea4610df
+def _raised(m):
+    return f"^{{{one_spelling(unicodedata.normalize('NFKC', m[0]))}}}"
+
+# %% ../../nbs/tasks/reasoning.ipynb #16a00f9d
+_SPELLINGS: list[tuple] = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"[⁰¹²³⁴-⁹⁻]+", _raised),
+        (r"\*\*", "^"),
+        (r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|·", "*"),
+        (r"√(?=\()", "sqrt"),
+        (r"√(\w+)", r"\\sqrt{\1}"),
+        (r"°", r"^\\circ"),
+        (r"∞", r"\\infty"),
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+    ]
+]
+
 # %% ../../nbs/tasks/reasoning.ipynb #5adb9530
 def _bare(told: str) -> str:
-    "An answer without the delimiters of a formula and the full stop of a sentence."
-    told = re.sub(r"\\[()\[\]]|\$", "", told.replace("−", "-")).strip()
-    return told.removesuffix(".").strip()
+    "An answer in one spelling, without the delimiters of a formula and the full stop of a sentence."
+    told = one_spelling(re.sub(r"\\[()\[\]]|\$", "", told))
+    for pattern, new in _SPELLINGS:
+        told = pattern.sub(new, told)
+    return told.strip().removesuffix(".").strip()
 
 # %% ../../nbs/tasks/reasoning.ipynb #3d5c7c36
 _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
@@ -776,7 +799,10 @@ def _cap(reference: str, told: str) -> float:
     right, said = read_number(reference), read_number(told)
     if None in (right, said):
         return 1.0
-    return 0.99 if abs(right - said) > abs(right) / 100 + Fraction(1, 10_000) else 1.0
+    error = abs(right - said)
+    if error <= abs(right) / 100 + Fraction(1, 10_000):
+        return 1.0
+    return max(0.0, float(1 - error / abs(right))) if right else 0.0
 
 # %% ../../nbs/tasks/reasoning.ipynb #235bdfa6
 @lru_cache(64)

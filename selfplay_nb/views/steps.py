@@ -7,7 +7,6 @@ __all__ = ['Steps', 'trace_frames', 'game_frames', 'league_frames', 'run_frames'
 
 # %% ../../nbs/views/steps.ipynb #be7b76bb
 import hashlib
-import json
 from pathlib import Path
 
 from ..core.checks import escape, printable
@@ -18,6 +17,7 @@ from ..loop.callbacks import round_line
 from ..methods.league import LeagueTraining
 from ..methods.refinement import Trace, diff_html
 from ..stats.ratings import Games, text_table
+from .monitor import run_state
 from .game_viewer import board_html
 from .widgets import preformatted
 
@@ -132,7 +132,7 @@ def run_frames(
     file = Path(run_dir) / "metrics.jsonl"
     if not file.exists():
         raise ValueError(f"{run_dir} has no metrics.jsonl: expected the folder of a run.")
-    history = [json.loads(line) for line in file.read_text().splitlines()]
+    history = run_state(run_dir)["history"]
     ledger = Ledger(Path(run_dir) / "pairs.jsonl")
     return [(f"round {m['round']}", _round(m, ledger.rows(round=m["round"])[:pairs])) for m in history]
 
