@@ -700,7 +700,7 @@ def _add_own(parser):
     group.add_argument(
         "--config",
         metavar="FILE.yaml",
-        help="settings as below, by name; options on the command line go before",
+        help="these options and the settings below, by name; the command line goes before",
     )
 
 # %% ../nbs/cli.ipynb #1323a9d6

@@ -173,3 +173,16 @@ def test_a_warm_up_is_as_long_as_it_says(given, rates, tiny):
         optimizer.step()
         schedule.step()
     assert seen == pytest.approx(rates)
+
+
+def test_a_model_card_says_what_was_done(tmp_path, tiny_folder):
+    config = SelfPlayConfig(str(tmp_path / "run"), **SMALL | dict(n_rounds=1, method="grpo"))
+    base = Base.load(tiny_folder, dtype=torch.float32, device="cpu")
+    trainer = SelfPlayTrainer(config, base, as_task(PROMPTS, length), callbacks=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    card = trainer.card()
+    assert f"base_model: {tiny_folder.name}" in card and f"- model_name: {tiny_folder.name}" in card
+    assert "tags: [self-play, grpo, selfplay_nb]" in card
+    assert "| round | better than before training |" in card and str(tiny_folder) not in card

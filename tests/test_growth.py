@@ -338,7 +338,9 @@ def test_a_reader_that_grows_faster_would_be_found():
     def quadratic(t):
         return sum(t.count(t[i : i + 3]) for i in range(0, len(t), 10))
 
-    assert grows(quadratic, ("", "a")) and not grows(lambda t: [c for c in t], ("", "a"))
+    # a busy machine may hide it for once
+    assert any(grows(quadratic, ("", "a")) for _ in range(5))
+    assert not grows(lambda t: [c for c in t], ("", "a"))
 
 
 # every public function that takes a text is a reader, or is known to be none

@@ -306,7 +306,7 @@ def test_judges_abstain():
         ["?"] * 3, list("134"), list("221")
     )
     assert same(panel, [1 / 6, 0.5, 0.75]) and panel.agreements()["a", "b"].n == 1
-    silent = Panel({"a": unsure, "b": unsure}).compare(["?"], ["3"], ["3"])
+    silent = Panel({"a": unsure, "b": unsure}).compare(["?"], ["3"], ["2"])
     assert same(silent, [NAN])
     checked = RewardJudge(returns(lambda c: [None] * len(c))).check(
         ["?"] * 3, ["5"] * 3, {"empty": lambda q, a: ""}

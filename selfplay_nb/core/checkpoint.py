@@ -459,7 +459,8 @@ def _of_function(f, go) -> dict:
     if not is_users(f):
         return {"function": f"{f.__module__}.{f.__qualname__}"} | settings
     used = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
-    fixed = lambda n, v: isinstance(v, (*_PLAIN, float, tuple, frozenset, re.Pattern)) or n.isupper()
+    values = *_PLAIN, float, tuple, frozenset, re.Pattern
+    fixed = lambda n, v: isinstance(v, values) or n.rpartition(".")[2].isupper()
     own = lambda v: isinstance(v, (types.FunctionType, type)) and is_users(v)
     modules = {n: v for n, v in used.items() if isinstance(v, types.ModuleType) and is_users(v)}
     for name, module in modules.items():

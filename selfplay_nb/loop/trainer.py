@@ -48,7 +48,7 @@ from selfplay_nb.core.checkpoint import (
 )
 from ..scoring.evaluation import Evaluation
 from ..methods.league import DISTRIBUTIONS, ROLES, LeagueTraining
-from ..models.base import DEFAULT_MODEL
+from ..models.base import DEFAULT_MODEL, WHEEL_MODELS
 from ..core.pairs import FIELDS, Ledger, form, load_rows, question_key, same_questions, write_whole
 from ..core.players import columns_of, name_of, seed_of
 from ..models.policy import Base, Policy
@@ -903,9 +903,12 @@ def card(self: SelfPlayTrainer) -> str:
         f"| {r} | {100 * a['value']:.1f} % | [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | {a['n']} |"
         for r, a in evaluations
     )
-    settings = dataclasses.asdict(self.config) | {"model_name": self.base.name}
+    name, known = self.base.name, WHEEL_MODELS.get(self.base.name)
+    # a folder's place on this machine says nothing elsewhere
+    base = known.hub if known else Path(name).name if Path(name).is_dir() else name
+    settings = dataclasses.asdict(self.config) | {"model_name": base}
     return _CARD.format(
-        base=Path(self.base.name).name,
+        base=base,
         method=self.config.method,
         measure=self.arena.measure,
         task=name_of(self.task),
