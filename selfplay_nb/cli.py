@@ -362,16 +362,20 @@ def _stage(path, entry) -> tuple[str, dict]:
     return name, given or {}
 
 # %% ../nbs/cli.ipynb #d168c93c
+def _within(path, folder) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def _check_stages(path, run, stages: list[tuple]):
     "Raise `ValueError` for a stage whose settings or data are not accepted, before the first one begins."
     from selfplay_nb.loop.pipeline import CALLS
 
-    played = False
+    played = rewarded = False
     for name, given in stages:
         if (name if name in CALLS else "policy_optimization") in run.skip:
             continue
         data = given.get("data")
-        if isinstance(data, str) and Path(data).resolve().is_relative_to(run.dir.resolve()):
+        if isinstance(data, str) and not Path(data).exists() and _within(data, run.dir):
             data = None  # an earlier stage may write it
         own = {k: v for k, v in given.items() if k not in ("data", "with_self_play", "ratio")}
         try:
@@ -380,10 +384,13 @@ def _check_stages(path, run, stages: list[tuple]):
             raise ValueError(f"{path}, stage {name}: {e}") from None
         if given.get("with_self_play") and not played:
             raise ValueError(f"{path}: {name} is to learn with_self_play, but no self_play stands before it.")
+        if given.get("judge") == "reward_model" and not rewarded:
+            raise ValueError(f"{path}: {name} is judged by reward_model, but no such stage stands before it.")
         needs_data = name not in ("self_play", "selection", "grpo")
         if needs_data and not (given.get("data") or given.get("with_self_play")):
             raise ValueError(f"{path}: {name} has no data.")
         played |= name == "self_play"
+        rewarded |= name == "reward_model"
 
 # %% ../nbs/cli.ipynb #81619e83
 def _run_stage(run, name: str, given: dict, made):

@@ -279,6 +279,19 @@ def test_extraction(answer, found):
         assert code.count("def helper") == 1 and code.startswith("import math")
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "try:\n    import numpy\nexcept ImportError as e:\n    reason = str(e)",
+        "match 3:\n    case k:\n        extra = k",
+        "match [1, 2]:\n    case [first, *rest]:\n        extra = first, rest",
+    ],
+)
+def test_statements_before_the_function_keep_the_names_they_bind(before):
+    code = extract_code(f"```python\n{before}\ndef f(a, b):\n    return a + b\n```", SIGNATURE, "f")
+    assert before.split("\n")[0] in code
+
+
 def test_imports_from_the_future_come_first():
     said = "from __future__ import annotations\ndef f(a: X, b):\n    return a + b"
     code = extract_code(said, SIGNATURE, "f")

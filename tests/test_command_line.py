@@ -165,6 +165,10 @@ STAGES = {
     "a share as a text": ("reward_model: {data: pref.jsonl, test_share: '0.2'}", "test_share"),
     "no rank": ("reward_model: {data: pref.jsonl, r: 0}", "r is 0"),
     "another kind of data": ("dpo: {data: q.jsonl}", "chosen"),
+    "a misspelled judge": ("self_play: {judge: tsk}", "judge is 'tsk'"),
+    "another misspelled judge": ("grpo: {judge: reward-model}", "judge is 'reward-model'"),
+    "no reward model before": ("self_play: {judge: reward_model}", "no such stage stands before it"),
+    "what the run holds already": ("dpo: {data: run/there.jsonl}", "chosen"),
 }
 
 
@@ -177,6 +181,8 @@ def test_a_wrong_stage_is_said_before_the_first_begins(here, what):
     (here / "pref.jsonl").write_text(
         "".join(json.dumps(dict(prompt=f"q{k}", chosen="a", rejected="b")) + "\n" for k in range(8))
     )
+    (here / "run").mkdir()
+    (here / "run" / "there.jsonl").write_text((here / "q.jsonl").read_text())
     first = "- selection" if "before" in what else "- self_play: {n_games: 16}\n- selection"
     (here / "p.yaml").write_text(
         "run_dir: run\nmodel: no-such-model\nprompts: q.jsonl\nreward: mine_two.py:reward\n"

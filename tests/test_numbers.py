@@ -144,6 +144,8 @@ def test_a_number_is_read_alike_alone_in_an_answer_and_in_a_data_set(text):
         (r"\boxed{5!}", None),
         ("The total is 12 000.", None),
         ("Answer: 12 000 people", None),
+        ("Answer 12 500", None),
+        ("Total 12 000", None),
         ("12 000", 12000),
         ("In Class 3 120 students passed.", 120),
         ("Team 1 scored 90 and team 2 100.", 100),

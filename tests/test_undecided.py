@@ -14,7 +14,7 @@ from selfplay_nb.games.play import play
 from selfplay_nb.loop.run_evaluation import compared_with
 from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
-from selfplay_nb.methods.league import LeagueTraining
+from selfplay_nb.methods.league import LeagueTraining, _verdicts
 from selfplay_nb.models.policy import Base
 from selfplay_nb.scoring.evaluation import Evaluation, compare, evaluate, versus
 from selfplay_nb.scoring.judge import Panel, RuleJudge, as_judge
@@ -49,6 +49,23 @@ def test_a_rule_that_says_true_or_false_ties_equal_players():
     row = lambda k, p: dict(prompt=p["prompt"], answer="x" * (k % 3), right=0.0, truncated=False)
     said = Evaluation([row(k, p) for k, p in enumerate(PROBLEMS)])
     assert compared_with(said, said, PROBLEMS, shorter).values == [0.5] * 60
+
+
+@pytest.mark.parametrize("judge", ["rule", "reward"])
+def test_a_league_asks_nobody_about_cut_off_games(judge):
+    asked = []
+
+    def compare(prompts, a, b):
+        asked.extend(zip(a, b))
+        return [1.0] * len(a)
+
+    rewards = lambda prompts, completions, **k: [0.0] * len(prompts)
+    judge = SimpleNamespace(compare=compare) if judge == "rule" else rewards
+    whole, cut = SimpleNamespace(text="yes", truncated=False), SimpleNamespace(text="ye", truncated=True)
+    said = dict(a=[whole, whole, cut, cut], b=[whole, cut, whole, cut])
+    [found] = _verdicts(judge, [("a", "b")], list("pqrs"), said, {})
+    assert found[1:] == [1.0, 0.0, 0.5]
+    assert asked in ([], [("yes", "yes")])
 
 
 def test_what_a_rule_is_asked():

@@ -169,16 +169,18 @@ def _value(word: str) -> Fraction | None:
     return value / 100 if word.endswith("%") else value
 
 # %% ../../nbs/core/answers.ipynb #c55328ff
-_LABEL = re.compile(
-    r"(?:class|team|group|room|day|week|month|year|page|step|question|problem|player|level|item|part|no)\.?",
-    re.IGNORECASE,
+# words after which a short number stands alone
+_LABELS = set(
+    "class team group room bus route gate table figure chapter section page line step question problem player"
+    " level item part no day week month year january february march april may june july august september"
+    " october november december jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
 
 
 def _ends_a_group(text: str, start: int) -> bool:
     "Whether three digits there may be the end of a number such as 12 000: not in \"Class 3 120\"."
     before = re.search(r"(\w*)\W?(?<![\d.,])\d{1,3} $", text[max(0, start - 30) : start])
-    return bool(before) and not (before[1][:1].isupper() or _LABEL.fullmatch(before[1]))
+    return bool(before) and before[1].lower() not in _LABELS
 
 # %% ../../nbs/core/answers.ipynb #ec573611
 def _signed(text: str, m: re.Match) -> Fraction | None:

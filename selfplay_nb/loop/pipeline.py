@@ -848,13 +848,17 @@ def _judge_from(self: RLHFOrchestrator, train, test, r: int, settings, dropped: 
     return dict(rows=result.n_rows, dropped=dict(dropped + long + result.dropped), metrics=metrics)
 
 # %% ../../nbs/loop/pipeline.ipynb #482b33b8
+def _check_judge(judge):
+    if judge not in ("task", "reward_model"):
+        raise ValueError(f"judge is {judge!r}: expected 'task' or 'reward_model'.")
+
+
 @patch
 def _judge(self: RLHFOrchestrator, judge: str):
     """The reward behind a name; raises `ValueError` for an unknown one, or for a reward model that is not
     there.
     """
-    if judge not in ("task", "reward_model"):
-        raise ValueError(f"judge is {judge!r}: expected 'task' or 'reward_model'.")
+    _check_judge(judge)
     if judge == "reward_model" and self._last("reward_model") is None:
         raise ValueError(
             "judge is 'reward_model', but no reward model is trained: call run_reward_model_training first,"
@@ -1243,6 +1247,8 @@ def check_stage(
         _check_settings(config, {k: v for k, v in settings.items() if k not in known}, own)
     if name in _CHECKED:
         _CHECKED[name](**settings)
+    if "judge" in known or "judge" in own:
+        _check_judge(settings.get("judge", "task"))
     if data is not None:
         self._rows(data, kind)
 

@@ -26,7 +26,7 @@ from ..core.pairs import Ledger, question, write_whole
 from ..core.players import answers_of, columns_of
 from ..stats.rates import SPRT
 from ..stats.ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
-from ..scoring.evaluation import cut_decides, game_row
+from ..scoring.evaluation import cut_decides, game_row, judged
 from ..scoring.reward import is_judge, rewards_of, rows_of
 
 # %% ../../nbs/methods/league.ipynb #7aed7bb4
@@ -647,21 +647,14 @@ def _verdicts(judge, pairings, prompts, said, columns) -> list[list[float]]:
     """For each pairing the scores of its first player, None or NaN where nobody could judge. A cut-off answer
     loses against a whole one.
     """
-    decide = _judged if is_judge(judge) else _rewarded
-    verdicts = decide(judge, pairings, prompts, said, columns) if pairings else []
-    decided = [list(map(cut_decides, said[a], said[b])) for a, b in pairings]
-    return [
-        [verdict if known is None else known for verdict, known in zip(*rows)]
-        for rows in zip(verdicts, decided)
-    ]
+    decide = _compared if is_judge(judge) else _rewarded
+    return decide(judge, pairings, prompts, said, columns) if pairings else []
 
 # %% ../../nbs/methods/league.ipynb #6de08d13
-def _judged(judge, pairings, prompts, said, columns):
-    n, k = len(prompts), len(pairings)
-    first = [x.text for a, _ in pairings for x in said[a]]
-    second = [x.text for _, b in pairings for x in said[b]]
-    p = judge.compare(prompts * k, first, second, **{c: v * k for c, v in columns.items()})
-    return [list(p[i : i + n]) for i in range(0, len(p), n)]
+def _compared(judge, pairings, prompts, said, columns):
+    problems = [dict(zip(("prompt", *columns), row)) for row in zip(prompts, *columns.values())]
+    scores = judged(judge, [game for a, b in pairings for game in zip(problems, said[a], said[b])])
+    return [scores[i : i + len(prompts)] for i in range(0, len(scores), len(prompts))]
 
 # %% ../../nbs/methods/league.ipynb #5e0bd021
 def _rewarded(reward, pairings, prompts, said, columns):
@@ -672,8 +665,12 @@ def _rewarded(reward, pairings, prompts, said, columns):
     def score(x, y):
         return None if math.isnan(x) or math.isnan(y) else 0.5 + 0.5 * ((x > y) - (x < y))
 
+    def decided(x, y, verdict):
+        known = cut_decides(x, y)
+        return verdict if known is None else known
+
     r = {name: rewards(answers) for name, answers in said.items()}
-    return [list(map(score, r[a], r[b])) for a, b in pairings]
+    return [list(map(decided, said[a], said[b], map(score, r[a], r[b]))) for a, b in pairings]
 
 # %% ../../nbs/methods/league.ipynb #a944acdf
 def _game_rows(pairings, prompts, said, scores, seed: int) -> list[dict]:

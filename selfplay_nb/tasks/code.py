@@ -301,6 +301,7 @@ def _future_first(lines: list[str]) -> tuple[str, list[str]]:
 
 # %% ../../nbs/tasks/code.ipynb #ac5672ff
 _DEFINES = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom
+_NAMES = ast.ExceptHandler, ast.MatchAs, ast.MatchStar  # `except ... as e`, `case [first, *rest]`
 
 
 def _names_of(node, kind) -> set[str]:
@@ -311,7 +312,7 @@ def _bound_by(node) -> set[str]:
     "The names that a statement gives a meaning to."
     names = _names_of(node, ast.Store) | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
     for n in ast.walk(node):
-        if isinstance(n, _DEFINES[:3]):
+        if isinstance(n, (*_DEFINES[:3], *_NAMES)) and n.name:
             names.add(n.name)
         elif isinstance(n, _DEFINES[3:]):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in n.names}

@@ -465,8 +465,7 @@ _FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![A-Z
 
 # %% ../../nbs/tasks/reasoning.ipynb #c95a9cd8
 def _latex(text: str) -> str:
-    "Plain notation as LaTeX: ** as ^, sqrt(2) as \\sqrt{2}."
-    text = text.replace("**", "^").replace("\\(", "").replace("\\)", "").replace("$", "")
+    "Plain notation as LaTeX: sqrt(2) as \\sqrt{2}."
     text = re.sub(r"\^\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
     return _FUNCTIONS.sub(r"\\\1", text)
