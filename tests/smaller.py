@@ -20,18 +20,23 @@ student: HELD_OUT = 100 -> HELD_OUT = 2
 student: TOKENS = 24 -> TOKENS = 10
 student: steps=12 -> steps=1
 student: "train", 12, seed=3 -> "train", 2, seed=3
-core/protocols: eval_every=1, -> eval_size=8,
+core/protocols: eval_every=1, -> eval_size=4,
 core/protocols: max_new_tokens=12 -> max_new_tokens=6
 core/protocols: warm_up=64 -> warm_up=8
 core/protocols: prompts_per_round=8, eval_size=8 -> prompts_per_round=2, eval_size=2
-games/debate: model], 4, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=24
-games/debate: model], 2, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=24
+games/debate: model], 4, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=12
+games/debate: model], 2, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=12
 loop/collectors: trainer.draw(0)[:8] -> trainer.draw(0)[:4]
 loop/collectors: max_new_tokens=12 -> max_new_tokens=8
 loop/collectors: n_proposals=12 -> n_proposals=6
 loop/game_rounds: prompts_per_round=12 -> prompts_per_round=4
 loop/pipeline: n_games=64 -> n_games=32
-loop/pipeline: eval_size=40, validation_size=40 -> eval_size=24, validation_size=16
+loop/pipeline: combine(pref_data, synthetic, ratio=1) -> combine(pref_data[:12], synthetic, ratio=1)
+loop/pipeline: combine(pref_data, same, ratio=1) -> combine(pref_data[:12], same, ratio=1)
+loop/pipeline: problems("train", 32, seed=1) -> problems("train", 16, seed=1)
+loop/pipeline: task, rng = ArithmeticTask(2) -> task, rng = ArithmeticTask(2, shots=0)
+loop/pipeline: eval_size=40, validation_size=40 -> eval_size=16, validation_size=8
+loop/pipeline: n_prompts=16 -> n_prompts=8
 loop/pipeline: test = task.problems("held-out", 40) -> test = task.problems("held-out", 12)
 loop/rounds: prompts_per_round=4, n_samples=4 -> prompts_per_round=2, n_samples=4
 loop/rounds: max_new_tokens=12 -> max_new_tokens=8
@@ -51,16 +56,18 @@ methods/competitive: problems = task.problems("train", 8) -> problems = task.pro
 methods/competitive: n_samples=8, max_new_tokens=16 -> n_samples=6, max_new_tokens=12
 methods/constitutional: max_new_tokens=40 -> max_new_tokens=12
 methods/constitutional: n_pairs=2 -> n_pairs=1
-methods/refinement: max_new_tokens=48 -> max_new_tokens=16
+methods/refinement: max_new_tokens=48 -> max_new_tokens=10
 methods/refinement: few = problems("train", 3) -> few = problems("train", 2)
 methods/skill: task.problems("held-out", 40) -> task.problems("held-out", 6)
 models/reward_model: task.problems("train", 192) -> task.problems("train", 32)
 models/reward_model: task.problems("held-out", 80) -> task.problems("held-out", 16)
 models/reward_model: train[:32] -> train[:12]
+models/reward_model: task, rng = ArithmeticTask(2) -> task, rng = ArithmeticTask(2, shots=0)
 models/sampling: Sampling(12) -> Sampling(6)
 models/sampling: max_new_tokens=12 -> max_new_tokens=6
 models/update: rows = [row(a) for a in range(8)] -> rows = [row(a) for a in range(4)]
 models/update: dpo(wild, pairs[:4], start -> dpo(wild, pairs[:2], start
+models/update: num_train_epochs=10, loss_type -> num_train_epochs=6, loss_type
 models/update: n_samples=16, max_new_tokens=6 -> n_samples=8, max_new_tokens=4
 models/update: steps=5 -> steps=2
 models/update: for a in range(16)] -> for a in range(6)]
@@ -72,7 +79,8 @@ scoring/evaluation: task.problems("held-out", 50) -> task.problems("held-out", 1
 stats/diversity: max_new_tokens=12 -> max_new_tokens=6
 stats/diversity: for _ in range(3): -> for _ in range(1):
 stats/diversity: problems("train", 8) -> problems("train", 4)
-stats/retention: = PASSAGES, -> = PASSAGES[:12],
+stats/retention: = PASSAGES, -> = PASSAGES[:6],
+stats/retention: = ITEMS, -> = ITEMS[:16],
 stats/retention: problems("train", 8) -> problems("train", 4)
 stats/retention: shuffled[:8] -> shuffled[:4]
 studies/costs: prompts(32), 1, 8, -> prompts(4), 1, 2,
@@ -82,6 +90,7 @@ studies/costs: for k in range(2) for arm -> for k in range(1) for arm
 studies/failures: n_rounds=3, -> n_rounds=2,
 studies/failures: prompts_per_round=12, n_samples=8 -> prompts_per_round=4, n_samples=4
 studies/failures: eval_size=24 -> eval_size=4
+studies/failures: task=Plausible(2) -> task=Plausible(2, shots=0)
 tasks/task: else 50 -> else 8
 views/monitor: prompts_per_round=8, n_samples=4 -> prompts_per_round=4, n_samples=4
 views/monitor: eval_size=24 -> eval_size=8

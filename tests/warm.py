@@ -17,9 +17,9 @@ import selfplay_nb.models.base as base_module
 import selfplay_nb.studies.costs  # noqa: F401
 from selfplay_nb.models.base import DEFAULT_MODEL, Base, compute_dtype, load_model, tiny_model_folder
 from selfplay_nb.models.policy import Policy
-from selfplay_nb.stats.retention import PASSAGES
+from selfplay_nb.stats.retention import ITEMS, PASSAGES
 
-del PASSAGES[12:]  # half of them will do for vital signs
+del PASSAGES[6:], ITEMS[16:]  # a quarter of them will do for vital signs
 tqdm.tqdm.monitor_interval = 0  # no thread: a process with threads should not be forked
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
