@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import ipywidgets as widgets
 import pytest
@@ -303,6 +304,7 @@ def test_nothing_shown_tells_who_is_who(ratings):
 @pytest.mark.parametrize("by", ["button", "key"])
 def test_clicks_and_keys_reach_the_file_one_by_one(ratings, by):
     view = RatingWidget(ratings)
+    view.quickest = 0
 
     def do(what):
         if by == "button":
@@ -358,6 +360,38 @@ def test_a_view_that_is_out_of_date_rates_nothing(ratings):
     )
 
 
+def test_a_double_click_rates_one_item(ratings):
+    view = RatingWidget(ratings)
+    view.drawn -= 1  # it has been there for a second
+    view.buttons["1"].click()
+    view.buttons["1"].click()
+    assert ratings.given() == ["left"] and "double click" in view.status.value
+    view.drawn -= 1
+    view.buttons["2"].click()
+    assert ratings.given() == ["left", "tie"]
+
+
+def test_two_windows_on_one_file_damage_nothing(tmp_path):
+    items = [dict(prompt=f"p{k}", a="x", b="y") for k in range(40)]
+
+    def rate_all():
+        window = HumanRatings(tmp_path / "r.jsonl", items)
+        with pytest.raises(ValueError, match="all 40 items are rated"):
+            while True:
+                window.rate("left")
+
+    HumanRatings(tmp_path / "r.jsonl", items)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(rate_all) for _ in range(4)]:
+            done.result()
+    assert HumanRatings(tmp_path / "r.jsonl", items).given() == ["left"] * 40
+
+
+def test_a_verdict_of_nan_is_none(ratings):
+    shown = [ratings.report({"j": [none] + [1.0] * 5})._repr_html_() for none in (None, float("nan"))]
+    assert shown[0] == shown[1]
+
+
 def test_a_full_disk_is_told_and_the_item_stays(ratings, monkeypatch):
     view = RatingWidget(ratings)
 
@@ -365,6 +399,7 @@ def test_a_full_disk_is_told_and_the_item_stays(ratings, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ratings.log, "append", full)
+    view.quickest = 0
     view.buttons["1"].click()
     assert (
         "Not saved" in view.status.value

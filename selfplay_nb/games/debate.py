@@ -15,6 +15,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from math import nan
 from itertools import product
 
 import numpy as np
@@ -400,7 +401,7 @@ def _both_orders(judge, questions: list, a: list, b: list) -> ModelVerdicts:
     if getattr(judge, "both_orders", False):
         return judge.compare(questions, a, b)
     n = len(a)
-    p = judge.compare([*questions, *questions], [*a, *b], [*b, *a])
+    p = [nan if x is None else x for x in judge.compare([*questions, *questions], [*a, *b], [*b, *a])]
     a_first, b_first = p[:n], p[n:]
     lengths = np.array([len(x) - len(y) for x, y in zip(a, b)])
     mean = [0.5 + (x - y) / 2 for x, y in zip(a_first, b_first)]
@@ -413,6 +414,10 @@ class Motion:
 
     text: str
     right: str | None = None  # "for" or "against" where the right side is known
+
+    def __post_init__(self):
+        if self.right not in (None, "for", "against"):
+            raise ValueError(f"right is {self.right!r:.40}: expected 'for', 'against' or None.")
 
 # %% ../../nbs/games/debate.ipynb #fdfe39bb
 TOPICS = """\
@@ -560,8 +565,8 @@ class Debate:
     ):
         if not hasattr(judge, "compare"):
             raise ValueError(f"judge is {judge!r:.60}: expected one with compare(prompts, a, b).")
-        if not len(topics):
-            raise ValueError("no topics: expected motions or strings.")
+        if isinstance(topics, str) or not len(topics):
+            raise ValueError(f"topics is {topics!r:.60}: expected a list of motions or strings.")
         if rounds < 1 or max_chars < 1:
             raise ValueError(f"rounds is {rounds!r} and max_chars {max_chars!r}: expected at least 1 each.")
         self.judge, self.rounds, self.max_chars = judge, rounds, max_chars

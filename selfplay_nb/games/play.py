@@ -290,7 +290,7 @@ class LiveGame:
         self.reason, self.tries = "", 0  # of the last illegal answer, and how many there were on this turn
         order = list(range(len(players))) if order is None else order
         self.transcript = Transcript(game.name, seed, list(players), number, start, order)
-        self._end()
+        self.finish()
 
     @property
     def over(self) -> bool:
@@ -315,7 +315,12 @@ class LiveGame:
         retries: int = 2,  # further tries on the same turn
         end: bool = True,  # score the game if it is over; False where many are scored at once
     ) -> Turn:
-        "Play what the answer says, or apply the rule for illegal ones."
+        """Play what the answer says, or apply the rule for illegal ones.
+
+        Raises `ValueError` if nobody is to move.
+        """
+        if self.state.seat is None:
+            raise ValueError("the game is over: nobody is to move.")
         turn = self._turn(answer)
         try:
             legal = self.state.legal
@@ -325,7 +330,7 @@ class LiveGame:
             self._refuse(turn, illegal, retries)
         self.transcript.turns.append(turn)
         if end:
-            self._end()
+            self.finish()
         return turn
 
     def _turn(self, answer) -> Turn:
@@ -348,7 +353,7 @@ class LiveGame:
             self.transcript.forfeit = turn.seat
             self.transcript.outcome = [float(seat != turn.seat) for seat in range(self.game.seats)]
 
-    def _end(self):
+    def finish(self):
         "Note the outcome, if the game is over."
         if self.state.seat is None and not self.over:
             if self.state.outcome is None:
@@ -410,7 +415,7 @@ def _step(live, players, illegal, retries, sampling):
     if unjudged := [g for g in live if g.state.seat is None and not g.over]:
         unjudged[0].game.settle([g.state for g in unjudged])
     for g in live:
-        g._end()
+        g.finish()
 
 # %% ../../nbs/games/play.ipynb #a8679c0f
 _FIELDS = "game", "number", "players", "order", "turns", "outcome"

@@ -21,7 +21,7 @@ from time import perf_counter
 # %% ../../nbs/loop/trainer.ipynb #6ad9f752
 from fastcore.basics import patch
 
-from .callbacks import ADJUSTABLE, check_wish, default_callbacks, load_evaluation
+from .callbacks import ADJUSTABLE, check_wish, default_callbacks, evaluated, load_evaluation
 from ..core.checks import whole
 from selfplay_nb.core.checkpoint import (
     RECORD,
@@ -114,8 +114,8 @@ class SelfPlayConfig:
     update_reference_every: int = 3
     # update it only if the current policy holds its own against the reference; rejected, it goes back to it
     gate: bool = True
-    # what it has to pass: a test between 0.1 less (passes in one run of twenty at most) and 0.1 more
-    # (rejected once in twenty); at 0.5 it sends back what got worse, above only what is clearly better passes
+    # the middle of its test: a policy whose true win rate is 0.1 lower passes once in twenty at most, one 0.1
+    # higher is sent back once in twenty; at 0.5 what got worse goes back, above it what is not clearly better
     gate_win_rate: float = 0.5
     gate_prompts: int = 256  # at most
     eval_every: int = 3  # rounds between evaluations; the last round always has one
@@ -596,7 +596,7 @@ def mark_best(self: SelfPlayTrainer, round: int, accuracy: float):
 
     It was chosen on the evaluation's own problems, so its accuracy is no estimate any more.
     """
-    evaluations = [m["accuracy"]["value"] for m in self.history if "accuracy" in m]
+    evaluations = [m["accuracy"]["value"] for m in evaluated(self.history)]
     if accuracy >= max(evaluations, default=0):
         self.marks["best"] = round
 
@@ -898,7 +898,7 @@ def _link_tree(source: Path, target: Path):
 @patch
 def card(self: SelfPlayTrainer) -> str:
     "A model card with the run's figures, as the hub reads it."
-    evaluations = [(m["round"], m["accuracy"]) for m in self.history if "accuracy" in m]
+    evaluations = [(m["round"], m["accuracy"]) for m in evaluated(self.history)]
     rows = "\n".join(
         f"| {r} | {100 * a['value']:.1f} % | [{100 * a['low']:.1f}, {100 * a['high']:.1f}] | {a['n']} |"
         for r, a in evaluations

@@ -111,7 +111,7 @@ def alarms(
     """
     out, words = [], now.diversity.words / max(1e-9, start.diversity.words)
     ratio = perplexity_ratio(start.perplexity, now.perplexity)
-    if math.isnan(now.kl.value):
+    if not math.isfinite(now.kl.value):
         out.append("broken: log-probabilities of the policy's own answers are not finite")
     if has_diversity(start.diversity):
         collapse = collapse_alarm(now.diversity, start.diversity, diversity_left)
@@ -124,7 +124,7 @@ def alarms(
         )
     if not math.isfinite(now.perplexity.value):
         out.append("forgetting: perplexity of plain text is not finite")
-    elif ratio.low > forgetting:
+    elif (ratio.value if math.isnan(ratio.low) else ratio.low) > forgetting:
         out.append(
             f"forgetting: perplexity of plain text {ratio} times the start's (alarm above {forgetting:g})"
         )

@@ -13,7 +13,8 @@ from statistics import fmean, stdev
 
 from ..core.checks import escape, printable, printed, whole
 from .judge import as_judge
-from ..core.players import answers_of, answers_together, as_player, as_prompts, columns_of, name_of
+from ..core.players import answers_of, answers_together, as_player, as_prompts
+from ..core.players import columns_of, content_of, name_of
 from ..stats.rates import Rate, win_rate
 from .reward import check_columns, score
 
@@ -77,7 +78,7 @@ class Evaluation:
 
 # %% ../../nbs/scoring/evaluation.ipynb #c66e95e3
 def _last_user(prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else content_of(prompt[-1])
 
 # %% ../../nbs/scoring/evaluation.ipynb #e7f06f38
 def _given(value: float, truncated: bool) -> float | None:

@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from ..core.checks import escape, printable
 from ..core.pairs import Ledger
 from ..stats.rates import Agreement, Rate
@@ -105,23 +107,29 @@ class _RatingsFile:
 
         Raises `ValueError` for another verdict, another item, or if all are rated.
         """
-        i = len(self.given())
         if verdict not in VERDICTS:
             raise ValueError(f"verdict {verdict!r}: expected one of {list(VERDICTS)}.")
-        if i == len(self.items):
-            raise ValueError(f"all {i} items are rated: only undo is possible.")
-        if item not in (None, i):
-            raise ValueError(
-                f"the verdict is on items[{item}], but items[{i}] is the current one: look again."
-            )
-        self.log.append([dict(item=i, left=self.sides[i], verdict=verdict, time=round(time.time(), 3))])
+        with self._alone():
+            i = len(self.given())
+            if i == len(self.items):
+                raise ValueError(f"all {i} items are rated: only undo is possible.")
+            if item not in (None, i):
+                raise ValueError(
+                    f"the verdict is on items[{item}], but items[{i}] is the current one: look again."
+                )
+            self.log.append([dict(item=i, left=self.sides[i], verdict=verdict, time=round(time.time(), 3))])
 
     def undo(self):
         "Take the last verdict back; its item is the current one again. Raises `ValueError` if there is none."
-        i = len(self.given())
-        if not i:
-            raise ValueError("nothing is rated yet: nothing to undo.")
-        self.log.append([dict(undo=i - 1, time=round(time.time(), 3))])
+        with self._alone():
+            i = len(self.given())
+            if not i:
+                raise ValueError("nothing is rated yet: nothing to undo.")
+            self.log.append([dict(undo=i - 1, time=round(time.time(), 3))])
+
+    def _alone(self):
+        "Between a look at the file and the next line no other process writes to it."
+        return FileLock(self.log.path.with_name(f".{self.log.path.name}.lock"), timeout=10)
 
 # %% ../../nbs/scoring/human.ipynb #f1444a10
 def _replay(path, rows: list[dict], sides: str) -> list[str]:
@@ -283,7 +291,7 @@ def _cell(text: str) -> str:
 # %% ../../nbs/scoring/human.ipynb #0f33f417
 def _winner(p) -> str:
     "A probability that a beats b in words."
-    if p is None:
+    if p is None or p != p:
         return ""
     return "a" if p > 0.5 else "b" if p < 0.5 else "tie"
 

@@ -19,9 +19,17 @@ from ..core.checks import printable
 from .rates import ratio_interval
 
 # %% ../../nbs/stats/diversity.ipynb #f55af2c5
+# Chinese, Japanese and Thai are written without spaces: there each character counts as a word
+_UNSPACED = re.compile("([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
+
+
+def _spaced(text: str) -> str:
+    return _UNSPACED.sub(r" \1 ", text)
+
+
 def words(text: str) -> list[str]:
     "Lower-case words and punctuation marks."
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    return re.findall(r"\w+|[^\w\s]", _spaced(text.lower()))
 
 # %% ../../nbs/stats/diversity.ipynb #1664cd75
 def _ngrams(texts, n):
@@ -66,7 +74,7 @@ def self_bleu(
     k = len(texts)
     if k < 2:
         return math.nan
-    texts = [t.strip()[:LONGEST] for t in texts]
+    texts = [_spaced(t.strip()[:LONGEST]) for t in texts]
     counts, bleu = Counter(texts), BLEU(effective_order=True)
 
     def score(i):

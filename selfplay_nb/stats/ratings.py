@@ -300,10 +300,11 @@ def _resampled(groups: _Groups, prior: float, resamples: int, rng):
     weights = rng.gamma(groups.size * k, size=(resamples, len(groups.size))) / (groups.size * k)
     virtual = np.broadcast_to(prior * _virtual(groups.K), (resamples, groups.K, groups.K))
     drawn = np.maximum(rng.gamma(virtual * k) / k, 1e-4 * virtual)
+    barely = (prior == 0) * 1e-3 * _virtual(groups.K)  # where a resample alone has no finite ratings
     part = max(1, 1_000_000 // groups.K**2)
     for i in range(0, resamples, part):
         tables = np.array([groups.table(w) for w in weights[i : i + part]])
-        yield tables + groups.games_each * drawn[i : i + part]
+        yield tables + groups.games_each * (drawn[i : i + part] + barely)
 
 # %% ../../nbs/stats/ratings.ipynb #c1141f58
 def bradley_terry(

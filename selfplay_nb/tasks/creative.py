@@ -35,7 +35,7 @@ def _count(text, word):
 
 # %% ../../nbs/tasks/creative.ipynb #051dedbc
 def _between(n, low, high):
-    return 1.0 if low <= n <= high else max(0.0, 1 - (low - n if n < low else n - high) / low)
+    return 1.0 if low <= n <= high else max(0.0, 1 - (low - n if n < low else n - high) / max(1, low))
 
 # %% ../../nbs/tasks/creative.ipynb #2305bb41
 def check_length(text, asked) -> float:
@@ -84,6 +84,7 @@ def check_tone(text, asked) -> float:
     return 1.0 if found[asked] > most else 0.5
 
 # %% ../../nbs/tasks/creative.ipynb #a9df0216
+_NAME = r"[A-ZÀ-ÖØ-Þ][\w'’-]{0,20}(?: [A-ZÀ-ÖØ-Þ][\w'’-]{0,20})?"
 FORMS = {  # name: (regular expression for the stripped text, how it is asked for)
     "list": (r"(?:(?:[-*•]|\d+[.)]) [^\n]+\n+){2,9}(?:[-*•]|\d+[.)]) [^\n]+",
              "a list of three to ten points, each on a line that begins with a dash"),
@@ -93,7 +94,7 @@ FORMS = {  # name: (regular expression for the stripped text, how it is asked fo
     "headline": (r"[^\n]{10,100}(?<![.:,])",
                  "a headline: one line of at most 100 letters without a full stop"),
     "verse": (r"(?:(?=[^\n]*\w)[^\n]+\n){3}(?=[^\n]*\w)[^\n]+", "a verse of four lines"),
-    "script": (r"(?:[A-Z][^\W_]{0,20}: [^\n]+\n+){3,29}[A-Z][^\W_]{0,20}: [^\n]+",
+    "script": (rf"(?:{_NAME}: [^\n]+\n+){{3,29}}{_NAME}: [^\n]+",
                "at least four lines, each with the name of who speaks, a colon, and what is said"),
 }
 
@@ -119,7 +120,8 @@ def check_persona(text, asked) -> float:
 # %% ../../nbs/tasks/creative.ipynb #cb3c5c31
 def check_speakers(text, asked) -> float:
     "The share of the names in `asked` who speak at least twice, in lines \"Name: …\"; nobody else may speak."
-    said = re.findall(r"(?m)^[ \t]*([^\W\d_]{1,20}):", text)
+    names = "|".join(map(re.escape, sorted(asked, key=len, reverse=True)))
+    said = re.findall(rf"(?m)^[ \t]*({names}|[^\W\d_]{{1,20}}):", text)
     return 0.0 if set(said) - set(asked) else sum(said.count(a) >= 2 for a in asked) / len(asked)
 
 # %% ../../nbs/tasks/creative.ipynb #3f528759
@@ -156,6 +158,28 @@ WEIGHTS = dict(length=1.0, sentences=1.0, must=1.0, forbidden=0.5, tone=0.5, per
                form=1.0, prose=2.0)
 
 # %% ../../nbs/tasks/creative.ipynb #0d64d965
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(w, str) and w.strip() for w in value)
+
+
+def _range(value) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
+    return numbers and 0 <= value[0] <= value[1]
+
+
+_ASKED: dict[str, tuple] = dict(
+    length=(_range, "[low, high]"),
+    sentences=(_range, "[low, high]"),
+    must=(lambda v: _texts(v) and v, "a list of words"),
+    forbidden=(_texts, "a list of words"),
+    tone=(lambda v: v in list(TONES), f"one of {', '.join(TONES)}"),
+    persona=(lambda v: _texts([v]), "a name"),
+    speakers=(lambda v: _texts(v) and v, "a list of names"),
+    form=(lambda v: v in list(FORMS), f"one of {', '.join(FORMS)}"),
+    prose=(lambda v: v is True, "true"),
+)
+
+
 def _spec(text, row: int) -> dict:
     "A spec, read; raises `ValueError` if it is none."
     try:
@@ -165,6 +189,10 @@ def _spec(text, row: int) -> dict:
     if not isinstance(asked, dict) or not set(asked) <= set(CHECKS):
         raise ValueError(f"column 'spec', row {row} is {text!r:.80}: expected a JSON object with some of"
                          f" {sorted(CHECKS)}.")
+    for name, value in asked.items():
+        fits, expected = _ASKED[name]
+        if not fits(value):
+            raise ValueError(f"column 'spec', row {row}: {name} is {value!r:.60}, expected {expected}.")
     return asked
 
 # %% ../../nbs/tasks/creative.ipynb #61d07d71

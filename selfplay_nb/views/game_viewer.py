@@ -280,7 +280,7 @@ class PlaySeat(widgets.VBox):
             why = str(e).rstrip(".")
             return self.show(f"Not played: {why}." if text in str(e) else f"Not played: {text!r:.40}; {why}.")
         self.last = before
-        self.live.take(text)
+        self.live.take(text, end=False)
         self.text.value = ""
         self.go_on()
 
@@ -290,6 +290,9 @@ class PlaySeat(widgets.VBox):
         self._busy("The opponent thinks …")
         try:
             while not g.over and g.state.seat != self.seat:
+                if g.state.seat is None:
+                    g.finish()
+                    break
                 self.last = g.state.copy()
                 turn = g.take(ask(self.opponent, [g], **self.sampling)[0], *self.rule)
                 who = f"{g.transcript.players[turn.seat]} (seat {turn.seat})"
@@ -301,9 +304,10 @@ class PlaySeat(widgets.VBox):
         except Exception as e:
             self.show()
             what = f"{escape(type(e).__name__)}: {escape(str(e))}. It can be asked again."
+            who = "judge" if g.state.seat is None else "opponent"
             where = f"<summary>Where it happened</summary>{preformatted(traceback.format_exc())}"
             self.status.value = (
-                f"<p role='alert'><b>The opponent failed</b>: {what}</p><details>{where}</details>"
+                f"<p role='alert'><b>The {who} failed</b>: {what}</p><details>{where}</details>"
             )
 
     def keep(self):

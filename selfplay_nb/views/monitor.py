@@ -89,7 +89,7 @@ def headline(state: dict) -> str:
     live, alive = state["live"], state["alive"]
     if not live:
         return "The run has not begun."
-    if live["paused"]:
+    if live["paused"] and alive:
         what = "paused"
     elif alive or live["stage"] in ("finished", "failed", "interrupted"):
         what = live["stage"]
@@ -133,6 +133,7 @@ class Monitor(widgets.VBox):
         self.every = every
         self.handle = None
         self.drawn = None  # rounds in the curve
+        self.refused = ""  # what the run last said of a change
         self._make_controls()
         self.look()
 
@@ -167,8 +168,10 @@ class Monitor(widgets.VBox):
         if names and tuple(self.setting.options) != names:
             self.setting.options = names
             self.setting.value = names[0]
-        if live.get("refused"):
-            self.said.value = f"<p role='alert'>Not changed: {escape(live['refused'])}</p>"
+        if live.get("refused", "") != self.refused:
+            self.refused = live.get("refused", "")
+            why = f"<p role='alert'>Not changed: {escape(self.refused)}</p>"
+            self.said.value = why if self.refused else ""
         if self.drawn != len(history):
             self.drawn = len(history)
             self.draw(history)

@@ -6,6 +6,8 @@
 __all__ = ['framed', 'preformatted', 'display_live', 'RatingWidget']
 
 # %% ../../nbs/views/widgets.ipynb #f3d39c8b
+import time
+
 import ipywidgets as widgets
 
 from ..core.checks import escape, printable
@@ -53,6 +55,7 @@ class RatingWidget(widgets.VBox):
         "4": ("skip", "Skip"),
         "z": ("undo", "Undo"),
     }
+    quickest = 0.3  # seconds between two clicks
 
     def __init__(
         self,
@@ -79,11 +82,18 @@ class RatingWidget(widgets.VBox):
 
     def _button(self, key: str, words: str) -> widgets.Button:
         button = widgets.Button(description=f"{words} ({key})", layout=widgets.Layout(width="auto"))
-        button.on_click(lambda _: self.press(key))
+        button.on_click(lambda _: self._clicked(key))
         return button
+
+    def _clicked(self, key: str):
+        "A second click of a double one would rate an item that nobody has read."
+        if time.monotonic() - self.drawn < self.quickest:
+            return self.show("Not saved: that was a double click; read the item first.")
+        self.press(key)
 
     def show(self, message: str = ""):  # what just happened
         "Draw the record as it is now."
+        self.drawn = time.monotonic()
         c, (n, total) = self.ratings.current, self.ratings.progress
         self.item = c["item"] if c else None
         if c:
