@@ -402,7 +402,7 @@ def test_an_answer_that_was_all_thought_is_empty_and_cut_off(serve):
 
 
 def test_what_a_failed_attempt_used_is_counted(serve):
-    server = serve(lambda n, asked: good(asked, message={"content": None}))
+    server = serve(lambda n, asked: good(asked, message={"content": 5}))
     player = Endpoint(server.url, "m", budget_tokens=10, retries=6)
     with pytest.raises(OutOfBudget):
         player.generate("hello")
@@ -547,3 +547,35 @@ def test_a_judge_behind_a_server(serve):
     unsure = ModelJudge(Endpoint(serve(lambda n, asked: lists(asked, ("Well", -0.1))).url, "m"))
     [p] = unsure.compare(["Which?"], ["yes"], ["no"])
     assert math.isnan(p)
+
+
+@pytest.mark.parametrize(
+    "message, why, text, cut",
+    [
+        ({"content": None}, "content_filter", "", True),
+        ({"content": None, "refusal": "I cannot help."}, "stop", "I cannot help.", False),
+        ({"content": None, "reasoning_content": "hm"}, "length", "", True),
+        ({"content": [{"type": "text", "text": "hi"}]}, "stop", "hi", False),
+    ],
+)
+def test_an_answer_without_text_is_not_bought_again(serve, message, why, text, cut):
+    server = serve(lambda n, asked: good(asked, message=message, finish_reason=why))
+    player = Endpoint(server.url, "m")
+    [[reply]] = player.sample(["a"])
+    assert (reply.text, reply.truncated) == (text, cut) and player.used["requests"] == 1
+
+
+def test_answers_on_their_way_are_kept_when_another_fails(serve, tmp_path):
+    "Seven answers take half a second; the eighth is refused at once."
+
+    def answer(n, asked):
+        if asked["messages"][-1]["content"] == "bad":
+            return dict(status=400, body=b'{"error": {"message": "no"}}')
+        time.sleep(0.5)
+        return good(asked)
+
+    server = serve(answer)
+    player = Endpoint(server.url, "m", concurrency=8, cache=tmp_path / "cache.jsonl")
+    with pytest.raises(EndpointError):
+        player.sample([*map(str, range(7)), "bad"])
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 7

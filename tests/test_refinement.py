@@ -30,6 +30,7 @@ from selfplay_nb.methods.refinement import (
     finds_nothing,
     word_diff,
 )
+from selfplay_nb.models.update import win_probability
 from selfplay_nb.scoring.judge import without_mark
 
 MARK = re.compile(r"^[0-9a-f]{16}$", re.M)
@@ -735,9 +736,8 @@ def test_pairs_say_who_beat_whom_by_how_much(scored):
 def test_pairs_without_a_reward_have_no_judge():
     traces = IterativeRefiner(GROWS, MORE).refine_batch(["Talk."], 2)
     pairs, _ = traces.pairs()
-    assert [(p["chosen"], p["rejected"], p["margin"], p["judge"]) for p in pairs] == [
-        ("v0 more more", "v0", 0.0, "none")
-    ]
+    assert [(p["chosen"], p["rejected"], p["judge"]) for p in pairs] == [("v0 more more", "v0", "none")]
+    assert "margin" not in pairs[0] and win_probability(pairs[0]) == 1
 
 
 def test_a_person_without_the_reward_goes_on_with_a_scored_trace(scored):

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 from ..core.checks import printable
 from ..methods.competitive import CompetitiveSelfPlay, Preferences
 from ..core.pairs import validate_pairs
-from ..core.players import columns_of, text_of
+from ..core.players import columns_of, name_of, text_of
 from ..methods.refinement import IterativeRefiner
+from ..scoring.judge import as_probabilities
 from ..scoring.reward import is_judge, score_samples
 
 # %% ../../nbs/loop/rounds.ipynb #98fdf354
@@ -524,12 +525,13 @@ def _why_no_advantage(rows: list[dict]) -> str:
 def _shares(judge, prompt, answers: list, columns: dict) -> list[float | None]:
     texts = [text_of(a.text) for a in answers]
     games = [(i, j) for i in range(len(texts)) for j in range(i)]
-    verdicts = judge.compare(
+    said = judge.compare(
         [prompt] * len(games),
         [texts[i] for i, _ in games],
         [texts[j] for _, j in games],
         **{k: [v] * len(games) for k, v in columns.items()},
     )
+    verdicts = as_probabilities(name_of(judge), said, len(games))
     won = [[] for _ in texts]
     for (i, j), p in zip(games, verdicts):
         if not abstains(p):

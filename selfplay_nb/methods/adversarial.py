@@ -310,9 +310,20 @@ def _key(row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 # %% ../../nbs/methods/adversarial.ipynb #43b9c931
+def _check_storable(rows: list[dict]):
+    "Raise `ValueError` for a row that a ledger cannot hold: before its answers are asked for."
+    for row in rows:
+        try:
+            json.dumps(row, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"the row {row!r:.80} cannot be written to the ledger: {e}") from None
+
+
 @patch
 def _ask(self: AdversarialFilter, rows: list[dict], progress=None):
     "Sample and score the answers to `rows`, and write them to the ledger."
+    if self.ledger is not None:
+        _check_storable(rows)
     prompts, columns = rows_of(rows, {})
     settings = dict(progress=progress, seed=self.about["seed"], **self.sampling)
     answers = answers_of(self.policy, prompts, self.about["n_samples"], **settings)[0]

@@ -17,7 +17,8 @@ from ..core.checks import printable, whole
 from ..core.pairs import validate_pairs
 from ..core.players import answers_together, name_of, text_of
 from ..stats.rates import Rate, win_rate
-from ..scoring.reward import as_number, as_reward, is_judge, rows_of, score_samples
+from ..scoring.judge import as_probabilities
+from ..scoring.reward import as_reward, is_judge, rows_of, score_samples
 
 # %% ../../nbs/methods/competitive.ipynb #dc14e229
 def _outcome(margin: float) -> float:
@@ -203,6 +204,8 @@ class CompetitiveSelfPlay:
         for prompt, opponent, row in zip(prompts, opponents, matches):
             here = about | {"opponent": opponent}
             good, bad = _prompt_pairs(prompt, row, here, self.pairs_per_prompt, rng)
+            if is_judge(self.reward_fn):
+                good = [pair | {"probability": (1 + pair["margin"]) / 2} for pair in good]
             pairs += good
             dropped += bad
         return pairs, dropped
@@ -254,7 +257,7 @@ def _by_judge(judge, prompts, ours, theirs, columns):
     repeat = lambda values: [v for v in values for _ in range(per_prompt)]
     a, b = zip(*[match for row in met for match in row])
     said = judge.compare(repeat(prompts), list(a), list(b), **{c: repeat(v) for c, v in columns.items()})
-    scores = _cut([as_number(v) for v in said], per_prompt)
+    scores = _cut(as_probabilities(name_of(judge), said, len(a)), per_prompt)
     margins = [[2 * p - 1 for p in row] for row in scores]
     return scores, margins, [[_mean(part) for part in _cut(row, per_answer)] for row in scores]
 

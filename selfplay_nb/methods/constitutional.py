@@ -314,6 +314,8 @@ class Attribution:
         if len(self) != 2:
             raise ValueError(f"{len(self)} answers: expected two.")
         d = self.totals[0] - self.totals[1]
+        if d != d:
+            return "Not judged: the base reward abstained."
         return f"Answer {'A' if d > 0 else 'B'} is better by {abs(d):.3f}." if d else "A tie."
 
     def __len__(self):
@@ -479,7 +481,8 @@ class ConstitutionalRewardWrapper(RewardJudge):
     def _base(self, prompts, texts, columns: dict) -> list[float]:
         if self.base_reward is None:
             return [0.0] * len(texts)
-        lists = {k: v for k, v in columns.items() if isinstance(v, (list, tuple))}
+        sliceable = lambda v: hasattr(v, "__getitem__") and not isinstance(v, (str, dict))
+        lists = {k: v for k, v in columns.items() if sliceable(v)}
         return rewards_of(self.base_reward, prompts, texts, **lists)
 
     def _adhere(self, principles, prompts, texts) -> dict:
@@ -795,7 +798,7 @@ class ConstitutionalReviser:
         Raises `ValueError` for bad input, before anything is generated.
         """
         whole("n_revisions", n_revisions)
-        prompts, _ = rows_of(prompts, {}, seed=seed)
+        prompts, columns = rows_of(prompts, {}, seed=seed)
         texts = [prompt_text(p) for p in prompts]
         first = (2 * n_revisions + 1) * seed  # each stage draws with a seed of its own
         drawn = [[self.constitution.draw(f"{seed} {k} {t}") for t in texts] for k in range(n_revisions)]
@@ -809,6 +812,7 @@ class ConstitutionalReviser:
             revised = ask(self.revise_template, 2, response=now, critique=critiques)
             for i, (better, cut) in enumerate(revised):
                 said = dict(original=now[i], critique=critiques[i], revised=better, truncated=cut)
+                said |= {"columns": {name: v[i] for name, v in columns.items()}} if columns else {}
                 out.append(dict(prompt=prompts[i], item=i, revision=k, principle=str(principles[i])) | said)
             now = [better if better.strip() else old for (better, _), old in zip(revised, now)]
         return out
@@ -873,8 +877,13 @@ def _no_example(first: str, last: dict, wrapper) -> str:
         return "truncated"
     if last["revised"].strip() == first.strip():
         return "unchanged"
-    score = lambda text: wrapper.score(last["prompt"], text)
-    return "worse" if wrapper and score(last["revised"]) < score(first) else ""
+    if not wrapper:
+        return ""
+    columns = {name: [v] * 2 for name, v in last.get("columns", {}).items()}
+    before, after = wrapper.attribution([last["prompt"]] * 2, [first, last["revised"]], **columns).totals
+    if math.isnan(before) or math.isnan(after):
+        return "unjudged"
+    return "worse" if after < before else ""
 
 # %% ../../nbs/methods/constitutional.ipynb #8e82e924
 def _sft_row(revisions: list[dict], round: int) -> dict:
@@ -958,7 +967,8 @@ def _judged(matches: list[_Match], model) -> tuple[list[float], str]:
 # %% ../../nbs/methods/constitutional.ipynb #89fbb0a8
 def _pair(m: _Match, verdict: float, about: dict) -> dict:
     chosen, rejected = (m.a, m.b) if verdict > 0.5 else (m.b, m.a)
-    row = dict(prompt=m.prompt, chosen=chosen.text, rejected=rejected.text, margin=abs(2 * verdict - 1))
+    row = dict(prompt=m.prompt, chosen=chosen.text, rejected=rejected.text)
+    row |= dict(margin=abs(2 * verdict - 1), probability=max(verdict, 1 - verdict))
     row |= dict(chosen_truncated=chosen.truncated, rejected_truncated=rejected.truncated)
     for name, x in ("chosen", chosen), ("rejected", rejected):
         if hasattr(x, "token_ids"):

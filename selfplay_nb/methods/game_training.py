@@ -87,11 +87,11 @@ class Taken(NamedTuple):
 
 # %% ../../nbs/methods/game_training.ipynb #bd0a21cf
 def _taken(played, who) -> list[Taken]:
-    """The turns of a player, or of all. An illegal answer after which the game went on, with another try or a
-    random move, counts as lost: what came later is none of its doing.
+    """The turns of a player, or of all. An illegal answer that did not itself end the game, since another try
+    or a random move followed, counts as lost: what came later is none of its doing.
     """
     return [
-        Taken(g.game, t, g.outcome[t.seat] if t.legal or g.forfeit is not None else 0.0, match)
+        Taken(g.game, t, g.outcome[t.seat] if t.legal or g.forfeit == t.seat else 0.0, match)
         for match, g in enumerate(played)
         for t in g.turns
         if who is None or g.players[t.seat] == who

@@ -27,7 +27,8 @@ from ..core.players import answers_of, columns_of
 from ..stats.rates import SPRT
 from ..stats.ratings import Elo, Games, Nash, html_table, text_table, nash_averaging
 from ..scoring.evaluation import cut_decides, game_row, judged
-from ..scoring.reward import is_judge, rewards_of, rows_of
+from ..scoring.judge import RuleJudge, as_judge
+from ..scoring.reward import as_reward, is_judge, rewards_of, rows_of
 
 # %% ../../nbs/methods/league.ipynb #7aed7bb4
 def near_skill(
@@ -358,7 +359,7 @@ def _open(self: LeagueTraining, anchors: dict):
     "Begin in `folder`, or go on with what is there."
     state = self._saved()
     self.ledger = Ledger(self.folder / "games.jsonl", ("a", "b", "score"))
-    self.ledger.rewind(state["ledger"] if state else 0)
+    self._put_aside(state["ledger"] if state else 0)
     if state:
         self._go_on(state, anchors)
         return
@@ -367,6 +368,17 @@ def _open(self: LeagueTraining, anchors: dict):
     self.save()
 
 # %% ../../nbs/methods/league.ipynb #4d0f4fdd
+@patch
+def _put_aside(self: LeagueTraining, saved: int):
+    "Games after the last save have no part in the ratings: they move to a file of their own."
+    path = self.ledger.path
+    unsaved = path.read_bytes()[saved:] if path.exists() else b""
+    if unsaved:
+        with open(path.with_name("games.unsaved.jsonl"), "ab") as f:
+            f.write(unsaved)
+    self.ledger.rewind(saved)
+
+
 @patch
 def _saved(self: LeagueTraining) -> dict | None:
     "The state in `folder`, or None for a new league; raises for anything else that is there."
@@ -594,7 +606,7 @@ def play(
     self: LeagueTraining,
     pairings: list[tuple] | None,  # names of who plays whom; None: all members that never met
     problems: list[dict],  # with `prompt` and the judge's columns; not those that anybody was trained on
-    judge,  # with `compare(prompts, a, b, **columns)`, or a reward in TRL's convention
+    judge,  # whatever `as_judge` takes: with `compare(prompts, a, b, **columns)`, a rule, or a reward
     n_samples: int = 1,  # answers for each prompt; the k-th meets the k-th
     seed: int = 0,  # of the answers; each player has its own stream
     guests: dict | None = None,  # role to player, for learners that play as they are now
@@ -607,6 +619,8 @@ def play(
     """
     if not problems:
         raise ValueError("no problems: expected a non-empty list of dicts with a 'prompt'.")
+    if not is_judge(judge) and isinstance(as_judge(judge), RuleJudge):
+        judge = as_judge(judge)
     pairings = self._unmet() if pairings is None else pairings
     seats = self._seats(pairings, guests or {})
     prompts, columns = columns_of([p for p in problems for _ in range(n_samples)])
@@ -660,7 +674,7 @@ def _compared(judge, pairings, prompts, said, columns):
 def _rewarded(reward, pairings, prompts, said, columns):
     def rewards(answers):
         texts, cut = [x.text for x in answers], [x.truncated for x in answers]
-        return rewards_of(reward, prompts, texts, truncated=cut, **columns)
+        return rewards_of(as_reward(reward), prompts, texts, truncated=cut, **columns)
 
     def score(x, y):
         return None if math.isnan(x) or math.isnan(y) else 0.5 + 0.5 * ((x > y) - (x < y))

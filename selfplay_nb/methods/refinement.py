@@ -583,7 +583,7 @@ def _pair(t: Trace, i: int, j: int, round: int) -> dict:
         "prompt": t.prompt,
         "chosen": better.text,
         "rejected": worse.text,
-        "margin": gain or 0.0,
+        **({} if gain is None else {"margin": gain}),
         "chosen_truncated": better.truncated,
         "rejected_truncated": worse.truncated,
         "source": "refinement",

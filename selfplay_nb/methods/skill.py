@@ -13,13 +13,14 @@ import random
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core.checks import escape, number, printable, whole
-from ..core.players import answers_of, as_prompts, text_of
+from ..core.players import answers_of, as_prompts, content_of, text_of
 from ..stats.rates import Rate, win_rate
 from ..scoring.reward import as_reward, rows_of, score_samples
 
@@ -37,7 +38,7 @@ def _changed(prompt, change):
             f"no user message in {prompt!r:.80}: expected one, for the level to stand in front of."
         )
     *_, i = turns
-    return [*prompt[:i], prompt[i] | {"content": change(prompt[i]["content"])}, *prompt[i + 1 :]]
+    return [*prompt[:i], prompt[i] | {"content": change(content_of(prompt[i]))}, *prompt[i + 1 :]]
 
 # %% ../../nbs/methods/skill.ipynb #15f22d8d
 def at_level(
@@ -183,12 +184,16 @@ def skill_rows(
             f"{len(prompts)} prompts, {len(answers)} lists of answers, {len(labels)} of labels: "
             "expected one for each prompt, a label for each answer."
         )
+    strange = sorted({l for its in labels for l in its if l is not None} - set(range(len(levels))))
+    if strange:
+        raise ValueError(f"labels are {strange[:4]}: expected indices of the {len(levels)} levels, or None.")
     found = {l: {} for l in levels}
     dropped = Counter(unjudged=unjudged)
     rng = random.Random(seed)
     for i, (p, said, its) in enumerate(zip(prompts, answers, labels)):
         for a, l in zip(said, its):
             text = a if isinstance(a, str) else text_of(a.text)
+            ids = {"completion_ids": a.token_ids} if getattr(a, "token_ids", None) else {}
             fault = (
                 "of no level"
                 if l is None
@@ -208,7 +213,7 @@ def skill_rows(
                 "completion": text,
                 "level": levels[l],
                 "source": "skill",
-            } | about
+            } | ids | about
     n = min([len(rows) for rows in found.values()] + [per_level or math.inf])
     if not n:
         raise EmptyLevel(
@@ -241,7 +246,7 @@ class SkillConditioning:
             raise ValueError(f"levels are {levels!r}: expected at least two different tokens.")
         self.policy = policy
         self.reward_fn = as_reward(reward_fn)
-        self.label = label
+        self.label = partial(by_quantile, n_levels=len(levels)) if label is by_quantile else label
         self.levels = tuple(levels)
         self.n_samples, self.sampling = n_samples, sampling
 
@@ -368,7 +373,8 @@ def rates(self: SkillCheck) -> dict[str, Rate]:
 def table(self: SkillCheck) -> np.ndarray:
     "(prompts, levels): mean scores, of the prompts that have one at every level."
     known = [[_known(s) for s in row] for row in self.scores]
-    return np.array([[np.mean(s) for s in row] for row in known if all(row)])
+    rows = [[np.mean(s) for s in row] for row in known if all(row)]
+    return np.array(rows, float).reshape(-1, len(self.levels))
 
 # %% ../../nbs/methods/skill.ipynb #ef5d185d
 @patch(as_prop=True)
@@ -403,6 +409,8 @@ def verdict(self: SkillCheck) -> str:
 def _cells(self: SkillCheck):
     steps = [f"{a} to {b}" for a, b in zip(self.levels, self.levels[1:])]
     left_out = [("left out", f"{self.unjudged} answers without a score")] if self.unjudged else []
+    if not len(self.table):
+        return [("verdict", "no prompt has a score at every level"), *left_out]
     rates = [(l, str(r)) for l, r in self.rates.items()]
     tests = zip(steps, map(str, self.steps))
     return [*rates, *tests, ("all levels", str(self.trend)), ("verdict", self.verdict), *left_out]

@@ -27,7 +27,7 @@ import httpx
 
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
-from ..core.players import as_prompts, is_messages, seed_of
+from ..core.players import as_prompts, content_of, is_messages, seed_of
 
 # %% ../../nbs/scale/endpoint.ipynb #093be5f3
 @dataclass
@@ -66,11 +66,15 @@ def read_reply(data) -> Reply:  # what a body of `/chat/completions` holds
     "Its answer. Raises `ValueError` for anything else."
     try:
         [choice] = data["choices"]
-        text = choice["message"]["content"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError("the reply is no single answer") from None
-    cut = choice.get("finish_reason") == "length"
-    if not isinstance(text, str) and not (text is None and cut):
+        message, why = choice["message"], choice.get("finish_reason")
+        text = message.get("content") or message.get("refusal")
+        if isinstance(text, list):
+            text = content_of(dict(role="assistant", content=text))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        said = data.get("error") if isinstance(data, dict) else None
+        raise ValueError(f"the reply is no single answer{f': {said!r:.200}' if said else ''}") from None
+    cut = why in ("length", "content_filter")
+    if not isinstance(text, str) and not (text is None and why):
         raise ValueError(f"the answer is {type(text).__name__}, and no text")
     given = choice.get("logprobs")
     return Reply(text or "", cut, *_used(data), _logprobs(given), _first(given))
@@ -192,13 +196,19 @@ def _pause(attempt: int, after: float) -> float:
     return max(after, min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.0))
 
 # %% ../../nbs/scale/endpoint.ipynb #507c1f4d
+class _Stop(threading.Event):
+    "Set after the first error: what has begun may end, but at once if somebody interrupted."
+
+    at_once = False
+
+
 def in_parallel(
     jobs: list,  # functions of an event that is set when they are to give up
     concurrency: int,  # at the same time, at most
     tell=None,  # called with each result, in the order in which they come
 ) -> list:
     "The results in the order of the jobs; the first error stops what has not begun."
-    stopped = threading.Event()
+    stopped = _Stop()
     pool = ThreadPoolExecutor(concurrency)
     futures, wait = [], True
     try:
@@ -209,8 +219,9 @@ def in_parallel(
             if tell:
                 tell(result)
     except BaseException as e:
-        stopped.set()
         wait = isinstance(e, Exception)  # whoever interrupts does not want to wait
+        stopped.at_once = not wait
+        stopped.set()
         raise
     finally:
         pool.shutdown(wait=wait, cancel_futures=True)
@@ -410,7 +421,7 @@ class Endpoint:
                 requests.append(dict(messages=messages, seed=seed_of("endpoint", own, k), **told))
         return requests
 
-    def _one(self, request: dict, stopped: threading.Event) -> Reply:
+    def _one(self, request: dict, stopped: _Stop) -> Reply:
         "One answer: from the cache, or from the server."
         key = self._key_of(request)
         with self._lock:
@@ -430,7 +441,7 @@ class Endpoint:
         about = dict(request, url=self.url, model=self.model, logprobs=self.logprobs)
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _asked(self, request: dict, stopped: threading.Event) -> Reply:
+    def _asked(self, request: dict, stopped: _Stop) -> Reply:
         "Ask the server, and again if that may help."
         for attempt in range(self.retries + 1):
             self._check_budget()
@@ -444,7 +455,7 @@ class Endpoint:
                 raise EndpointError("stopped, since another request failed.")
         raise EndpointError(f"{self.url} failed {self.retries + 1} times: {why}")
 
-    def _attempt(self, request: dict, stopped: threading.Event) -> Reply:
+    def _attempt(self, request: dict, stopped: _Stop) -> Reply:
         fields = {k: v for k, v in request.items() if k not in self._unable}
         if "max_tokens" in self._unable:
             fields["max_completion_tokens"] = request["max_tokens"]
@@ -465,7 +476,7 @@ class Endpoint:
             self._cannot("logprobs", again=True)
         return reply
 
-    def _send(self, fields: dict, stopped: threading.Event):
+    def _send(self, fields: dict, stopped: _Stop):
         "What a server answers, as data; the tokens that it used are counted. Raises `ValueError` for none."
         data = self.ask("chat/completions", {"model": self.model, **fields}, stopped)
         tokens, prompt_tokens = _used(data)
@@ -478,21 +489,21 @@ class Endpoint:
         self,
         path: str,  # below the address
         fields: dict | None = None,  # sent as JSON by POST; None asks by GET
-        stopped: threading.Event | None = None,  # gives up when it is set
+        stopped: _Stop | None = None,  # gives up when it is set
     ) -> bytes:
         """What the server answers, in one attempt.
 
         Raises `EndpointError` for what it refuses, and an error of this module's own for what may pass.
         """
         end = time.monotonic() + self.longest
-        goes_on = lambda: not (stopped and stopped.is_set()) and time.monotonic() < end
+        goes_on = lambda: not (stopped and stopped.at_once) and time.monotonic() < end
         sent = None if fields is None else json.dumps(fields, allow_nan=False).encode()
         with self._lock:
             self.used["requests"] += 1
         url = f"{self.url}/{path}"
         return _call(self._client, url, sent, self._headers(), self.largest, goes_on, self._clean)
 
-    def ask(self, path: str, fields: dict | None = None, stopped: threading.Event | None = None):
+    def ask(self, path: str, fields: dict | None = None, stopped: _Stop | None = None):
         "As `request`, as data. Raises `ValueError` as well, for what is no JSON."
         body = self.request(path, fields, stopped)
         try:

@@ -12,7 +12,7 @@ from math import inf, isnan, nan
 from statistics import fmean, stdev
 
 from ..core.checks import escape, printable, printed, whole
-from .judge import as_judge
+from .judge import as_judge, as_probabilities
 from ..core.players import answers_of, answers_together, as_player, as_prompts
 from ..core.players import columns_of, content_of, name_of
 from ..stats.rates import Rate, win_rate
@@ -282,7 +282,8 @@ def judged(judge, games: list[tuple]) -> list:  # problem, answer of a, answer o
     if undecided:
         problems, a, b = zip(*undecided)
         prompts, columns = columns_of(list(problems))
-        verdicts = iter(judge.compare(prompts, [x.text for x in a], [y.text for y in b], **columns))
+        said = judge.compare(prompts, [x.text for x in a], [y.text for y in b], **columns)
+        verdicts = iter(as_probabilities(name_of(judge), said, len(a)))
         scores = [next(verdicts) if s is None else s for s in scores]
     return scores
 

@@ -536,6 +536,8 @@ class _Batch:
             x = as_number(v)
             if x is None or not math.isfinite(x):
                 self.guard._count("no number", repr(v), 1)
+            elif self.guard.judges and not 0 <= x <= 1:
+                self.guard._count("no probability", repr(v), 1)
             else:
                 self.out[k] = x
 
