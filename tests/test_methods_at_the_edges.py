@@ -8,6 +8,7 @@ import pytest
 
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.games.play import play
+from selfplay_nb.loop.game_rounds import GameTask
 from selfplay_nb.methods.adversarial import AdversarialFilter
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.constitutional import ConstitutionalReviser, ConstitutionalRewardWrapper
@@ -160,3 +161,15 @@ def test_a_schedule_that_needs_more_is_refused():
     for kind in "reduce_lr_on_plateau", "cosine_with_min_lr", "warmup_stable_decay":
         with pytest.raises(ValueError, match="lr_scheduler_type"):
             PairSettings(**{k: v for k, v in DPO.items()} | dict(lr_scheduler_type=kind))
+
+
+def test_the_start_of_a_problem_is_the_one_that_is_played():
+    task = GameTask(Sticks(5, 60))
+    problems = task.problems("train", 6)
+    opening = {p["start"]: str(Sticks(5, 60).start(p["start"])) for p in problems}
+    for some in problems, problems[2:3], problems[:4]:
+        for game in task.play([says("1", "a"), says("1", "b")], some):
+            assert game.seed in opening and game.seed == some[game.start]["start"]
+            assert str(Sticks(5, 60).start(game.seed)) == opening[game.seed]
+    with pytest.raises(ValueError, match="2 starts for n=3"):
+        play(Sticks(), [says("1", "a"), says("1", "b")], 3, starts=[1, 2])

@@ -569,6 +569,7 @@ def play(
     # a JSONL file: finished games are in it at once, and those that it has are not played again
     path=None,
     batch: int | None = None,  # games that are alive at the same time; by default all
+    starts: list[int] | None = None,  # the seeds of the n starts; by default they follow from `seed`
     **sampling,  # for `generate`: `max_new_tokens`, `temperature`
 ) -> Played:
     """Play games, all together.
@@ -578,16 +579,21 @@ def play(
     """
     players = list(players)
     _check(game, players, n, illegal, retries, batch)
+    own = {} if starts is None else dict(starts=starts)
+    starts = [stream(seed, "start", k) for k in range(n)] if starts is None else starts
+    if len(starts) != n:
+        raise ValueError(f"{len(starts)} starts for n={n}: expected a seed for each.")
     names, seats = _names(players), game.seats
     orders = [[(s + k) % seats for s in range(seats)] for k in range(seats if swap else 1)]
     total = n * len(orders)
-    settings = dict(names=names, seed=seed, swap=swap, illegal=illegal, retries=retries, sampling=sampling)
+    rules = dict(swap=swap, illegal=illegal, retries=retries, sampling=sampling)
+    settings = dict(names=names, seed=seed) | rules | own
     ledger, settings, there = _continued(path, game, settings, total)
     played = Played(there, names)
     waiting, live = deque(sorted(set(range(total)) - {t.number for t in there})), []
     while waiting or live:
         while waiting and (batch is None or len(live) < batch):
-            live.append(_begin(game, names, orders, waiting.popleft(), seed))
+            live.append(_begin(game, names, orders, waiting.popleft(), starts, seed))
         try:
             _step(live, players, illegal, retries, sampling)
         finally:
@@ -602,12 +608,12 @@ def play(
     return played
 
 # %% ../../nbs/games/play.ipynb #aac59492
-def _begin(game, names, orders, number, seed) -> LiveGame:
+def _begin(game, names, orders, number, starts, seed) -> LiveGame:
     "The game with this number: its start is shared with the other seatings."
     start, seating = divmod(number, len(orders))
     order = orders[seating]
     at = [names[k] for k in order]
-    return LiveGame(game, stream(seed, "start", start), at, number, start, order, seed)
+    return LiveGame(game, starts[start], at, number, start, order, seed)
 
 # %% ../../nbs/games/play.ipynb #5250efbb
 def _spiel():

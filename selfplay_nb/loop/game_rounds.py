@@ -54,8 +54,9 @@ class GameTask:
         **settings,  # `progress(finished games, games)`, and the players' sampling
     ) -> Played:
         "Play each start twice."
-        seed = seed_of("starts", *(p["start"] for p in problems))
-        return play(self.game, players, len(problems), seed=seed, illegal=self.illegal, **settings)
+        starts = [p["start"] for p in problems]
+        settings |= dict(starts=starts, seed=seed_of("starts", *starts), illegal=self.illegal)
+        return play(self.game, players, len(starts), **settings)
 
     @printable
     def __repr__(self):
