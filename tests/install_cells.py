@@ -52,7 +52,11 @@ DATA = {  # page: files of the repository that its cells read
     ],
     "studies/games": ["studies/games.jsonl"],
     "studies/league": ["studies/league.jsonl"],
-    "studies/learning": ["studies/learning.jsonl", "studies/learning_ungated.jsonl"],
+    "studies/learning": [
+        "studies/learning.jsonl",
+        "studies/learning_ceiling.jsonl",
+        "studies/learning_ungated.jsonl",
+    ],
 }
 
 
