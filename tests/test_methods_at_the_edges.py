@@ -9,6 +9,7 @@ import pytest
 from selfplay_nb.core.players import Scripted
 from selfplay_nb.games.play import play
 from selfplay_nb.loop.game_rounds import GameTask
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.methods.adversarial import AdversarialFilter
 from selfplay_nb.methods.competitive import CompetitiveSelfPlay
 from selfplay_nb.methods.constitutional import ConstitutionalReviser, ConstitutionalRewardWrapper
@@ -18,6 +19,7 @@ from selfplay_nb.methods.skill import SkillConditioning, at_level, check_levels,
 from selfplay_nb.models.policy import Policy
 from selfplay_nb.models.update import DPO, SCHEDULES, PairSettings, sft, win_probability
 from selfplay_nb.scoring.evaluation import versus
+from selfplay_nb.scoring.judge import Panel
 from selfplay_nb.scoring.reward import Guarded, exact_number
 
 
@@ -55,6 +57,20 @@ def test_verdicts_of_another_number_or_range_are_refused(verdicts):
     league = LeagueTraining(3, anchors=dict(a=varied("a"), b=varied("b")))
     with pytest.raises(ValueError, match="'J' gave"):
         league.play(None, [dict(prompt="p"), dict(prompt="q")], judge(verdicts))
+
+
+def test_a_rounding_error_is_no_fault():
+    step = CompetitiveSelfPlay(varied("a"), varied("b"), judge(lambda n: [1.0000001] * n), n_samples=1)
+    assert step.train_step(["p"]).scores == [[1.0]]
+    asked = Guarded(judge(lambda n: [1.0000001, -1e-9, 1.1][:n]))
+    assert asked.compare(["p"] * 3, ["a"] * 3, ["b"] * 3)[:2] == pytest.approx([1, 0])
+    assert dict(asked.failures) == {"no probability": 1}
+
+
+def test_a_panel_checks_its_members():
+    panel = Panel(dict(one=judge(lambda n: [0.5] * n), two=judge(lambda n: [3] * n)))
+    with pytest.raises(ValueError, match="'two' gave 3"):
+        panel.compare(["p"], ["a"], ["b"])
 
 
 def test_a_guarded_judge_counts_what_is_no_probability():
@@ -173,3 +189,9 @@ def test_the_start_of_a_problem_is_the_one_that_is_played():
             assert str(Sticks(5, 60).start(game.seed)) == opening[game.seed]
     with pytest.raises(ValueError, match="2 starts for n=3"):
         play(Sticks(), [says("1", "a"), says("1", "b")], 3, starts=[1, 2])
+
+
+def test_a_screen_of_one_answer_is_refused_before_the_run(tmp_path, tiny):
+    config = SelfPlayConfig(str(tmp_path / "run"), collect="screen", n_samples=1)
+    with pytest.raises(ValueError, match="n_samples is 1"):
+        SelfPlayTrainer(config, tiny)

@@ -13,11 +13,22 @@ from selfplay_nb.core.players import Scripted
 from selfplay_nb.games.debate import Debate, Motion
 from selfplay_nb.games.play import LiveGame, Played
 from selfplay_nb.loop import callbacks
-from selfplay_nb.loop.callbacks import Live, Progress, control, plot_metrics, round_line, take_control
+from selfplay_nb.loop.callbacks import (
+    Live,
+    Progress,
+    control,
+    plot_metrics,
+    round_line,
+    summary,
+    take_control,
+)
+from selfplay_nb.loop.trainer import SelfPlayConfig, SelfPlayTrainer
 from selfplay_nb.scoring.evaluation import Evaluation, transcripts_html
+from selfplay_nb.scoring.reward import Guarded
 from selfplay_nb.stats.diversity import self_bleu, words
 from selfplay_nb.stats.ratings import Games, bradley_terry
 from selfplay_nb.tasks.creative import SpecReward
+from selfplay_nb.tasks.task import as_task
 from selfplay_nb.views.game_viewer import GameViewer, PlaySeat
 from selfplay_nb.views.monitor import headline
 
@@ -179,3 +190,24 @@ def test_specs_at_the_edges():
         told = "\n".join(f"{name}: {text}" for name, text in zip([a, b, a, b], said))
         spec = json.dumps(dict(speakers=names, form="script"))
         assert reward(["p"], [told], spec=[spec]) == [1.0]
+
+
+def test_a_run_whose_verifier_abstains_ends_and_says_so(tiny, tmp_path, monkeypatch):
+    "The random model's answers are all cut off, and count as wrong: here they count as what they are."
+    given = lambda value, cut: None if value != value else value
+    monkeypatch.setattr("selfplay_nb.scoring.evaluation._given", given)
+    down = []
+
+    def exam(prompts, completions, **columns):
+        if down:
+            raise OSError("the server is down")
+        return [1.0] * len(prompts)
+
+    prompts = [f"Say {k}." for k in range(40)]
+    task = as_task(prompts, reward=lambda p, a: float(len(a) % 7), verifier=Guarded(exam))
+    few = dict(n_rounds=1, prompts_per_round=2, n_samples=2, eval_size=4, max_new_tokens=8)
+    trainer = SelfPlayTrainer(SelfPlayConfig(str(tmp_path / "run"), **few), tiny, task=task)
+    down.append(True)
+    trainer.train()
+    assert [m["accuracy"]["n"] for m in trainer.history] == [0, 0]
+    assert "No evaluation judged anything." in summary(tmp_path / "run") and "gate" in trainer.card()

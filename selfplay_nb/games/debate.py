@@ -15,8 +15,8 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from math import nan
 from itertools import product
+from math import nan
 
 import numpy as np
 

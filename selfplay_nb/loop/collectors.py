@@ -9,6 +9,7 @@ __all__ = ['COLLECTORS', 'Screen', 'Levels', 'Propose', 'Shares', 'named']
 import math
 from collections.abc import Callable
 
+from ..core.checks import whole
 from ..core.players import text_of
 from .rounds import Collector, Compete, Experience, Groups, Refine, Run
 from .rounds import group_advantages, makes_of
@@ -27,7 +28,8 @@ class Screen:
         pairs_per_prompt: int = 1,  # at most
         **settings,  # of `AdversarialFilter`, such as `threshold`
     ):
-        self.n_samples, self.pairs_per_prompt, self.settings = n_samples, pairs_per_prompt, settings
+        self.n_samples = whole("n_samples", n_samples, 2)
+        self.pairs_per_prompt, self.settings = pairs_per_prompt, settings
 
     def collect(self, run: Run, problems: list[dict]) -> Experience:
         run.stage("screening")

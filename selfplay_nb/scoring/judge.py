@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core.checks import printable
 from ..stats.rates import Rate, agreement
 from ..core.players import as_prompts, columns_for, name_of, places, prompt_text, text_of
-from .reward import as_number, as_reward, rewards_of
+from .reward import as_probability, as_reward, rewards_of
 from ..core.templates import Template, fence_mark, fill, special_tokens
 
 # %% ../../nbs/scoring/judge.ipynb #b1bae768
@@ -80,12 +80,17 @@ def _check_matches(prompts, a, b, columns):
         raise ValueError(f"lists of different lengths: {sizes}; expected one value for each prompt.")
 
 # %% ../../nbs/scoring/judge.ipynb #cfc7c507
-def as_probabilities(name: str, verdicts, n: int) -> list[float]:
+def as_probabilities(
+    name: str,  # of the judge
+    verdicts,  # what it said of n matches
+    n: int,
+) -> list[float]:  # NaN where it abstained
+    "The verdicts, checked: as many as matches, each from 0 to 1 (a rounding error beyond is cut off)."
     if len(verdicts) != n:
         raise ValueError(f"judge {name!r} gave {len(verdicts)} verdicts for {n} matches.")
-    found = list(map(as_number, verdicts))
+    found = list(map(as_probability, verdicts))
     for i, p in enumerate(found):
-        if p is None or p < 0 or p > 1:
+        if p is None:
             raise ValueError(
                 f"judge {name!r} gave {verdicts[i]!r:.60} for match {i}: expected a probability from"
                 " 0 to 1, or None to abstain."
@@ -426,7 +431,7 @@ class Panel(Judge):
 
     def _compare(self, prompts, a, b, **columns):
         members = {name: j.compare(prompts, a, b, **columns) for name, j in self.judges.items()}
-        known = ([as_number(p) for p in match] for match in zip(*members.values()))
+        known = zip(*[as_probabilities(name, said, len(prompts)) for name, said in members.items()])
         said = [[p for p in match if p == p] for match in known]
         return PanelVerdicts([sum(ps) / len(ps) if ps else math.nan for ps in said], members)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAKEN', 'exact_number', 'near_number', 'finished', 'format_reward', 'is_judge', 'as_reward', 'conversational',
-           'BadReward', 'as_number', 'rewards_of', 'score', 'score_samples', 'WeightedReward', 'random_reward',
-           'is_single', 'rows_of', 'Guarded', 'ModelInTime', 'check_columns']
+           'BadReward', 'as_number', 'as_probability', 'rewards_of', 'score', 'score_samples', 'WeightedReward',
+           'random_reward', 'is_single', 'rows_of', 'Guarded', 'ModelInTime', 'check_columns']
 
 # %% ../../nbs/scoring/reward.ipynb #faaf2f66
 import hashlib
@@ -190,6 +190,14 @@ def as_number(v) -> float | None:
         return math.inf
     except Exception:
         return None
+
+# %% ../../nbs/scoring/reward.ipynb #f66b108a
+def as_probability(v) -> float | None:  # a verdict
+    "As `as_number`, but None outside of [0, 1]; a rounding error beyond is cut off."
+    x = as_number(v)
+    if x is None or math.isnan(x):
+        return x
+    return min(1.0, max(0.0, x)) if -1e-6 <= x <= 1 + 1e-6 else None
 
 # %% ../../nbs/scoring/reward.ipynb #cc995070
 TAKEN = "prompts", "completions", "self"  # arguments of every reward
@@ -534,12 +542,13 @@ class _Batch:
     def fill(self, i: int, values: list):
         for k, v in enumerate(values, i):
             x = as_number(v)
+            taken = as_probability(v) if self.guard.judges else x
             if x is None or not math.isfinite(x):
                 self.guard._count("no number", repr(v), 1)
-            elif self.guard.judges and not 0 <= x <= 1:
+            elif taken is None:
                 self.guard._count("no probability", repr(v), 1)
             else:
-                self.out[k] = x
+                self.out[k] = taken
 
 # %% ../../nbs/scoring/reward.ipynb #aca17f0f
 def _is_list(v, n) -> bool:
