@@ -203,6 +203,7 @@ def test_pairs_prefer_what_did_better_in_the_same_position(games):
         p["margin"] > 0.1 and p["source"] == "game" and p["judge"] == "pick" and p["round"] == 3
         for p in pairs
     )
+    assert all(p["probability"] == 0.5 + p["margin"] / 2 for p in pairs)
     widest, _ = position_pairs(games, per_position=1)
     assert {p["rejected"] for p in widest} == {"1"}
 

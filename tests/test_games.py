@@ -135,6 +135,14 @@ def test_other_answers_have_a_reason(answer, why):
         find_move(answer, ["x(0,0)", "x(0,1)"])
 
 
+def test_no_before_a_move_denies_it():
+    assert find_move("No, I bet.", ["Pass", "Bet"]) == "Bet"
+    assert find_move("Pass, no bet", ["Pass", "Bet"]) == "Pass"
+    for answer in "No bet.", "There will be no  bet":
+        with pytest.raises(ValueError, match="no legal move"):
+            find_move(answer, ["Pass", "Bet"])
+
+
 def test_a_move_inside_another_is_not_it():
     assert (
         find_move("take 10 now", ["take 1", "take 10"]) == "take 10"

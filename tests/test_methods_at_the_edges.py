@@ -89,13 +89,37 @@ def test_a_league_takes_plain_functions(rule):
     assert [r["score"] for r in rows] == [1.0, 1.0]
 
 
-def test_games_after_the_last_save_are_put_aside_and_not_lost(tmp_path):
+def test_a_league_that_is_looked_at_is_not_changed(tmp_path):
+    anchors, rule = dict(long=says("long"), s=says("s")), lambda p, r: float(len(r))
+    problems = [dict(prompt=f"p{k}") for k in range(5)]
+    folder = tmp_path / "league"
+    league = LeagueTraining(3, folder=folder, anchors=anchors)
+    league.save()
+    league.play(None, problems, rule)
+    written = (folder / "games.jsonl").read_bytes()
+    second = LeagueTraining(3, folder=folder, anchors=anchors)
+    assert len(second.rows) == 0 and (folder / "games.jsonl").read_bytes() == written
+    league.play([("s", "long")], problems, rule)  # the first one goes on
+    league.save()
+    assert len(LeagueTraining(3, folder=folder, anchors=anchors).rows) == 10
+    league.play([("s", "long")], problems, rule)  # not saved: a crash, and another league in its place
+    third = LeagueTraining(3, folder=folder, anchors=anchors)
+    assert len(third.rows) == 10 and len(third.ledger.rows()) == 15
+    third.play([("s", "long")], problems[:2], rule)
+    third.save()
+    assert [f.name for f in folder.glob("games*")] == ["games.jsonl"]
+    fourth = LeagueTraining(3, folder=folder, anchors=anchors)
+    assert fourth.rows == third.rows == third.ledger.rows() and len(third.rows) == 12
+
+
+def test_a_league_whose_games_were_cut_off_is_refused(tmp_path):
     anchors = dict(long=says("long"), s=says("s"))
     league = LeagueTraining(3, folder=tmp_path / "league", anchors=anchors)
-    league.play(None, [dict(prompt=f"p{k}") for k in range(5)], lambda p, r: float(len(r)))
-    written = (tmp_path / "league" / "games.jsonl").read_bytes()
-    LeagueTraining(3, folder=tmp_path / "league", anchors=anchors)
-    assert (tmp_path / "league" / "games.unsaved.jsonl").read_bytes() == written
+    league.play(None, [dict(prompt="p")], lambda p, r: float(len(r)))
+    league.save()
+    league.ledger.rewind(0)
+    with pytest.raises(ValueError, match="lost games"):
+        LeagueTraining(3, folder=tmp_path / "league", anchors=anchors)
 
 
 def test_an_illegal_answer_is_not_paid_since_the_opponent_forfeits_later():

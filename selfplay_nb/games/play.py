@@ -51,15 +51,21 @@ def _quoted(text, moves):
             return inner
 
 # %% ../../nbs/games/play.ipynb #65789ca7
+_NO = re.compile(r"\bno\s+\Z", re.IGNORECASE)
 _BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"
 
 # %% ../../nbs/games/play.ipynb #e8366a65
+def _refused_move(text, start, end) -> bool:
+    before = text[max(0, start - 9) : start]
+    return denied(text, start, end) or bool(_NO.search(before))
+
+
 def _named(text, moves):
     "The only legal move that is a word of the text, or None; `ValueError` if there are several."
     longest_first = sorted(moves, key=len, reverse=True)  # "take 10" is not "take 1"
     words = "|".join(map(re.escape, longest_first))
     hits = re.finditer(rf"{_BEFORE}(?:{words}){_AFTER}", text) if moves else []
-    found = list(dict.fromkeys(m[0] for m in hits if not denied(text, *m.span())))
+    found = list(dict.fromkeys(m[0] for m in hits if not _refused_move(text, *m.span())))
     if len(found) > 1:
         names = ", ".join(moves[m] for m in found[:5])
         raise ValueError(f"the answer names several legal moves ({names}): it must say which one is meant")

@@ -118,10 +118,9 @@ def alarms(
         if collapse.tripped:
             out.append(str(collapse))
     else:
-        warnings.warn(
-            "collapse cannot be seen: different prompts had much the same answer at the start already.",
-            stacklevel=2,
-        )
+        alike = "different prompts had much the same answer at the start already."
+        why = alike if start.diversity.n_prompts > 1 else "there is one prompt only."
+        warnings.warn(f"collapse cannot be seen: {why}", stacklevel=2)
     if not math.isfinite(now.perplexity.value):
         out.append("forgetting: perplexity of plain text is not finite")
     elif (ratio.value if math.isnan(ratio.low) else ratio.low) > forgetting:

@@ -134,6 +134,7 @@ def _pairs_here(answers: dict[str, list[Taken]], least: int) -> list[dict]:
 def _pair(chosen, rejected, margin: float) -> dict:
     ids = lambda name, t: {f"{name}_ids": list(t.token_ids)} if t.token_ids else {}
     row = {"prompt": chosen.prompt, "chosen": chosen.answer, "rejected": rejected.answer, "margin": margin}
+    row["probability"] = (1 + margin) / 2
     cut = {"chosen_truncated": chosen.truncated, "rejected_truncated": rejected.truncated}
     return row | cut | ids("chosen", chosen) | ids("rejected", rejected)
 

@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 from collections import Counter, OrderedDict, deque
-from itertools import combinations
+from itertools import combinations, islice
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -334,7 +334,7 @@ def state(self: LeagueTraining) -> dict:
         elo=dict(self.elo.ratings),
         since=dict(self.since),
         refused=dict(self.refused),
-        ledger=self.ledger.position,
+        ledger=self.position,
         rng=self.rng.bit_generator.state,
     )
 
@@ -356,10 +356,12 @@ def save(self: LeagueTraining) -> Path:
 # %% ../../nbs/methods/league.ipynb #f77340ec
 @patch
 def _open(self: LeagueTraining, anchors: dict):
-    "Begin in `folder`, or go on with what is there."
+    "Begin in `folder`, or go on with what is there, of which nothing is changed before the first game."
     state = self._saved()
     self.ledger = Ledger(self.folder / "games.jsonl", ("a", "b", "score"))
-    self._put_aside(state["ledger"] if state else 0)
+    self.position, self._resumed = state["ledger"] if state else 0, True
+    if self.position > self.ledger.position:
+        raise ValueError(f"{self.ledger.path} has lost games: it is shorter than at the league's last save.")
     if state:
         self._go_on(state, anchors)
         return
@@ -368,17 +370,6 @@ def _open(self: LeagueTraining, anchors: dict):
     self.save()
 
 # %% ../../nbs/methods/league.ipynb #4d0f4fdd
-@patch
-def _put_aside(self: LeagueTraining, saved: int):
-    "Games after the last save have no part in the ratings: they move to a file of their own."
-    path = self.ledger.path
-    unsaved = path.read_bytes()[saved:] if path.exists() else b""
-    if unsaved:
-        with open(path.with_name("games.unsaved.jsonl"), "ab") as f:
-            f.write(unsaved)
-    self.ledger.rewind(saved)
-
-
 @patch
 def _saved(self: LeagueTraining) -> dict | None:
     "The state in `folder`, or None for a new league; raises for anything else that is there."
@@ -420,7 +411,8 @@ def _go_on(self: LeagueTraining, state: dict, anchors: dict):
     self.joined, self.elo.ratings = state["joined"], state["elo"]
     self.since, self.refused = Counter(state["since"]), Counter(state["refused"])
     self.rng.bit_generator.state = state["rng"]
-    for row in self.ledger.rows():
+    n = self.ledger.path.read_bytes()[: self.position].count(b"\n") if self.position else 0
+    for row in islice(self.ledger.rows(), n):
         self._count(row)
 
 # %% ../../nbs/methods/league.ipynb #4f9cf3c3
@@ -558,7 +550,11 @@ def record(
             )
         if not (isinstance(s, Real) and 0 <= s <= 1):
             raise ValueError(f"game {i} has score {s!r}: expected a number from 0 (loss) to 1 (win).")
+    if self._resumed:  # later games than the last save have no part in the ratings, and are played again
+        self.ledger.rewind(self.position)
+        self._resumed = False
     self.ledger.append(rows)
+    self.position = self.ledger.position
     for r in rows:
         self.elo.update(r["a"], r["b"], r["score"])
         self._count(r)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'TONES', 'FORMS', 'SMALL', 'CHECKS', 'WEIGHTS', 'WHO', 'WHAT', 'WHERE', 'GENRES', 'EXTRA', 'STALE', 'KINDS',
            'check_length', 'check_sentences', 'check_must', 'check_forbidden', 'check_tone', 'check_form',
-           'check_persona', 'check_speakers', 'check_prose', 'SpecReward', 'similarities', 'DiverseReward',
+           'check_persona', 'check_speakers', 'check_prose', 'Check', 'SpecReward', 'similarities', 'DiverseReward',
            'CreativeTask', 'Persona', 'Said', 'Conversation', 'dialogues', 'dialogue', 'check_dialogue']
 
 # %% ../../nbs/tasks/creative.ipynb #65895a57
@@ -13,7 +13,9 @@ import json
 import random
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..core.checks import printable, whole
 from ..core.players import answers_of, prompt_text, seed_of, text_of
@@ -141,16 +143,40 @@ def check_prose(text, asked=True) -> float:
     return float(0.25 <= small <= 0.75 and len(set(pairs)) > 0.6 * len(pairs))
 
 # %% ../../nbs/tasks/creative.ipynb #a96b699c
+class Check(NamedTuple):
+    "What a spec may ask for under a name."
+
+    check: Callable  # (text, value of the spec) -> a number in [0, 1]
+    fits: Callable  # is this a value that the check can take?
+    expected: str  # such a value, in words
+
+    def __call__(self, text: str, value) -> float:
+        return self.check(text, value)
+
+# %% ../../nbs/tasks/creative.ipynb #51b2dfde
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(w, str) and w.strip() for w in value)
+
+
+def _some_texts(value) -> bool:
+    return _texts(value) and bool(value)
+
+
+def _range(value) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
+    return numbers and 0 <= value[0] <= value[1]
+
+# %% ../../nbs/tasks/creative.ipynb #074d69c0
 CHECKS = dict(
-    length=check_length,
-    sentences=check_sentences,
-    must=check_must,
-    forbidden=check_forbidden,
-    tone=check_tone,
-    persona=check_persona,
-    speakers=check_speakers,
-    form=check_form,
-    prose=check_prose,
+    length=Check(check_length, _range, "[low, high]"),
+    sentences=Check(check_sentences, _range, "[low, high]"),
+    must=Check(check_must, _some_texts, "a list of words"),
+    forbidden=Check(check_forbidden, _texts, "a list of words"),
+    tone=Check(check_tone, lambda v: v in list(TONES), f"one of {', '.join(TONES)}"),
+    persona=Check(check_persona, lambda v: _texts([v]), "a name"),
+    speakers=Check(check_speakers, _some_texts, "a list of names"),
+    form=Check(check_form, lambda v: v in list(FORMS), f"one of {', '.join(FORMS)}"),
+    prose=Check(check_prose, lambda v: v is True, "true"),
 )
 
 # %% ../../nbs/tasks/creative.ipynb #5c46af1b
@@ -158,28 +184,6 @@ WEIGHTS = dict(length=1.0, sentences=1.0, must=1.0, forbidden=0.5, tone=0.5, per
                form=1.0, prose=2.0)
 
 # %% ../../nbs/tasks/creative.ipynb #0d64d965
-def _texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(w, str) and w.strip() for w in value)
-
-
-def _range(value) -> bool:
-    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
-    return numbers and 0 <= value[0] <= value[1]
-
-
-_ASKED: dict[str, tuple] = dict(
-    length=(_range, "[low, high]"),
-    sentences=(_range, "[low, high]"),
-    must=(lambda v: _texts(v) and v, "a list of words"),
-    forbidden=(_texts, "a list of words"),
-    tone=(lambda v: v in list(TONES), f"one of {', '.join(TONES)}"),
-    persona=(lambda v: _texts([v]), "a name"),
-    speakers=(lambda v: _texts(v) and v, "a list of names"),
-    form=(lambda v: v in list(FORMS), f"one of {', '.join(FORMS)}"),
-    prose=(lambda v: v is True, "true"),
-)
-
-
 def _spec(text, row: int) -> dict:
     "A spec, read; raises `ValueError` if it is none."
     try:
@@ -190,9 +194,9 @@ def _spec(text, row: int) -> dict:
         raise ValueError(f"column 'spec', row {row} is {text!r:.80}: expected a JSON object with some of"
                          f" {sorted(CHECKS)}.")
     for name, value in asked.items():
-        fits, expected = _ASKED[name]
-        if not fits(value):
-            raise ValueError(f"column 'spec', row {row}: {name} is {value!r:.60}, expected {expected}.")
+        check = CHECKS[name]
+        if not check.fits(value):
+            raise ValueError(f"column 'spec', row {row}: {name} is {value!r:.60}, expected {check.expected}.")
     return asked
 
 # %% ../../nbs/tasks/creative.ipynb #61d07d71

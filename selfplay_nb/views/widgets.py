@@ -44,6 +44,17 @@ def display_live(
     display(live, raw=True)
     return display(view._still(), raw=True, display_id=True)
 
+# %% ../../nbs/views/widgets.ipynb #d92ea366
+class _RatingButton(widgets.Button):
+    "Its clicks in a browser pass here, those of a program (`click`) do not."
+
+    def _handle_button_msg(self, *message):
+        "The second click of a double one would rate an item that nobody has read."
+        if time.monotonic() - self.view.drawn < 0.3:
+            self.view.show("Not saved: that was a double click; read the item first.")
+        else:
+            super()._handle_button_msg(*message)
+
 # %% ../../nbs/views/widgets.ipynb #4bc1d01e
 class RatingWidget(widgets.VBox):
     "The view of a blind rating session; at its end it shows the report."
@@ -55,7 +66,6 @@ class RatingWidget(widgets.VBox):
         "4": ("skip", "Skip"),
         "z": ("undo", "Undo"),
     }
-    quickest = 0.3  # seconds between two clicks
 
     def __init__(
         self,
@@ -81,15 +91,10 @@ class RatingWidget(widgets.VBox):
         self.show()
 
     def _button(self, key: str, words: str) -> widgets.Button:
-        button = widgets.Button(description=f"{words} ({key})", layout=widgets.Layout(width="auto"))
-        button.on_click(lambda _: self._clicked(key))
+        button = _RatingButton(description=f"{words} ({key})", layout=widgets.Layout(width="auto"))
+        button.view = self
+        button.on_click(lambda _: self.press(key))
         return button
-
-    def _clicked(self, key: str):
-        "A second click of a double one would rate an item that nobody has read."
-        if time.monotonic() - self.drawn < self.quickest:
-            return self.show("Not saved: that was a double click; read the item first.")
-        self.press(key)
 
     def show(self, message: str = ""):  # what just happened
         "Draw the record as it is now."
