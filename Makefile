@@ -3,6 +3,7 @@
 # make doctor does everything work on this machine? (ARGS="--model 1.5B --card 8": will that model fit on a card of 8 GB?)
 # make gpu    every part of the library on this machine's GPU, under ten minutes
 # make test   everything that CI checks
+# make test-long   the checks that take long and whose subjects seldom change (twenty minutes)
 # make floor  the library at the lowest versions that pyproject.toml allows, in an environment of its own, with an empty cache
 # make colab  the install cell and seven pages with the versions of a Colab runtime (twenty minutes and more; needs Pythons 3.13 and 3.11)
 # make lab    JupyterLab at index.ipynb
@@ -20,7 +21,7 @@ PYTHON313 ?= python3.13
 PYTHON311 ?= python3.11
 DIR ?= runs/first
 
-.PHONY: demo test floor lab learning costs pictures readme clean course doctor gpu site colab scale
+.PHONY: demo test test-long floor lab learning costs pictures readme clean course doctor gpu site colab scale
 
 demo: .venv/run
 	$(BIN)/python -m selfplay_nb demo --run-dir $(DIR) $(if $(FRESH),--fresh) $(if $(LONG),--long) $(ARGS)
@@ -34,6 +35,9 @@ gpu: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-long: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 floor: .venv/bin/python
 	rm -rf $(FLOOR)

@@ -20,10 +20,11 @@ student: HELD_OUT = 100 -> HELD_OUT = 2
 student: TOKENS = 24 -> TOKENS = 10
 student: steps=12 -> steps=1
 student: "train", 12, seed=3 -> "train", 2, seed=3
-core/protocols: eval_every=1, -> eval_size=4,
-core/protocols: max_new_tokens=12 -> max_new_tokens=6
+core/protocols: eval_every=1, -> eval_size=2,
+core/protocols: prompts_per_round=4 -> prompts_per_round=2
+core/protocols: max_new_tokens=12 -> max_new_tokens=5
 core/protocols: warm_up=64 -> warm_up=8
-core/protocols: prompts_per_round=8, eval_size=8 -> prompts_per_round=2, eval_size=2
+core/protocols: prompts_per_round=8, eval_size=8 -> prompts_per_round=2, eval_size=1
 games/debate: model], 4, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=12
 games/debate: model], 2, swap=False, max_new_tokens=32 -> model], 1, swap=False, max_new_tokens=12
 loop/collectors: trainer.draw(0)[:8] -> trainer.draw(0)[:4]
@@ -44,9 +45,10 @@ loop/trainer: task.problems("train", 8, seed=step) -> task.problems("train", 4, 
 loop/trainer: n_samples=4, max_new_tokens=12 -> n_samples=4, max_new_tokens=8
 loop/trainer: for step in range(2): -> for step in range(1):
 loop/trainer: shots=2 -> shots=1
-loop/trainer: prompts_per_round=8 -> prompts_per_round=4
+loop/trainer: max_new_tokens=8, -> max_new_tokens=6,
+loop/trainer: prompts_per_round=8 -> prompts_per_round=3
 loop/trainer: eval_size=24 -> eval_size=4
-loop/trainer: gate_prompts=32 -> gate_prompts=8
+loop/trainer: gate_prompts=32 -> gate_prompts=4
 loop/vitals: problems("train", 12) -> problems("train", 4)
 loop/vitals: prompts, max_new_tokens=8 -> prompts, max_new_tokens=5
 loop/vitals: num_train_epochs=8 -> num_train_epochs=4
@@ -54,47 +56,55 @@ methods/adversarial: task.problems("train", 24) -> task.problems("train", 6)
 methods/adversarial: max_new_tokens=16, threshold=0.1 -> max_new_tokens=10, threshold=0.1
 methods/competitive: problems = task.problems("train", 8) -> problems = task.problems("train", 4)
 methods/competitive: n_samples=8, max_new_tokens=16 -> n_samples=6, max_new_tokens=12
-methods/constitutional: max_new_tokens=40 -> max_new_tokens=12
+methods/constitutional: max_new_tokens=40 -> max_new_tokens=10
 methods/constitutional: n_pairs=2 -> n_pairs=1
-methods/refinement: max_new_tokens=48 -> max_new_tokens=10
+methods/constitutional: [ask(topic) for topic in topics] -> [ask(topic) for topic in topics[:2]]
+methods/refinement: max_new_tokens=48 -> max_new_tokens=8
+methods/refinement: max_new_tokens=32 -> max_new_tokens=8
+methods/league: task.problems("held-out", 4, seed=7) -> task.problems("held-out", 2, seed=7)
 methods/refinement: few = problems("train", 3) -> few = problems("train", 2)
+methods/refinement: refine_batch(few, 2) -> refine_batch(few, 1)
 methods/skill: task.problems("held-out", 40) -> task.problems("held-out", 6)
 models/reward_model: task.problems("train", 192) -> task.problems("train", 32)
 models/reward_model: task.problems("held-out", 80) -> task.problems("held-out", 16)
 models/reward_model: train[:32] -> train[:12]
 models/reward_model: task, rng = ArithmeticTask(2) -> task, rng = ArithmeticTask(2, shots=0)
+models/policy: "Name a fruit."], max_new_tokens=12 -> "Name a fruit."], max_new_tokens=5
+models/policy: n_samples=4, max_new_tokens=12) -> n_samples=4, max_new_tokens=5)
+models/policy: (prompts, 4, 12, seed=seed) -> (prompts, 4, 5, seed=seed)
 models/sampling: Sampling(12) -> Sampling(6)
 models/sampling: max_new_tokens=12 -> max_new_tokens=6
 models/update: rows = [row(a) for a in range(8)] -> rows = [row(a) for a in range(4)]
 models/update: dpo(wild, pairs[:4], start -> dpo(wild, pairs[:2], start
-models/update: num_train_epochs=10, loss_type -> num_train_epochs=6, loss_type
+models/update: num_train_epochs=10, loss_type -> num_train_epochs=4, loss_type
 models/update: n_samples=16, max_new_tokens=6 -> n_samples=8, max_new_tokens=4
 models/update: steps=5 -> steps=2
-models/update: for a in range(16)] -> for a in range(6)]
-scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 4)
+models/update: for a in range(16)] -> for a in range(4)]
+scoring/judge: task.problems("held-out", 8) -> task.problems("held-out", 2)
 scoring/judge: task.problems("held-out", 16, seed=1) -> task.problems("held-out", 8, seed=1)
 scoring/judge: "null answer", "thought process", "injected verdict", "very long" -> "null answer", "very long"
 scoring/judge: questions[:6], right[:6] -> questions[:2], right[:2]
 scoring/evaluation: task.problems("held-out", 50) -> task.problems("held-out", 16)
-stats/diversity: max_new_tokens=12 -> max_new_tokens=6
+stats/diversity: max_new_tokens=12 -> max_new_tokens=4
 stats/diversity: for _ in range(3): -> for _ in range(1):
 stats/diversity: problems("train", 8) -> problems("train", 4)
-stats/retention: = PASSAGES, -> = PASSAGES[:6],
-stats/retention: = ITEMS, -> = ITEMS[:16],
-stats/retention: problems("train", 8) -> problems("train", 4)
-stats/retention: shuffled[:8] -> shuffled[:4]
+stats/retention: = PASSAGES, -> = PASSAGES[:4],
+stats/retention: = ITEMS, -> = ITEMS[:12],
+stats/retention: problems("train", 8) -> problems("train", 3)
+stats/retention: shuffled[:8] -> shuffled[:3]
 studies/costs: prompts(32), 1, 8, -> prompts(4), 1, 2,
 studies/costs: prompts(32), 1, 16, -> prompts(4), 1, 4,
 studies/costs: rows=8, new=16 -> rows=2, new=4
 studies/costs: for k in range(2) for arm -> for k in range(1) for arm
 studies/failures: n_rounds=3, -> n_rounds=2,
-studies/failures: prompts_per_round=12, n_samples=8 -> prompts_per_round=4, n_samples=4
+studies/failures: prompts_per_round=12, n_samples=8 -> prompts_per_round=3, n_samples=4
 studies/failures: eval_size=24 -> eval_size=4
 studies/failures: task=Plausible(2) -> task=Plausible(2, shots=0)
+tasks/creative: max_new_tokens=80 -> max_new_tokens=16
 tasks/task: else 50 -> else 8
-views/monitor: prompts_per_round=8, n_samples=4 -> prompts_per_round=4, n_samples=4
-views/monitor: eval_size=24 -> eval_size=8
-views/monitor: max_new_tokens=8, shots=2 -> max_new_tokens=6, shots=1
+views/monitor: prompts_per_round=8, n_samples=4 -> prompts_per_round=2, n_samples=4
+views/monitor: eval_size=24 -> eval_size=4
+views/monitor: max_new_tokens=8, shots=2 -> max_new_tokens=5, shots=1
 views/steps: prompts_per_round=8, eval_size=20 -> prompts_per_round=3, n_samples=4, eval_size=6
 index: problems = task.problems("train", 4) -> problems = task.problems("train", 2)
 """

@@ -223,8 +223,8 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, tiny_folder):
-    points = os.environ.get("KILL_POINTS", "6")  # 60 and more take some minutes
+@pytest.mark.parametrize("points", ["4", pytest.param("60", marks=pytest.mark.long)])
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, tiny_folder, points):
     ran = subprocess.run(
         [sys.executable, HERE / "killed.py", tiny_folder, tmp_path, points],
         capture_output=True,

@@ -61,6 +61,7 @@ def test_measurements_go_on_where_they_were(tmp_path, monkeypatch):
     assert len(more) == 3 and all(x > 1.5 for x in more) and ratios(rows, "sizes", "medium") == []
 
 
+@pytest.mark.long
 def test_a_step_of_ours_is_a_step_of_trl():
     said = (
         ("12+30=", "42", "It is 41, I think."),

@@ -197,7 +197,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path):
     "settings",
     [
         dict(rank=8, league=0, batch=8, context=256),
-        dict(rank=64, league=4, batch=8, context=128),
+        pytest.param(dict(rank=64, league=4, batch=8, context=128), marks=pytest.mark.long),
     ],
 )
 def test_measured_peaks(settings):

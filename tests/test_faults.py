@@ -366,8 +366,8 @@ def right_with(p, name):
 @pytest.mark.parametrize(
     "middle, p, q, true, most",
     [
-        (0.5, 0.4, 0.5, 0.4, 0.05 / 2),
-        (0.5, 0.6, 0.5, 0.6, 0.05),
+        pytest.param(0.5, 0.4, 0.5, 0.4, 0.05 / 2, marks=pytest.mark.long),
+        pytest.param(0.5, 0.6, 0.5, 0.6, 0.05, marks=pytest.mark.long),
         (0.6, 0.5, 0.5, 0.5, 0.05 / 2),
         (0.6, 0.14 / 0.23, 0.4, 0.7, 0.05),
     ],
@@ -578,6 +578,7 @@ def test_vitals_of_a_new_policy(tiny):
     )
 
 
+@pytest.mark.long
 def test_vitals_tell_a_policy_that_breaks_from_one_that_learns():
     "On the real model, in the number format of the machine."
     real = Base.load(device="cpu")

@@ -20,15 +20,20 @@ CONVERT = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache folder that two processes filled at once; before, an earlier version had, whose manifest had
-    the weights alone.
-    """
+    "A cache folder with a copy of the model, which may be damaged."
     cache = tmp_path_factory.mktemp("cache")
-    old = cache / "smollm2-135m-instruct"
+    shutil.copytree(wheel_model_folder(), cache / "smollm2-135m-instruct")
+    return cache
+
+
+@pytest.mark.long
+def test_two_processes_convert_once_and_leave_one_whole_model(tmp_path):
+    "They fill a cache folder that an earlier version had made, whose manifest had the weights alone."
+    old = tmp_path / "smollm2-135m-instruct"
     old.mkdir()
     (old / "model.safetensors").write_bytes(b"old")
     (old / "manifest.json").write_text(json.dumps({"model.safetensors": "0" * 64}))
-    env = {**os.environ, "SELFPLAY_NB_CACHE": str(cache)}
+    env = {**os.environ, "SELFPLAY_NB_CACHE": str(tmp_path)}
     both = [
         subprocess.Popen(CONVERT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
@@ -36,11 +41,8 @@ def cache(tmp_path_factory):
     out = [p.communicate()[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], out
     assert sum("Converting" in o for o in out) == 1
-    return cache
-
-
-def test_two_processes_convert_once_and_leave_one_whole_model(cache):
-    assert sorted(f.name for f in cache.iterdir()) == ["smollm2-135m-instruct", "smollm2-135m-instruct.lock"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [old.name, f"{old.name}.lock"]
+    assert wheel_model_folder().joinpath("manifest.json").read_text() == (old / "manifest.json").read_text()
 
 
 def test_the_manifest_lists_all_that_is_loaded(cache):

@@ -79,9 +79,9 @@ def base(tiny_folder):
 
 @pytest.fixture(scope="module")
 def crowd(base):
-    "Four workers, of a Ray that has room for one more."
-    started = start_ray(5)
-    with Workers(4, base) as workers:
+    "Three workers, of a Ray that has room for one more."
+    started = start_ray(4)
+    with Workers(3, base) as workers:
         yield workers
     if started:
         import ray
@@ -118,9 +118,9 @@ def trained(folder, base, collectors, task=None, **changes):
     return trainer, [(Path(folder) / f"{name}.jsonl").read_bytes() for name in ("pairs", "samples")]
 
 
-def test_one_two_and_four_workers_write_the_same_ledgers(crowd, base, tmp_path):
+def test_one_and_three_workers_write_the_same_ledgers(crowd, base, tmp_path):
     found = []
-    for n in 1, 2, 4:
+    for n in 1, 3:
         workers = some(crowd, n)
         parts = [Spread(Compete(4, 2), workers, 3), Spread(Groups(2), workers, 4)]
         trainer, ledgers = trained(tmp_path / str(n), base, parts)
@@ -137,22 +137,22 @@ def mutter(prompt, rng):
     return "".join(rng.choice("abcd") for _ in range(5))
 
 
-def test_one_two_and_four_workers_refine_alike(crowd, base):
+def test_one_and_three_workers_refine_alike(crowd, base):
     found = []
-    for n in 1, 2, 4:
+    for n in 1, 3:
         run = stage(base)
         run.student = Scripted(mutter, "mutterer")  # the tiny model does not end its answers
         found.append(Spread(Refine(3), some(crowd, n), 3).collect(run, PROBLEMS).pairs)
     assert len({p["chosen"] for p in found[0]}) > 5 and {p["source"] for p in found[0]} == {"refinement"}
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     [unit] = units_of(PROBLEMS, 10, run.seed("units"))
     here = Refine(3).collect(alone(run, letters, unit), PROBLEMS)
     assert here.pairs == Spread(Refine(3), some(crowd, 2), 10).collect(run, PROBLEMS).pairs != found[0]
 
 
-def test_one_two_and_four_workers_play_the_same_games(crowd, base, tmp_path):
+def test_one_and_three_workers_play_the_same_games(crowd, base, tmp_path):
     found = []
-    for n in 1, 2, 4:
+    for n in 1, 3:
         parts = [Spread(GameMoves(), some(crowd, n), 2)]
         trainer, ledgers = trained(
             tmp_path / str(n), base, parts, Sticks(), method="reinforce", max_new_tokens=4, illegal="random"
@@ -161,12 +161,12 @@ def test_one_two_and_four_workers_play_the_same_games(crowd, base, tmp_path):
         played = trainer.history[1]
         assert played["wins"] + played["draws"] + played["losses"] == 20 == played["win_rate"]["n"]
     assert found[0][1].count(b"\n") > 20
-    assert found[1] == found[0] == found[2]
+    assert found[1] == found[0]
 
 
 def test_a_league_meets_each_opponent_once_a_unit(crowd, base, tmp_path):
     found = []
-    for n in 1, 4:
+    for n in 1, 3:
         parts = [Spread(Compete(3, 2), some(crowd, n), 4)]
         trainer, ledgers = trained(tmp_path / str(n), base, parts, opponents="league", league_size=2)
         league = [r for r in trainer.league.ledger.rows() if "round" in r]
@@ -224,18 +224,19 @@ class Deadly:
 
 
 # each costs some seconds: a worker loads its base again
-POINTS = "0 before,2 step 5,4 after,8 step 1,0 step 0,0 after,2 step 29,4 before,6 step 10,8 before"
-POINTS = POINTS.split(",")[: int(os.environ.get("KILL_POINTS", 2))]
+FEW = ["2 step 5"]
+MANY = "0 before,4 after,8 step 1,0 step 0,0 after,2 step 29,4 before,6 step 10,8 before".split(",")
 
 
-def test_a_worker_killed_at_many_points_costs_nothing_and_doubles_nothing(crowd, base, tmp_path):
+@pytest.mark.parametrize("points", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["few", "many"])
+def test_a_worker_killed_at_many_points_costs_nothing_and_doubles_nothing(crowd, base, tmp_path, points):
     run = stage(base)
     whole = Spread(Compete(4, 2), some(crowd, 2), 2).collect(run, PROBLEMS)
     told, asked = [], run.reward.asked
     run.bar = type("Bar", (), dict(update=lambda self, n: told.append(n)))()
     workers = some(crowd, 2, tmp_path / "units.jsonl")
-    made = Spread(Deadly(Compete(4, 2), tmp_path, POINTS), workers, 2).collect(run, PROBLEMS)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl") == sorted(POINTS)  # all struck
+    made = Spread(Deadly(Compete(4, 2), tmp_path, points), workers, 2).collect(run, PROBLEMS)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl") == sorted(points)  # all struck
     assert len(made.pairs) > 3 and (made.pairs, made.scores) == (whole.pairs, whole.scores)
     rows = workers.ledger.rows()
     assert len(rows) == 5 == len({row["key"] for row in rows})
@@ -285,7 +286,7 @@ def test_a_killed_driver_goes_on_with_what_was_finished(crowd, base, tiny_folder
     workers = some(crowd, 2, kept)
     made = Spread(Compete(4, 2), workers, 2).collect(stage(base), PROBLEMS)
     assert workers.used == {"kept": 3, "done": 2}
-    whole = Spread(Compete(4, 2), some(crowd, 4), 2).collect(stage(base), PROBLEMS)
+    whole = Spread(Compete(4, 2), some(crowd, 3), 2).collect(stage(base), PROBLEMS)
     assert made.pairs == whole.pairs and made.scores == whole.scores
 
 
@@ -478,7 +479,7 @@ def test_nothing_is_sent_home_and_nobody_else_is_listened_to(crowd):
     for process in raylets:
         listening = [c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"]
         assert listening and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-    assert "Workers(4" in repr(crowd) and "threads: 1" in repr(crowd)
+    assert "Workers(3" in repr(crowd) and "threads: 1" in repr(crowd)
 
 
 def test_the_page_shows_a_configuration_that_accelerate_reads(tmp_path, monkeypatch):

@@ -439,7 +439,14 @@ def test_another_process_draws_the_same_problems():
 
 @gym
 @pytest.mark.parametrize(
-    "family", ["chain_sum", "spiral_matrix", "countdown", "prime_factorization", "simple_integration"]
+    "family",
+    [
+        "chain_sum",
+        "spiral_matrix",
+        pytest.param("countdown", marks=pytest.mark.long),
+        pytest.param("prime_factorization", marks=pytest.mark.long),
+        pytest.param("simple_integration", marks=pytest.mark.long),
+    ],
 )
 def test_hostile_answers_to_families(family):
     import pathlib

@@ -931,6 +931,7 @@ def test_strong(strong):
     assert corpus("strong", [*KINDS, "earns"]) == sum(map(len, KINDS.values())) + len(earns)
 
 
+@pytest.mark.long
 def test_strong_as_nobody(strong, nobody):
     "All but cheats that only return a value: what these earn does not depend on the user."
     assert len(forges) > 30
