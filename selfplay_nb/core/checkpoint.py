@@ -31,6 +31,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .pairs import write_whole
+
 # %% ../../nbs/core/checkpoint.ipynb #fcf1a0ad
 MANIFEST = "manifest.json"
 
@@ -572,14 +574,9 @@ def write_record(path: str | Path, record: dict):
     Raises `ValueError` where a file without the mark is.
     """
     path = Path(path)
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link, and is left as it is: give another name.")
-    if path.exists():
+    if path.exists() and not path.is_symlink():
         read_record(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    beside.write_text(json.dumps({"made_by": LIBRARY, "format": FORMAT} | record, indent=1))
-    _flush(beside)
-    beside.replace(path)
+    write_whole(path, json.dumps({"made_by": LIBRARY, "format": FORMAT} | record, indent=1))
 
 # %% ../../nbs/core/checkpoint.ipynb #6639b9f6
 def read_record(path: str | Path) -> dict:

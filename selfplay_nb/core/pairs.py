@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checks import printable, shown
+from .checks import one_of, printable, shown
 from .players import is_messages, text_of
 
 # %% ../../nbs/core/pairs.ipynb #bceb612a
@@ -251,8 +251,7 @@ def load_rows(
 
     Raises `ValueError` that names the row and the column, what it holds, and what is accepted.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: expected one of {list(KINDS)}.")
+    one_of("kind", kind, KINDS)
     return [_as_row(i, raw, kind) for i, raw in enumerate(_read(data, split))]
 
 # %% ../../nbs/core/pairs.ipynb #6a56aa05

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ..core.checks import whole
 from ..core.players import text_of
 from .rounds import Collector, Compete, Experience, Groups, Refine, Run
-from .rounds import group_advantages, makes_of
+from .rounds import answer_rows, group_advantages, makes_of
 from ..methods.adversarial import AdversarialFilter, ProposerReward
 from ..methods.skill import EmptyLevel, SkillConditioning, by_quantile
 
@@ -115,18 +115,7 @@ class Propose:
         proposed = {text: self._allowed(run, text) for text in texts}
         worth = ProposerReward(solver, proposed.get)([self.ask] * len(texts), texts)
         found = {repr(row): row for row in proposed.values() if row}
-        rows = [
-            dict(
-                prompt=self.ask,
-                completion=s.text,
-                completion_ids=s.token_ids,
-                truncated=s.truncated,
-                reward=value,
-                advantage=advantage,
-                source="proposer",
-            )
-            for s, value, advantage in zip(said, worth, group_advantages([worth])[0])
-        ]
+        rows = answer_rows([self.ask], [said], [worth], group_advantages([worth]), "proposer")
         figures = {"proposals": len(texts), "proposed": len(found), "worth": sum(worth) / len(worth)}
         made = Experience(answers=rows, metrics=figures, advice="no proposal was a problem of use")
         return made + self.then.collect(run, list(found.values())) if found else made

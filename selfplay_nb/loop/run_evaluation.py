@@ -8,9 +8,9 @@ __all__ = ['Prompts', 'compared_with', 'Matches', 'arena']
 # %% ../../nbs/loop/run_evaluation.ipynb #5f8dd628
 from statistics import fmean
 
-from ..core.players import columns_of, seed_of
+from ..core.players import Answer, seed_of
 from ..games.play import MinimaxBot, Played, RandomPlayer, solver
-from .game_rounds import GameMoves, GamePairs, GameTask, by_start, games_of
+from .game_rounds import GameMoves, GamePairs, GameTask, games_of
 from selfplay_nb.loop.rounds import (
     Collector,
     Compete,
@@ -22,7 +22,7 @@ from selfplay_nb.loop.rounds import (
     leave_one_out,
 )
 from ..methods.competitive import CompetitiveSelfPlay
-from ..scoring.evaluation import Evaluation, evaluate, versus
+from ..scoring.evaluation import Evaluation, evaluate, judged, versus
 from ..scoring.judge import as_judge
 
 # %% ../../nbs/loop/run_evaluation.ipynb #df7c5f8c
@@ -105,16 +105,15 @@ def compared_with(
     """`after`, with P(its answer beats the one before) as how right each is: one half for the same answer. An
     answer that was cut off loses against one that was not.
     """
-    rows = list(zip(after.rows, before.rows, strict=True))
-    scores = [0.5 + 0.5 * (old["truncated"] - new["truncated"]) for new, old in rows]
-    whole = [not (new["truncated"] or old["truncated"]) for new, old in rows]
-    open_ones = [i for i, (new, old) in enumerate(rows) if whole[i] and new["answer"] != old["answer"]]
-    if open_ones:
-        prompts, columns = columns_of([problems[i] for i in open_ones])
-        new, old = zip(*[(rows[i][0]["answer"], rows[i][1]["answer"]) for i in open_ones])
-        for i, p in zip(open_ones, as_judge(judge).compare(prompts, list(new), list(old), **columns)):
-            scores[i] = 0.5 if abstains(p) else float(p)
-    return Evaluation([new | {"right": score} for (new, _), score in zip(rows, scores)])
+    pairs = [
+        [Answer(row["answer"], row["truncated"]) for row in both]
+        for both in zip(after.rows, before.rows, strict=True)
+    ]
+    changed = [(p, new, old) for p, (new, old) in zip(problems, pairs) if new != old]
+    said = iter(judged(as_judge(judge), changed))
+    scores = [0.5 if new == old else next(said) for new, old in pairs]
+    right = [0.5 if abstains(s) else float(s) for s in scores]
+    return Evaluation([row | {"right": r} for row, r in zip(after.rows, right)])
 
 # %% ../../nbs/loop/run_evaluation.ipynb #214a0861
 class Matches:
@@ -162,7 +161,7 @@ class Matches:
 
     def duel(self, run, problems: list[dict], seed: int) -> list[list[float]]:
         "Both seatings of each start: the student's outcomes."
-        return by_start(games_of(run, [run.student, run.reference], problems))
+        return games_of(run, [run.student, run.reference], problems).scores(0)
 
     def meet(self, run, problems: list[dict], seed: int):
         "Who joined the league last plays everybody else in it."

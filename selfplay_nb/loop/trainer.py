@@ -313,7 +313,8 @@ def train(
             self.finish_round(self.play_round(), total)
         if self.round and not (self.dir / "against_base.json").exists():
             self.call("on_stage", stage="final")
-            write_whole(self.dir / "against_base.json", json.dumps(self.play_base()))
+            rate = self.arena.against_base(self, Policy(self.base, "base"), self.eval_problems[:100])
+            write_whole(self.dir / "against_base.json", json.dumps(rate))
     return self.history
 
 # %% ../../nbs/loop/trainer.ipynb #511c7d3b
@@ -543,19 +544,13 @@ def begin_anew(self: SelfPlayTrainer):
     self.learner = self.learners[number] = self._new_learner(role)
     self.league.reset(role)
 
-# %% ../../nbs/loop/trainer.ipynb #1fd52e9e
-@patch
-def evaluate(self: SelfPlayTrainer, policy=None) -> Evaluation:
-    "Evaluate `policy` (by default the student) on the held-out problems."
-    return self.evaluate_all(policy)[0]
-
 # %% ../../nbs/loop/trainer.ipynb #ac76be8d
 @patch
-def evaluate_all(self: SelfPlayTrainer, policy=None) -> tuple[Evaluation, dict]:
-    "An evaluation, and further figures."
+def evaluate(self: SelfPlayTrainer) -> tuple[Evaluation, dict]:
+    "The student's evaluation on the held-out problems, and further figures."
     self.call("on_stage", stage="evaluation")
     with self.watched("the evaluation"):
-        return self.arena.evaluate(self, policy or self.student)
+        return self.arena.evaluate(self, self.student)
 
 # %% ../../nbs/loop/trainer.ipynb #72a07597
 @patch(as_prop=True)
@@ -570,7 +565,7 @@ def finish_round(self: SelfPlayTrainer, metrics: dict, total: int):
     round = metrics["round"]
     if round % self.config.eval_every == 0 or round == total:
         start = perf_counter()
-        evaluation, more = self.evaluate_all()
+        evaluation, more = self.evaluate()
         metrics |= {
             "accuracy": evaluation.accuracy.to_dict(),
             **more,
@@ -632,17 +627,6 @@ def roll_back(self: SelfPlayTrainer, why: list[str]) -> int:
     if self.rollbacks % 3 == 0:
         self.stop(f"rolled back three times in a row: {'; '.join(why)}")
     return healthy
-
-# %% ../../nbs/loop/trainer.ipynb #27dc9390
-@patch
-def play_base(
-    self: SelfPlayTrainer,
-    n: int = 100,  # held-out problems, the first of the evaluation's
-) -> dict:  # the win rate: `value`, `n`, `low`, `high`
-    """The student against the bare base on held-out problems, judged by the verifier; nothing is trained on
-    it.
-    """
-    return self.arena.against_base(self, Policy(self.base, "base"), self.eval_problems[:n])
 
 # %% ../../nbs/loop/trainer.ipynb #cd724228
 def _wrong(f, v) -> str | None:
@@ -1104,9 +1088,7 @@ def _load(self: SelfPlayTrainer, folder: Path):
     self._clear()
     self.learners = []
     saved = json.loads((folder / "state.json").read_text())
-    # a run of a version that knew one learner
-    alone = {"role": "main"} | {k: saved[k] for k in ("fresh_reference", "trained") if k in saved}
-    for state in saved.get("learners", [alone]):
+    for state in saved["learners"]:
         role, at = state["role"], _folder_of(folder, state["role"])
         student, reference = _names(role)
         self.learners.append(

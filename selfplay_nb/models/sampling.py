@@ -30,7 +30,7 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import DynamicCache
 
 from ..core.checks import number, printable, whole
-from ..core.players import as_prompts
+from ..core.players import as_prompts, seeds_for
 from .base import Base, cache_argument, free_memory, out_of_memory
 
 # %% ../../nbs/models/sampling.ipynb #53ebc44a
@@ -659,18 +659,12 @@ def requests(
     if seed is None:
         seed = int(torch.randint(2**31, (1,)))
     out, seen = [], Counter()
-    for s, lists in zip(_seeds(seed, len(prompts)), encoded):
+    seeds = [whole("a seed", s, 0) for s in seeds_for(seed, len(prompts))]
+    for s, lists in zip(seeds, encoded):
         ids = tuple(map(tuple, lists))
         out.append(Request(ids, adapter, s, seen[s, ids[0]], n))
         seen[s, ids[0]] += n
     return out, seed
-
-# %% ../../nbs/models/sampling.ipynb #5ff39dc0
-def _seeds(seed, n: int) -> list[int]:
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * n
-    if len(seeds) != n:
-        raise ValueError(f"{len(seeds)} seeds for {n} prompts: expected one number, or one for each.")
-    return [whole("a seed", s, 0) for s in seeds]
 
 # %% ../../nbs/models/sampling.ipynb #84c4faec
 @patch

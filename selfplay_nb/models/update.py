@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
-from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
@@ -39,7 +37,7 @@ from ..core.checks import function, number, one_of, printable, shown, whole
 from ..core.pairs import validate_pairs
 from .base import Base, free_memory, out_of_memory
 from .policy import Policy
-from .sampling import can_share, is_product, lay_out, pack
+from .sampling import _has, _matrix, can_share, is_product, lay_out, pack
 from ..core.players import is_messages, text_of
 
 # %% ../../nbs/models/update.ipynb #cae0b268
@@ -675,10 +673,6 @@ def _part_size(base: Base, rows, s: Settings) -> int:
         size //= 2
     return size
 
-# %% ../../nbs/models/update.ipynb #06606210
-def _unpacked(layer, like):
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(like.dtype)
-
 # %% ../../nbs/models/update.ipynb #44dcfde8
 class _Product(torch.autograd.Function):
     """Inputs (..., in) times a frozen 4-bit layer with an adapter, A (r, in) and B (out, r), that is scaled
@@ -689,7 +683,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, A, B, layer, scale):
         ctx.save_for_backward(x, A, B)
         ctx.layer, ctx.scale = layer, scale
-        y = F.linear(x, _unpacked(layer, x), layer.bias)
+        y = F.linear(x, _matrix(layer, "base", x.dtype), layer.bias)
         low = F.linear(x, A.to(x.dtype))
         y.flatten(0, -2).addmm_(low.flatten(0, -2).to(y.dtype), B.T.to(y.dtype), alpha=scale)
         return y
@@ -699,7 +693,7 @@ class _Product(torch.autograd.Function):
         x, A, B = ctx.saved_tensors
         flat, g = x.flatten(0, -2), grad.flatten(0, -2)
         a, low = A.to(g.dtype), g @ B.to(g.dtype)
-        dx = (g @ _unpacked(ctx.layer, g)).addmm_(low, a, alpha=ctx.scale)
+        dx = (g @ _matrix(ctx.layer, "base", g.dtype)).addmm_(low, a, alpha=ctx.scale)
         dA, dB = low.T @ flat.to(g.dtype), g.T @ (flat.to(g.dtype) @ a.T)
         return dx.view_as(x).to(x.dtype), ctx.scale * dA.to(A.dtype), ctx.scale * dB.to(B.dtype), None, None
 
@@ -707,11 +701,7 @@ class _Product(torch.autograd.Function):
 @contextmanager
 def _inputs_only(base: Base, adapter: str):
     "While this runs, layers with `adapter` keep nothing for the gradient but their input."
-    layers = [
-        m
-        for m in base.model.modules()
-        if isinstance(m, LoraLayer) and adapter in m.lora_A and is_product(m, adapter)
-    ]
+    layers = [m for m in base.model.modules() if _has(m, adapter) and is_product(m, adapter)]
     try:
         for m in layers:
             m.forward = _with_adapter(m, adapter)

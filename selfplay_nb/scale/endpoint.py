@@ -27,7 +27,7 @@ import httpx
 
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
-from ..core.players import as_prompts, content_of, is_messages, seed_of
+from ..core.players import as_prompts, content_of, is_messages, seed_of, seeds_for
 
 # %% ../../nbs/scale/endpoint.ipynb #093be5f3
 @dataclass
@@ -408,11 +408,8 @@ class Endpoint:
         return in_parallel([partial(self._one, request) for request in requests], self.concurrency, tell)
 
     def _requests(self, prompts, n_samples, seed, told) -> list[dict]:
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one, or one for each.")
         asked, requests = Counter(), []
-        for prompt, own in zip(prompts, seeds):
+        for prompt, own in zip(prompts, seeds_for(seed, len(prompts))):
             messages = prompt if is_messages(prompt) else [{"role": "user", "content": prompt}]
             own = int(own or 0)
             for _ in range(n_samples):

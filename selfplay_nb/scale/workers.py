@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from ..core.checkpoint import content_sum, is_users, weights_sum
 from ..core.checks import number, printable, whole
 from ..core.pairs import Ledger
-from ..core.players import as_prompts, name_of, seed_of
+from ..core.players import as_prompts, name_of, seed_of, seeds_for
 from ..loop.game_rounds import GameTask
 from ..loop.rounds import Collector, Experience, makes_of
 from ..methods.league import LeagueTraining, PolicySnapshot
@@ -647,9 +647,7 @@ class SpreadPlayer:
         from selfplay_nb.models.sampling import Sample, Samples
 
         prompts, _ = as_prompts(prompts)
-        seeds = seed if isinstance(seed, list) else [seed or 0] * len(prompts)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: expected one, or one for each.")
+        seeds = seeds_for(seed, len(prompts))
         settings = dict(n_samples=n_samples, max_new_tokens=max_new_tokens, temperature=temperature)
         settings |= dict(top_p=top_p, guide=guide)
         began, w, store = time.perf_counter(), self.workers, {}
