@@ -19,10 +19,11 @@ from pathlib import Path
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core.checks import escape, printable, whole
+from ..core.checks import printable, whole
 from ..core.pairs import Ledger, validate_pairs
 from ..core.players import answers_of, as_prompts, is_messages, name_of
 from ..core.players import prompt_text, seed_of, text_of
+from ..stats.ratings import html_table
 from ..stats.rates import Rate
 from ..scoring.reward import as_reward, is_single, rows_of, score_samples
 
@@ -260,9 +261,9 @@ class Findings(list):
         return self._head() + "".join(f"\n{k:26} {v}" for k, v in self._cells())
 
     def _repr_html_(self):
-        head = "<tr><th>prompt</th><th>best</th><th>worst</th><th>right</th><th>class</th></tr>"
-        counts, some = "".join(_tr(*c) for c in self._cells()), "".join(map(_example_row, self[:5]))
-        return f"<p>{self._head()}</p><table>{counts}</table><table>{head}{some}</table>"
+        head = ["prompt", "best", "worst", "right", "class"]
+        counts = html_table(self._cells(), head=False)
+        return f"<p>{self._head()}</p>{counts}{html_table([head, *map(_example_cells, self[:5])])}"
 
 # %% ../../nbs/methods/adversarial.ipynb #22c42317
 def _same_text(s: Screened) -> list[bool]:
@@ -270,14 +271,10 @@ def _same_text(s: Screened) -> list[bool]:
     judged = [(a.strip(), r) for a, r in zip(s.answers, s.rewards) if r == r]
     return [r != q for (a, r), (b, q) in combinations(judged, 2) if a == b]
 
-# %% ../../nbs/methods/adversarial.ipynb #7aaf756c
-def _tr(*cells) -> str:
-    return "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>"
-
 # %% ../../nbs/methods/adversarial.ipynb #3afe4cdb
-def _example_row(e: dict) -> str:
+def _example_cells(e: dict) -> list[str]:
     right = f"{100 * e['success']['value']:.0f} %"
-    return _tr(prompt_text(e["prompt"])[-40:], e["best"][:40], e["worst"][:40], right, e["kind"])
+    return [prompt_text(e["prompt"])[-40:], e["best"][:40], e["worst"][:40], right, e["kind"]]
 
 # %% ../../nbs/methods/adversarial.ipynb #4e952718
 def _rows(dataset):

@@ -28,6 +28,7 @@ from ..scoring.judge import ModelJudge, RewardJudge, without_mark
 from ..core.templates import Template, clip, fill, special_tokens
 from ..core.pairs import validate_pairs, write_whole
 from ..core.players import answers_of, name_of, prompt_text, text_of
+from ..stats.ratings import html_table
 from ..stats.rates import Rate, win_rate
 from ..scoring.reward import as_reward, rewards_of, rows_of
 
@@ -252,14 +253,8 @@ class Constitution(list):
         return "\n".join(f"{p.weight:<5g} {p}  ({p.check})" for p in self)
 
     def _repr_html_(self):
-        cells = [[str(i), escape(p), f"{p.weight:g}", escape(p.check)] for i, p in enumerate(self, 1)]
-        return _table(["", "principle", "weight", "checked by"], cells)
-
-# %% ../../nbs/methods/constitutional.ipynb #4b3fe011
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    "HTML of a table, of cells that are HTML."
-    th, td = "".join(f"<th>{h}</th>" for h in head), lambda row: "".join(f"<td>{c}</td>" for c in row)
-    return f"<table><tr>{th}</tr>{''.join(f'<tr>{td(row)}</tr>' for row in rows)}</table>"
+        cells = [[str(i), p, f"{p.weight:g}", p.check] for i, p in enumerate(self, 1)]
+        return html_table([["", "principle", "weight", "checked by"], *cells])
 
 # %% ../../nbs/methods/constitutional.ipynb #44ec78b9
 CONSTITUTION = Constitution(
@@ -717,8 +712,8 @@ class Detection:
 
     def _repr_html_(self):
         head = ["principle", "violation scored below its twin", "ties", "checked by"]
-        rows = [[escape(p), str(r), str(self.ties[p]), escape(self.checks[p])] for p, r in self.rates.items()]
-        return _table(head, rows)
+        rows = [[p, str(r), str(self.ties[p]), self.checks[p]] for p, r in self.rates.items()]
+        return html_table([head, *rows])
 
 # %% ../../nbs/methods/constitutional.ipynb #9015036d
 @patch

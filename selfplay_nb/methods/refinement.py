@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from ..core.checks import escape, printable, whole
 from ..scoring.judge import without_mark
 from ..core.pairs import validate_pairs, write_whole
-from ..core.players import answers_of, as_player, as_prompts, name_of, prompt_text, seed_of, text_of
+from ..core.players import Answer, answers_of, as_player, as_prompts, name_of
+from ..core.players import prompt_text, seed_of, text_of
 from ..scoring.reward import as_reward, is_judge, is_single, rewards_of, rows_of
 from ..core.templates import Template, fill, special_tokens
 
@@ -260,11 +261,6 @@ class _Question(NamedTuple):
     seed: int
     mark: str = ""
 
-# %% ../../nbs/methods/refinement.ipynb #e8140476
-class _Reply(NamedTuple):
-    text: str
-    truncated: bool
-
 # %% ../../nbs/methods/refinement.ipynb #4ee6a646
 @patch
 def _ask(self: IterativeRefiner, player, questions: list, sampling: dict, progress) -> list:
@@ -280,7 +276,8 @@ def _ask(self: IterativeRefiner, player, questions: list, sampling: dict, progre
         rows = answers_of(player, prompts, progress=progress, seed=seed, **sampling)[0]
         for (_, places), [answer] in zip(group.values(), rows):
             for i in places:
-                replies[i] = _Reply(_said(answer, questions[i].mark), answer.truncated)
+                text = without_mark(text_of(answer.text or ""), questions[i].mark)
+                replies[i] = Answer(text, answer.truncated)
     return replies
 
 # %% ../../nbs/methods/refinement.ipynb #4daa3c73
@@ -292,11 +289,6 @@ def _fits(self: IterativeRefiner, player, prompt, sampling) -> bool:
     if not hasattr(base, "context_length"):
         return True
     return len(base.encode(prompt)) + sampling.get("max_new_tokens", 64) <= base.context_length
-
-# %% ../../nbs/methods/refinement.ipynb #28400dd2
-def _said(answer, mark: str) -> str:
-    "An answer's text without pieces of the mark."
-    return without_mark(text_of(answer.text or ""), mark)
 
 # %% ../../nbs/methods/refinement.ipynb #5f8aa8bb
 @patch
@@ -314,7 +306,7 @@ def _begin(self: IterativeRefiner, prompts, seed, columns, progress=None, judged
     return traces
 
 # %% ../../nbs/methods/refinement.ipynb #98480ef2
-def _first_version(reply: _Reply | None) -> Version:
+def _first_version(reply: Answer | None) -> Version:
     if reply is None:
         return Version("", stop="full")
     return Version(
@@ -390,7 +382,7 @@ def _refine_question(self: IterativeRefiner, t: Trace) -> _Question:
     return _Question(prompt, _stage_seed(t, "refine", at), mark)
 
 # %% ../../nbs/methods/refinement.ipynb #b0d3591b
-def _take(t: Trace, reply: _Reply | None) -> Version | None:
+def _take(t: Trace, reply: Answer | None) -> Version | None:
     "The reply as a new version of the trace; None if there is none, and then the source says why."
     step = t.pending
     source, path = t.versions[step.source], t.path(step.source)

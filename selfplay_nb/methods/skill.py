@@ -19,8 +19,9 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.checks import escape, number, printable, whole
+from ..core.checks import number, printable, whole
 from ..core.players import answers_of, as_prompts, content_of, text_of
+from ..stats.ratings import html_table
 from ..stats.rates import Rate, win_rate
 from ..scoring.reward import as_reward, rows_of, score_samples
 
@@ -424,11 +425,7 @@ def __repr__(self: SkillCheck):
 # %% ../../nbs/methods/skill.ipynb #8e195353
 @patch
 def _repr_html_(self: SkillCheck):
-    return (
-        "<table>"
-        + "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in self._cells())
-        + "</table>"
-    )
+    return html_table(self._cells(), head=False)
 
 # %% ../../nbs/methods/skill.ipynb #21ca47e8
 def check_levels(

@@ -241,10 +241,11 @@ def text_table(rows) -> str:
     return "\n".join(line(*row) for row in rows)
 
 # %% ../../nbs/stats/ratings.ipynb #b0b2c1a3
-def html_table(rows) -> str:
-    "The same for a notebook."
+def html_table(rows, head: bool = True) -> str:
+    "The same for a notebook; with `head` the first row is one of headings."
+    first = "th" if head else "td"
     line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{escape(x)}</{tag}>" for x in row) + "</tr>"
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
+    return f"<table>{line(rows[0], first)}{''.join(line(row, 'td') for row in rows[1:])}</table>"
 
 # %% ../../nbs/stats/ratings.ipynb #f1c904d4
 class _Groups(NamedTuple):

@@ -21,7 +21,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -920,33 +919,20 @@ def measured(shape: Shape, s: Settings) -> dict:  # `loaded`, `sampling`, `updat
     import multiprocessing
     import tempfile
     from concurrent.futures import ProcessPoolExecutor
+    from unittest.mock import patch
 
     from selfplay_nb.models.base import tiny_model_folder
 
     if not Path("/proc/self/clear_refs").exists():
         raise RuntimeError("memory is read from /proc, which this system lacks: measure on Linux.")
-    with tempfile.TemporaryDirectory() as d, _exact(), ProcessPoolExecutor(
+    # blocks are given back at once: what is measured is what was asked for, and no gaps of the C library
+    at_once = patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
+    with tempfile.TemporaryDirectory() as d, at_once, ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn")
     ) as pool:
         warm = tiny_model_folder(Path(d) / "warm")
         folder = random_model_folder(shape, Path(d) / "model")
         return pool.submit(_measure, str(warm), str(folder), s).result()
-
-# %% ../../nbs/studies/doctor.ipynb #fb73ea31
-@contextmanager
-def _exact():
-    """Processes that begin meanwhile give large blocks of memory back at once: what is measured is what was
-    asked for, and not the gaps that the C library keeps.
-    """
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = "65536"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 # %% ../../nbs/studies/doctor.ipynb #a0b8ce55
 _MHA = Shape(12, 512, 1408, 8, 8, 64, 32000)  # as many heads of keys as of queries

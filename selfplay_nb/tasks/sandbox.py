@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..core.checks import escape, printable
+from ..core.checks import escape, printable, whole
 
 # %% ../../nbs/tasks/sandbox.ipynb #3a4a5df1
 import select
@@ -599,8 +599,6 @@ def _enclosure(python, tier, folder, scopes):
 
 # %% ../../nbs/tasks/sandbox.ipynb #fa73c16a
 def _run(program, tier, seconds, cpu, memory, processes, files, file_size, output, stdin):
-    if lacks := _lacks(tier):
-        raise SandboxUnavailable(f"No {tier!r} tier: {lacks}.")
     python = os.path.realpath(sys.executable)
     folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
     try:
@@ -713,8 +711,7 @@ def run_many(
     **limits,  # handed to `run`; a program's own dict comes first
 ) -> list[Result]:  # in the programs' order
     "Run programs side by side."
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers is {workers!r}: expected a whole number of at least 1.")
+    whole("workers", workers)
     programs = [limits | (p if isinstance(p, dict) else {"program": p}) for p in programs]
     results = []
     with ThreadPoolExecutor(workers) as pool:
