@@ -50,11 +50,12 @@ DATA = {  # page: files of the repository that its cells read
         "studies/gain_quarter.jsonl",
         "studies/gain_words.jsonl",
     ],
-    "studies/games": ["studies/games.jsonl"],
+    "studies/games": ["studies/games.jsonl", "studies/games_imitation.jsonl"],
     "studies/league": ["studies/league.jsonl"],
     "studies/learning": [
         "studies/learning.jsonl",
         "studies/learning_ceiling.jsonl",
+        "studies/learning_methods.jsonl",
         "studies/learning_ungated.jsonl",
     ],
 }
