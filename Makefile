@@ -3,7 +3,7 @@
 # make doctor does everything work on this machine? (ARGS="--model 1.5B --card 8": will that model fit on a card of 8 GB?)
 # make gpu    every part of the library on this machine's GPU, under ten minutes
 # make test   everything that CI checks
-# make test-long   the checks that take long and whose subjects seldom change (twenty minutes)
+# make test-long   the checks that take long and whose subjects seldom change
 # make floor  the library at the lowest versions that pyproject.toml allows, in an environment of its own, with an empty cache
 # make colab  the install cell and seven pages with the versions of a Colab runtime (twenty minutes and more; needs Pythons 3.13 and 3.11)
 # make lab    JupyterLab at index.ipynb

@@ -59,9 +59,9 @@ methods/competitive: n_samples=8, max_new_tokens=16 -> n_samples=6, max_new_toke
 methods/constitutional: max_new_tokens=40 -> max_new_tokens=10
 methods/constitutional: n_pairs=2 -> n_pairs=1
 methods/constitutional: [ask(topic) for topic in topics] -> [ask(topic) for topic in topics[:2]]
+methods/league: task.problems("held-out", 4, seed=7) -> task.problems("held-out", 2, seed=7)
 methods/refinement: max_new_tokens=48 -> max_new_tokens=8
 methods/refinement: max_new_tokens=32 -> max_new_tokens=8
-methods/league: task.problems("held-out", 4, seed=7) -> task.problems("held-out", 2, seed=7)
 methods/refinement: few = problems("train", 3) -> few = problems("train", 2)
 methods/refinement: refine_batch(few, 2) -> refine_batch(few, 1)
 methods/skill: task.problems("held-out", 40) -> task.problems("held-out", 6)

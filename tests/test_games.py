@@ -138,7 +138,8 @@ def test_other_answers_have_a_reason(answer, why):
 def test_no_before_a_move_denies_it():
     assert find_move("No, I bet.", ["Pass", "Bet"]) == "Bet"
     assert find_move("Pass, no bet", ["Pass", "Bet"]) == "Pass"
-    for answer in "No bet.", "There will be no  bet":
+    assert find_move("I take square no 3", ["2", "3"]) == "3"
+    for answer in "No bet.", "There will be no  bet", "No [bet]", 'no "bet"':
         with pytest.raises(ValueError, match="no legal move"):
             find_move(answer, ["Pass", "Bet"])
 

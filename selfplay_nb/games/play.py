@@ -25,13 +25,22 @@ from ..core.templates import escape_special, fill
 from ..stats.rates import Rate, win_rate
 from ..stats.ratings import html_table, text_table
 
+# %% ../../nbs/games/play.ipynb #915460d9
+_NO = re.compile(r"\bno\s+[\[\"'`*]{0,2}$", re.IGNORECASE)
+
+
+def _denied(text, start, end) -> bool:
+    """Whether the move that is named there is denied, as in "not x(0,0)" or "no bet"; "no 3" is a number."""
+    before, move = text[max(0, start - 9) : start], text[start:end]
+    return denied(text, start, end) or bool(_NO.search(before)) and any(map(str.isalpha, move))
+
 # %% ../../nbs/games/play.ipynb #e95fb578
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 
 # %% ../../nbs/games/play.ipynb #f7cf67d2
 def _bracketed(text, moves):
     "The move in the last square brackets; None if there are none, `ValueError` if it is not legal."
-    found = [m for m in _BRACKETS.finditer(text) if not denied(text, *m.span())]
+    found = [m for m in _BRACKETS.finditer(text) if not _denied(text, *m.span())]
     if not found:
         return None
     outer, inner = found[-1][0], found[-1][1].strip()
@@ -47,25 +56,19 @@ def _quoted(text, moves):
     "The last legal move in quotation marks, or None."
     for m in reversed(list(_QUOTES.finditer(text))):
         inner = next(x for x in m.groups() if x is not None).strip()
-        if inner in moves and not denied(text, *m.span()):
+        if inner in moves and not _denied(text, *m.span()):
             return inner
 
 # %% ../../nbs/games/play.ipynb #65789ca7
-_NO = re.compile(r"\bno\s+\Z", re.IGNORECASE)
 _BEFORE, _AFTER = r"(?<![\w.,/^+\-−])(?<!\d[:=])", r"(?![\w/^+%=\-−]|[.,:]\w)"
 
 # %% ../../nbs/games/play.ipynb #e8366a65
-def _refused_move(text, start, end) -> bool:
-    before = text[max(0, start - 9) : start]
-    return denied(text, start, end) or bool(_NO.search(before))
-
-
 def _named(text, moves):
     "The only legal move that is a word of the text, or None; `ValueError` if there are several."
     longest_first = sorted(moves, key=len, reverse=True)  # "take 10" is not "take 1"
     words = "|".join(map(re.escape, longest_first))
     hits = re.finditer(rf"{_BEFORE}(?:{words}){_AFTER}", text) if moves else []
-    found = list(dict.fromkeys(m[0] for m in hits if not _refused_move(text, *m.span())))
+    found = list(dict.fromkeys(m[0] for m in hits if not _denied(text, *m.span())))
     if len(found) > 1:
         names = ", ".join(moves[m] for m in found[:5])
         raise ValueError(f"the answer names several legal moves ({names}): it must say which one is meant")
